@@ -1,0 +1,22 @@
+# cpu_kernels: csrc/cpu/kernels.cpp once per instruction set, and the choice among them at run time.
+find_package(OpenMP REQUIRED COMPONENTS CXX)
+
+add_library(cpu_kernels STATIC csrc/cpu/dispatch.cpp)
+
+function(add_cpu_kernels isa vector_bytes)
+  add_library(cpu_kernels_${isa} OBJECT csrc/cpu/kernels.cpp)
+  # -fno-math-errno and -ffp-contract change no result that is not inf or NaN, but let loops be vectorised.
+  target_compile_options(cpu_kernels_${isa} PRIVATE -O3 -Wall -Wextra -Wno-psabi -ffp-contract=fast
+                                                    -fno-math-errno ${ARGN})
+  target_compile_definitions(cpu_kernels_${isa} PRIVATE LONGLORA_ISA=${isa} LONGLORA_VECTOR_BYTES=${vector_bytes})
+  target_link_libraries(cpu_kernels_${isa} PRIVATE OpenMP::OpenMP_CXX)
+  target_sources(cpu_kernels PRIVATE $<TARGET_OBJECTS:cpu_kernels_${isa}>)
+endfunction()
+
+add_cpu_kernels(baseline 16)
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
+  add_cpu_kernels(avx2 32 -march=x86-64-v3)
+  add_cpu_kernels(avx512 64 -march=x86-64-v4)
+  target_compile_definitions(cpu_kernels PRIVATE LONGLORA_X86)
+endif()
+target_link_libraries(cpu_kernels PUBLIC OpenMP::OpenMP_CXX)

@@ -1,0 +1,26 @@
+# cuda_kernels: the CUDA sources, where there are any and an nvcc that can compile them.
+set(NVCC_FLOOR 12.0) # the first with C++17 device code and sm_80 to sm_90 together
+
+file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/cuda/*.cu)
+find_program(NVCC nvcc HINTS $ENV{CUDA_HOME}/bin /usr/local/cuda/bin)
+if(NOT NVCC)
+  message(STATUS "nvcc not found: building the CPU kernels only")
+  return()
+endif()
+execute_process(COMMAND ${NVCC} --version OUTPUT_VARIABLE nvcc_says)
+string(REGEX MATCH "release ([0-9.]+)" _ "${nvcc_says}")
+set(nvcc_version ${CMAKE_MATCH_1})
+if("${nvcc_version}" VERSION_LESS ${NVCC_FLOOR})
+  message(STATUS "${NVCC} is version ${nvcc_version}, ${NVCC_FLOOR} or newer needed: building the CPU kernels only")
+elseif(NOT cuda_sources)
+  message(STATUS "nvcc ${nvcc_version} found, but there are no CUDA sources: building the CPU kernels only")
+else()
+  message(STATUS "nvcc ${nvcc_version} found: building the CUDA kernels as well")
+  # sm_80 code, and compute_80 PTX that newer GPUs compile when it is loaded.
+  set(CMAKE_CUDA_ARCHITECTURES 80 CACHE STRING "GPU architectures to compile for")
+  set(CMAKE_CUDA_COMPILER ${NVCC})
+  set(CMAKE_CUDA_STANDARD 17)
+  set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+  enable_language(CUDA)
+  add_library(cuda_kernels STATIC ${cuda_sources})
+endif()

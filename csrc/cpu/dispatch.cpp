@@ -1,0 +1,63 @@
+// Chooses among the instruction sets that kernels.cpp was compiled for.
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace longlora::cpu {
+
+#define LONGLORA_DECLARE(isa) \
+  namespace isa {             \
+  extern const Kernels kernels; \
+  }
+#ifdef LONGLORA_X86
+LONGLORA_DECLARE(avx512)
+LONGLORA_DECLARE(avx2)
+#endif
+LONGLORA_DECLARE(baseline)
+#undef LONGLORA_DECLARE
+
+namespace {
+
+struct Choice {
+  const char* name;
+  bool supported;
+  const Kernels* kernels;
+};
+
+const Kernels& choose() {
+  const Choice choices[] = {
+#ifdef LONGLORA_X86
+      // The levels x86-64-v4 and -v3 that the two are compiled for.
+      {"avx512",
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl"),
+       &avx512::kernels},
+      {"avx2",
+       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
+           __builtin_cpu_supports("f16c"),
+       &avx2::kernels},
+#endif
+      {"baseline", true, &baseline::kernels},
+  };
+  const char* wanted = std::getenv("LONGLORA_CPU_ISA");
+  std::string supported;
+  for (const Choice& choice : choices) {
+    if (!choice.supported) continue;
+    if (!wanted || std::string(wanted) == choice.name) return *choice.kernels;
+    supported += std::string(supported.empty() ? "" : ", ") + choice.name;
+  }
+  throw std::runtime_error(std::string("s2attn: LONGLORA_CPU_ISA is '") + wanted +
+                           "', but must be one of those that this processor and build support: " + supported);
+}
+
+}  // namespace
+
+const Kernels& best_kernels() {
+  static const Kernels& kernels = choose();
+  return kernels;
+}
+
+}  // namespace longlora::cpu

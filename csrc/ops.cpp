@@ -1,0 +1,227 @@
+// The operators as torch sees them: schemas, checks, allocation, dispatch. The only file that knows torch,
+// through its stable ABI, so that one library loads under every torch from TORCH_TARGET_VERSION on.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cmath>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "cpu/kernels.h"
+#include "groups.h"
+#include "params.h"
+
+namespace longlora {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <typename... Parts>
+void check(bool ok, const Parts&... parts) {
+  if (ok) return;
+  std::ostringstream message;
+  message << "s2attn: ";
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+std::string shape_of(const Tensor& tensor) {
+  std::ostringstream text;
+  text << "[";
+  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
+  text << "]";
+  return text.str();
+}
+
+Dtype dtype_of(const Tensor& q) {
+  switch (q.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::kFloat32;
+    case ScalarType::Double:
+      return Dtype::kFloat64;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    case ScalarType::Half:
+      return Dtype::kFloat16;
+    default:
+      check(false, "q must be float32, float64, bfloat16 or float16, but is ",
+            torch::headeronly::toString(q.scalar_type()));
+      return Dtype::kFloat32;
+  }
+}
+
+ScalarType lse_dtype(const Tensor& q) {
+  return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+bool same_shape(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim()) return false;
+  for (int64_t i = 0; i < a.dim(); ++i)
+    if (a.size(i) != b.size(i)) return false;
+  return true;
+}
+
+void check_like(const char* name, const Tensor& tensor, const char* other_name, const Tensor& other) {
+  check(tensor.scalar_type() == other.scalar_type(), name, " must have ", other_name, "'s dtype ",
+        torch::headeronly::toString(other.scalar_type()), ", but is ",
+        torch::headeronly::toString(tensor.scalar_type()));
+  check(tensor.device() == other.device(), name, " must be on ", other_name, "'s device");
+}
+
+void check_heads_tensor(const char* name, const Tensor& tensor) {
+  check(tensor.dim() == 4, name, " must have 4 dimensions [batch, seqlen, heads, head_dim], but is ",
+        shape_of(tensor));
+  check(tensor.stride(3) == 1, name, "'s last dimension must be contiguous (stride 1), but has stride ",
+        tensor.stride(3));
+}
+
+void check_doc_start(const Tensor& doc_start, const Tensor& q) {
+  check(doc_start.scalar_type() == ScalarType::Int, "doc_start must be int32, but is ",
+        torch::headeronly::toString(doc_start.scalar_type()));
+  check(doc_start.device() == q.device(), "doc_start must be on q's device");
+  check(doc_start.dim() == 2 && doc_start.size(0) == q.size(0) && doc_start.size(1) == q.size(1),
+        "doc_start must have shape [batch, seqlen] = [", q.size(0), ", ", q.size(1), "], but is ",
+        shape_of(doc_start));
+}
+
+// Values, which only a CPU can afford to look at: a document begins at its first token, and each of its
+// tokens names it. (This implies 0 <= doc_start[n] <= n and never decreasing.)
+void check_doc_start_values(const int32_t* doc_start, int64_t batch, int64_t seqlen) {
+  for (int64_t b = 0; b < batch; ++b) {
+    const int32_t* row = doc_start + b * seqlen;
+    for (int64_t n = 0; n < seqlen; ++n) {
+      const bool begins = row[n] == n;
+      const bool continues = n > 0 && row[n] == row[n - 1];
+      check(begins || continues, "doc_start[", b, ", ", n, "] is ", row[n], ", but must be ", n,
+            " (a document begins here)",
+            n > 0 ? " or " + std::to_string(row[n - 1]) + ", the value before it (its document goes on)" : "");
+    }
+  }
+}
+
+// Checks what forward and backward share and describes it. `doc_start` must be contiguous by now.
+Problem make_problem(const Tensor& q, const Tensor& k, const Tensor& v, int64_t group_size,
+                     int64_t first_shifted_head, const std::optional<Tensor>& doc_start, double scale) {
+  check_heads_tensor("q", q);
+  check_heads_tensor("k", k);
+  check_heads_tensor("v", v);
+  dtype_of(q);
+  check_like("k", k, "q", q);
+  check_like("v", v, "q", q);
+  check(same_shape(k, v), "k and v must have the same shape, but are ", shape_of(k), " and ", shape_of(v));
+  check(k.size(0) == q.size(0) && k.size(1) == q.size(1) && k.size(3) == q.size(3),
+        "k and v must have q's batch, seqlen and head_dim, but q is ", shape_of(q), " and k ", shape_of(k));
+  check(q.size(1) >= 1, "seqlen must be at least 1, but q is ", shape_of(q));
+  check(q.size(2) >= 1 && k.size(2) >= 1 && q.size(2) % k.size(2) == 0,
+        "the heads of q must be a multiple of those of k and v, but are ", q.size(2), " and ", k.size(2));
+  check(q.size(3) >= 8 && q.size(3) <= 256 && q.size(3) % 8 == 0,
+        "head_dim must be a multiple of 8 from 8 to 256, but is ", q.size(3));
+  check(group_size > 0 && group_size % 2 == 0, "group_size must be a positive even number, but is ",
+        group_size);
+  check(first_shifted_head >= 0 && first_shifted_head <= q.size(2),
+        "first_shifted_head must be from 0 to the number of query heads ", q.size(2), ", but is ",
+        first_shifted_head);
+  check(std::isfinite(scale), "scale must be finite, but is ", scale);
+  if (doc_start) check_doc_start(*doc_start, q);
+
+  Problem problem;
+  problem.batch = q.size(0);
+  problem.seqlen = q.size(1);
+  problem.heads = q.size(2);
+  problem.kv_heads = k.size(2);
+  problem.head_dim = q.size(3);
+  problem.group_size = clamp_group_size(group_size, problem.seqlen);
+  problem.first_shifted_head = first_shifted_head;
+  problem.scale = scale;
+  problem.doc_start = doc_start ? static_cast<const int32_t*>(doc_start->data_ptr()) : nullptr;
+  return problem;
+}
+
+TensorView view_of(const Tensor& tensor) {
+  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
+  if (!tensor) return std::nullopt;
+  return torch::stable::contiguous(*tensor);
+}
+
+Tensor empty_contiguous_like(const Tensor& tensor) {
+  return torch::stable::new_empty(tensor, tensor.sizes());
+}
+
+Tensor empty_row_stats(const Tensor& q) {
+  const int64_t sizes[] = {q.size(0), q.size(2), q.size(1)};
+  return torch::stable::new_empty(q, {sizes, 3}, lse_dtype(q));
+}
+
+std::tuple<Tensor, Tensor> forward_cpu(Tensor q, Tensor k, Tensor v, int64_t group_size,
+                                       int64_t first_shifted_head, std::optional<Tensor> doc_start,
+                                       double scale, bool /*deterministic: always is*/) {
+  doc_start = contiguous(doc_start);
+  const Problem problem = make_problem(q, k, v, group_size, first_shifted_head, doc_start, scale);
+  if (problem.doc_start) check_doc_start_values(problem.doc_start, problem.batch, problem.seqlen);
+
+  Tensor out = empty_contiguous_like(q);
+  Tensor lse = empty_row_stats(q);
+  ForwardParams params = {problem, view_of(q), view_of(k), view_of(v), view_of(out), lse.data_ptr()};
+  cpu::best_kernels().forward[static_cast<int>(dtype_of(q))](params);
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward_cpu(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out,
+                                                Tensor lse, int64_t group_size, int64_t first_shifted_head,
+                                                std::optional<Tensor> doc_start, double scale,
+                                                bool /*deterministic: always is*/) {
+  doc_start = contiguous(doc_start);
+  const Problem problem = make_problem(q, k, v, group_size, first_shifted_head, doc_start, scale);
+  if (problem.doc_start) check_doc_start_values(problem.doc_start, problem.batch, problem.seqlen);
+  check(same_shape(dout, q), "dout must have q's shape ", shape_of(q), ", but is ", shape_of(dout));
+  check(same_shape(out, q), "out must have q's shape ", shape_of(q), ", but is ", shape_of(out));
+  check_like("dout", dout, "q", q);
+  check_like("out", out, "q", q);
+  check(lse.dim() == 3 && lse.size(0) == q.size(0) && lse.size(1) == q.size(2) && lse.size(2) == q.size(1) &&
+            lse.scalar_type() == lse_dtype(q) && lse.device() == q.device(),
+        "lse must be the forward's, of shape [batch, heads, seqlen], but is ", shape_of(lse));
+  // What autograd hands over may be expanded, as the gradient of sum() is.
+  dout = dout.stride(3) == 1 ? dout : torch::stable::contiguous(dout);
+  out = torch::stable::contiguous(out);
+  lse = torch::stable::contiguous(lse);
+
+  Tensor dq = empty_contiguous_like(q);
+  Tensor dk = empty_contiguous_like(k);
+  Tensor dv = empty_contiguous_like(v);
+  Tensor delta = empty_row_stats(q);
+  BackwardParams params = {problem,     view_of(dout), view_of(q),     view_of(k),
+                           view_of(v),  view_of(out),  view_of(dq),    view_of(dk),
+                           view_of(dv), lse.data_ptr(), delta.data_ptr()};
+  cpu::best_kernels().backward[static_cast<int>(dtype_of(q))](params);
+  return {dq, dk, dv};
+}
+
+}  // namespace
+}  // namespace longlora
+
+STABLE_TORCH_LIBRARY(longlora, m) {
+  m.def(
+      "s2attn(Tensor q, Tensor k, Tensor v, SymInt group_size, Tensor? doc_start=None, *, "
+      "SymInt? first_shifted_head=None, bool wrap=False, float? scale=None, bool deterministic=False) -> Tensor");
+  m.def(
+      "s2attn_fwd(Tensor q, Tensor k, Tensor v, SymInt group_size, SymInt first_shifted_head, "
+      "Tensor? doc_start, float scale, bool deterministic) -> (Tensor out, Tensor lse)");
+  m.def(
+      "s2attn_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, SymInt group_size, "
+      "SymInt first_shifted_head, Tensor? doc_start, float scale, bool deterministic) -> "
+      "(Tensor dq, Tensor dk, Tensor dv)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(longlora, CPU, m) {
+  m.impl("s2attn_fwd", TORCH_BOX(&longlora::forward_cpu));
+  m.impl("s2attn_bwd", TORCH_BOX(&longlora::backward_cpu));
+}

@@ -1,0 +1,43 @@
+// What a kernel is told: plain data and raw pointers, no torch.
+#pragma once
+
+#include <cstdint>
+
+namespace longlora {
+
+enum class Dtype { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// One [batch, seqlen, heads, head_dim] tensor; strides in elements, the last one is 1.
+struct TensorView {
+  void* data;
+  int64_t batch_stride;
+  int64_t row_stride;
+  int64_t head_stride;
+};
+
+struct Problem {
+  int64_t batch;
+  int64_t seqlen;
+  int64_t heads;
+  int64_t kv_heads;  // divides heads
+  int64_t head_dim;
+  int64_t group_size;          // even, clamped by clamp_group_size
+  int64_t first_shifted_head;  // query heads from here on are shifted
+  double scale;
+  const int32_t* doc_start;  // [batch, seqlen] contiguous, or null: one document per row
+};
+
+struct ForwardParams {
+  Problem problem;
+  TensorView q, k, v, out;
+  void* lse;  // [batch, heads, seqlen] contiguous, float (double for kFloat64), natural logarithm
+};
+
+struct BackwardParams {
+  Problem problem;
+  TensorView dout, q, k, v, out, dq, dk, dv;
+  const void* lse;
+  void* delta;  // scratch like lse: rowsum(dout * out)
+};
+
+}  // namespace longlora

@@ -1,0 +1,91 @@
+"""`doc_start`: the one description of documents that the op understands, made from what trainers have.
+
+`doc_start` is int32 [batch, seqlen] and holds, for each token, the index within its row of the first token of its
+document. Two of them combine by `torch.maximum`: a token's document begins where the later of the two does.
+None of these functions waits for a GPU.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["doc_start_from_cu_seqlens", "doc_start_from_mask", "doc_start_from_position_ids"]
+
+
+def _from_begins(begins: Tensor) -> Tensor:
+    """`begins` is bool [B, N], True where a document begins; the first token of a row always begins one."""
+    index = torch.arange(begins.shape[1], device=begins.device, dtype=torch.int32)
+    return torch.where(begins, index, 0).cummax(dim=1).values.to(torch.int32)
+
+
+def _begins_where(changed: Tensor) -> Tensor:
+    """[B, N - 1] comparisons of neighbours to [B, N] beginnings."""
+    return torch.nn.functional.pad(changed, (1, 0), value=True)
+
+
+def _check_2d(name: str, tensor: Tensor) -> None:
+    if tensor.dim() != 2:
+        raise ValueError(f"{name} must have shape [batch, seqlen], but is {list(tensor.shape)}")
+
+
+def doc_start_from_position_ids(position_ids: Tensor) -> Tensor:
+    """Documents from positions: one begins wherever a position is not its predecessor's plus one.
+
+    Args:
+        position_ids (`Tensor`): integers [B, N]. Packed rows restart at every document; where counting starts does
+            not matter, so a row in the middle of a long text is one document.
+
+    Returns:
+        `Tensor`: int32 [B, N].
+
+    Raises:
+        ValueError: if `position_ids` is not two-dimensional.
+    """
+    _check_2d("position_ids", position_ids)
+    return _from_begins(_begins_where(position_ids[:, 1:] != position_ids[:, :-1] + 1))
+
+
+def doc_start_from_mask(attention_mask: Tensor) -> Tensor:
+    """Documents from a padding mask: the tokens of a row are one, the padding before and after are others.
+
+    Args:
+        attention_mask (`Tensor`): [B, N], bool or numbers; nonzero marks a token, zero padding, on either side.
+
+    Returns:
+        `Tensor`: int32 [B, N].
+
+    Raises:
+        ValueError: if `attention_mask` is not two-dimensional, or (on a CPU, where looking costs nothing) has padding
+            between tokens. On a GPU such a hole stops the next synchronisation with a device-side assertion.
+    """
+    _check_2d("attention_mask", attention_mask)
+    is_token = attention_mask != 0
+    changed = is_token[:, 1:] != is_token[:, :-1]
+    runs = is_token[:, 0] + (changed & is_token[:, 1:]).sum(dim=1)
+    hole = "attention_mask must hold one unbroken run of tokens per row: padding between tokens is not supported"
+    if is_token.device.type == "cpu" and not torch.compiler.is_compiling():
+        bad = (runs > 1).nonzero()
+        if len(bad):
+            raise ValueError(f"{hole}, but row {int(bad[0])} has {int(runs[bad[0]])} runs")
+    else:
+        torch._assert_async((runs <= 1).all(), hole)
+    return _from_begins(_begins_where(changed))
+
+
+def doc_start_from_cu_seqlens(cu_seqlens: Tensor) -> Tensor:
+    """Documents from FlashAttention's cumulative lengths, for one packed row.
+
+    Args:
+        cu_seqlens (`Tensor`): int32 [documents + 1]: 0, then the end of each document; the last is the row's length.
+
+    Returns:
+        `Tensor`: int32 [1, N].
+
+    Raises:
+        ValueError: if `cu_seqlens` is not one-dimensional, or does not begin with 0 and increase.
+    """
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+        raise ValueError(f"cu_seqlens must have shape [documents + 1], but is {list(cu_seqlens.shape)}")
+    lengths = cu_seqlens.diff()
+    if cu_seqlens[0] != 0 or (lengths < 0).any():
+        raise ValueError(f"cu_seqlens must begin with 0 and never decrease, but is {cu_seqlens.tolist()}")
+    return torch.repeat_interleave(cu_seqlens[:-1].to(torch.int32), lengths)[None]

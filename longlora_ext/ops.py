@@ -1,0 +1,167 @@
+"""`torch.ops.longlora.s2attn`: loads the library, adds what torch wants from Python, and the typed wrapper."""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+__all__ = ["s2attn"]
+
+torch.ops.load_library(Path(__file__).with_name("_C.so"))
+
+
+def s2attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    group_size: int,
+    doc_start: Tensor | None = None,
+    *,
+    first_shifted_head: int | None = None,
+    wrap: bool = False,
+    scale: float | None = None,
+    deterministic: bool = False,
+) -> Tensor:
+    """Shifted short attention (S2-Attn) of LongLoRA, https://arxiv.org/abs/2309.12307.
+
+    A query row attends causally to its group: [0, G), [G, 2G), ... in an unshifted head, [0, G/2), [G/2, 3G/2), ...
+    in a shifted one. Nothing sees the future, and memory grows with seqlen, not with its square.
+
+    Args:
+        q (`Tensor`): [B, N, H, D] of float32, bfloat16, float16 or float64; any N, D a multiple of 8 up to 256. Any
+            strides whose last is 1.
+        k (`Tensor`): [B, N, Hkv, D], dtype and device of `q`; Hkv divides H.
+        v (`Tensor`): like `k`.
+        group_size (`int`): G, tokens in a group, even. With G >= N and no shifted head this is dense causal attention.
+        doc_start (`Tensor`, *optional*): int32 [B, N]: for each token the index, within its row, of the first token of
+            its document. Groups restart there and nothing is seen across. `longlora_ext.documents` makes it.
+        first_shifted_head (`int`, *optional*): query heads from this one on are shifted; H // 2 by default. A rank that
+            holds only some heads passes clamp(H_total // 2 - its_first_head, 0, H).
+        wrap (`bool`): Algorithm 1 of the paper to the letter: shifted heads are rolled by G/2, so that the last half
+            group attends together with the first, which leaks the future into the first G/2 tokens. For
+            comparison only: it copies, needs N divisible by G, and takes no documents.
+        scale (`float`, *optional*): factor of q k^T; D ** -0.5 by default.
+        deterministic (`bool`): gradients are the same bits in every run. Also follows
+            `torch.use_deterministic_algorithms`.
+
+    Returns:
+        `Tensor`: [B, N, H, D], contiguous, dtype of `q`. Under autocast, inputs are cast to its dtype.
+
+    Raises:
+        RuntimeError: for an argument that does not fit, named, before any work starts. Differentiating twice, or in
+            forward mode, is refused as well.
+    """
+    return torch.ops.longlora.s2attn(
+        q,
+        k,
+        v,
+        group_size,
+        doc_start,
+        first_shifted_head=first_shifted_head,
+        wrap=wrap,
+        scale=scale,
+        deterministic=deterministic,
+    )
+
+
+def _check(ok: bool, message: str) -> None:
+    if not ok:
+        raise RuntimeError(f"s2attn: {message}")
+
+
+@torch.library.impl("longlora::s2attn", "CompositeImplicitAutograd")
+def _s2attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    group_size: int,
+    doc_start: Tensor | None = None,
+    *,
+    first_shifted_head: int | None = None,
+    wrap: bool = False,
+    scale: float | None = None,
+    deterministic: bool = False,
+) -> Tensor:
+    _check(q.dim() == 4, f"q must have 4 dimensions [batch, seqlen, heads, head_dim], but is {list(q.shape)}")
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+    if first_shifted_head is None:
+        first_shifted_head = q.shape[2] // 2
+    if scale is None:
+        scale = 1 / math.sqrt(q.shape[3])
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    if wrap:
+        return _wrapped(q, k, v, group_size, doc_start, first_shifted_head, scale, deterministic)
+    return torch.ops.longlora.s2attn_fwd(q, k, v, group_size, first_shifted_head, doc_start, scale, deterministic)[0]
+
+
+def _wrapped(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    group_size: int,
+    doc_start: Tensor | None,
+    first_shifted_head: int,
+    scale: float,
+    deterministic: bool,
+) -> Tensor:
+    seqlen, heads = q.shape[1], q.shape[2]
+    _check(doc_start is None, "wrap=True takes no doc_start: rolling mixes documents")
+    _check(
+        group_size > 0 and group_size % 2 == 0 and seqlen % group_size == 0,
+        f"wrap=True needs a seqlen divisible by an even group_size, but they are {seqlen} and {group_size}",
+    )
+    _check(
+        0 <= first_shifted_head <= heads,
+        f"first_shifted_head must be from 0 to the number of query heads {heads}, but is {first_shifted_head}",
+    )
+    _check(
+        k.dim() == 4 and v.dim() == 4 and k.shape[2] >= 1 and heads % k.shape[2] == 0,
+        f"k and v must be [batch, seqlen, kv_heads, head_dim] with kv_heads dividing {heads}, but k is {list(k.shape)}",
+    )
+    # One KV head for each query head: with GQA the boundary may fall between two heads of one KV head.
+    k, v = (x.repeat_interleave(heads // k.shape[2], dim=2) for x in (k, v))
+
+    def roll_shifted(x: Tensor, by: int) -> Tensor:
+        return torch.cat([x[:, :, :first_shifted_head], x[:, :, first_shifted_head:].roll(by, dims=1)], dim=2)
+
+    q, k, v = (roll_shifted(x, -(group_size // 2)) for x in (q, k, v))
+    out = torch.ops.longlora.s2attn_fwd(q, k, v, group_size, heads, None, scale, deterministic)[0]
+    return roll_shifted(out, group_size // 2)
+
+
+@torch.library.register_fake("longlora::s2attn_fwd")
+def _fake_fwd(q, k, v, group_size, first_shifted_head, doc_start, scale, deterministic):  # type: ignore[no-untyped-def]
+    batch, seqlen, heads, _ = q.shape
+    stats = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty((batch, heads, seqlen), dtype=stats)
+
+
+@torch.library.register_fake("longlora::s2attn_bwd")
+def _fake_bwd(dout, q, k, v, out, lse, group_size, first_shifted_head, doc_start, scale, deterministic):  # type: ignore[no-untyped-def]
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    q, k, v, ctx.group_size, ctx.first_shifted_head, doc_start, ctx.scale, ctx.deterministic = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, doc_start, out, lse)
+
+
+def _backward(ctx, dout, _dlse):  # type: ignore[no-untyped-def]
+    q, k, v, doc_start, out, lse = ctx.saved_tensors
+    dq, dk, dv = torch.ops.longlora.s2attn_bwd(
+        dout, q, k, v, out, lse, ctx.group_size, ctx.first_shifted_head, doc_start, ctx.scale, ctx.deterministic
+    )
+    return dq, dk, dv, None, None, None, None, None
+
+
+def _double_backward(ctx, *grads):  # type: ignore[no-untyped-def]
+    raise NotImplementedError("s2attn cannot be differentiated twice")
+
+
+torch.library.register_autograd("longlora::s2attn_fwd", _backward, setup_context=_setup_context)
+torch.library.register_autograd("longlora::s2attn_bwd", _double_backward)
