@@ -1,0 +1,521 @@
+"""Fine-tuning an extended model: LoRA with trainable embedding and norms, or all weights; save, load, merge.
+
+    model = prepare_model(model, lora_config(model))     # or prepare_model(model, None): full fine-tuning
+    ...                                                  # train, with or without DeepSpeed
+    save_adapter(model, "adapter", tokenizer)            # LoRA + embedding + norms + RoPE + group size
+    model = load("adapter")                              # the extended model, ready to generate
+    merge("adapter", "merged")                           # a plain model folder
+
+Embedding and norms must train in fp32: at a learning rate of 2e-5 a step is smaller than half the distance between two bfloat16
+numbers, so in bf16 most of their weights never move. Without a launcher, under DDP and under ZeRO-1 and -2 the trainable weights
+themselves are fp32 while activations keep the base model's dtype; ZeRO-3 wants one dtype for all and has fp32 masters of its
+own. What is saved is the fp32 weight in every case.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import peft
+import torch
+import torch.distributed as dist
+import transformers
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from longlora_ext.attention import NAME
+from longlora_ext.context import CONFIG_FIELDS, context_length
+
+RECORD = "longlora.json"
+_ADAPTER = "default"
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_SHAPE_FIELDS = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "tie_word_embeddings",
+)
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token", "trust_remote_code")
+_SAMPLES = 16  # weights a tensor in the fingerprint of the base model
+_SAME = 0.01  # relative distance of two fingerprints: rounding to bf16 makes 0.002
+
+T = TypeVar("T")
+
+
+# --- training ---------------------------------------------------------------------------------------------------------------
+
+
+def lora_config(model: PreTrainedModel, **overrides: Any) -> LoraConfig:
+    """
+    The recipe of LongLoRA as a PEFT config: LoRA on the attention projections, embedding and norms trained in full.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model to fine-tune; its modules are looked at, not changed.
+        overrides:
+            Fields of [`peft.LoraConfig`], in place of r=8, lora_alpha=16, no dropout, the four projections as `target_modules`
+            and embedding and norms as `modules_to_save`.
+
+    Returns:
+        [`peft.LoraConfig`]: tied embeddings are trained as one and stay tied.
+
+    Raises:
+        `ValueError`: the model has no `q_proj`, `k_proj`, `v_proj`, `o_proj`, and `target_modules` are not given.
+    """
+    names = {name: module for name, module in model.named_modules() if name}
+    last = {name.rpartition(".")[2] for name in names}
+    targets = [name for name in _PROJECTIONS if name in last]
+    if not targets and "target_modules" not in overrides:
+        raise ValueError(
+            f"{type(model).__name__} has none of the modules {', '.join(_PROJECTIONS)}: pass target_modules=[...] with the names "
+            "of its attention projections"
+        )
+    embedding = model.get_input_embeddings()
+    trained = {name.rpartition(".")[2] for name, module in names.items() if module is embedding}
+    trained |= {name.rpartition(".")[2] for name, module in names.items() if _is_norm(module)}
+    fields: dict[str, Any] = {
+        "r": 8,
+        "lora_alpha": 16,
+        "lora_dropout": 0.0,
+        "task_type": "CAUSAL_LM",
+        "target_modules": targets,
+        "modules_to_save": sorted(trained),
+    }
+    fields.update(overrides)
+    saved = fields["modules_to_save"] or []
+    if _is_tied(model) and any(name in saved for name, module in _by_last_name(names) if module is embedding):
+        fields.setdefault("ensure_weight_tying", True)
+    return LoraConfig(**fields)
+
+
+def _by_last_name(modules: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    return ((name.rpartition(".")[2], module) for name, module in modules.items())
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return type(module).__name__.lower().endswith("norm") and any(
+        True for _ in module.parameters(recurse=False)
+    )
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    output = model.get_output_embeddings()
+    return output is not None and output.weight is model.get_input_embeddings().weight
+
+
+def prepare_model(model: PreTrainedModel, peft_config: PeftConfig | None) -> PreTrainedModel | PeftModel:
+    """
+    Make a model trainable, with trainable weights that take small steps.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The extended model, in the dtype to compute in; it is changed.
+        peft_config ([`peft.PeftConfig`], *optional*):
+            Such as [`lora_config`] makes. `None` is full fine-tuning: all weights train.
+
+    Returns:
+        The model with its adapter, or the model itself. Trainable weights are fp32, except under ZeRO-3, which keeps fp32
+        masters of them.
+
+    Raises:
+        `ValueError`: the model has an adapter already.
+    """
+    if isinstance(model, PeftModel):
+        raise ValueError("the model has an adapter already: pass the base model")
+    in_fp32 = not is_deepspeed_zero3_enabled()
+    if peft_config is None:
+        model.requires_grad_(True)
+        return model.float() if in_fp32 else model
+    prepared = get_peft_model(model, peft_config, autocast_adapter_dtype=in_fp32)
+    if os.path.isdir(model.name_or_path):  # an adapter must find its base from any working directory
+        prepared.peft_config[_ADAPTER].base_model_name_or_path = os.path.abspath(model.name_or_path)
+    for module in prepared.modules():
+        copies = getattr(module, "modules_to_save", None)
+        if isinstance(copies, nn.ModuleDict) and in_fp32:
+            _train_in_fp32(copies[_ADAPTER])
+    if not in_fp32:
+        for parameter in prepared.parameters():
+            if parameter.requires_grad and parameter.dtype != model.dtype:
+                parameter.data = parameter.data.to(model.dtype)
+    return prepared
+
+
+def _train_in_fp32(module: nn.Module) -> None:
+    """Keep the weights in fp32 and the activations around them in the dtype they have now."""
+    dtype = next(module.parameters()).dtype
+    for parameter in module.parameters():
+        parameter.data = parameter.data.float()  # in place: a tied weight stays one parameter
+    if dtype != torch.float32 or isinstance(module, nn.Linear):
+        module.register_forward_pre_hook(_cast_input)
+        module.register_forward_hook(functools.partial(_cast_output, dtype=dtype))
+
+
+def _cast_input(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+    if isinstance(module, nn.Linear):  # a tied output embedding: F.linear wants one dtype
+        return (args[0].to(module.weight.dtype), *args[1:])
+    return None
+
+
+def _cast_output(module: nn.Module, args: Any, output: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return output.to(dtype)
+
+
+# --- saving -----------------------------------------------------------------------------------------------------------------
+
+
+def save_adapter(
+    model: nn.Module, folder: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
+    """
+    Save what was trained, in fp32, together with what the context extension changed.
+
+    Every process calls it; the first one writes. The folder appears under its name only when it is complete.
+
+    Args:
+        model (`torch.nn.Module`):
+            What [`prepare_model`] returned, or the DDP or DeepSpeed wrapper of it.
+        folder (`str` or `os.PathLike`):
+            Must not exist, or be empty. It receives `adapter_model.safetensors` (LoRA, embedding, norms),
+            `adapter_config.json` and `longlora.json`; after full fine-tuning it becomes a plain model folder.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Saved beside.
+
+    Raises:
+        `FileExistsError`: the folder holds something.
+        `ValueError`: the model is not one to save here.
+    """
+    if not isinstance(model, (PeftModel, PreTrainedModel)):
+        model = getattr(model, "module", model)
+    if not isinstance(model, (PeftModel, PreTrainedModel)):
+        raise ValueError(
+            f"model must be what prepare_model returned, or its wrapper, but it is a {type(model).__name__}"
+        )
+    if isinstance(model, PeftModel) and list(model.peft_config) != [_ADAPTER]:
+        raise ValueError(
+            f"the model must have the one adapter of prepare_model, but it has {list(model.peft_config)}"
+        )
+    target = Path(folder)
+    _on_first_process(lambda: _refuse_to_overwrite(target))
+    state = _fp32_state(model, only_trainable=isinstance(model, PeftModel))
+    fingerprint = _fingerprint(model) if isinstance(model, PeftModel) else {}
+
+    def write() -> None:
+        with _appearing(target) as unfinished:
+            if isinstance(model, PeftModel):
+                _write_adapter(model, state, fingerprint, unfinished)
+            else:
+                _write_model(model, state, unfinished)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(unfinished)
+
+    _on_first_process(write)
+
+
+def _is_first_process() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _on_first_process(action: Callable[[], None]) -> None:
+    """Run it on the first process; if it fails there, fail everywhere instead of leaving the others waiting."""
+    failure: Exception | None = None
+    if _is_first_process():
+        try:
+            action()
+        except Exception as error:  # handed on below, on every process
+            failure = error
+    if dist.is_initialized():
+        message = [None if failure is None else str(failure)]
+        dist.broadcast_object_list(message, src=0)
+        if failure is None and message[0] is not None:
+            raise RuntimeError(f"the first process failed: {message[0]}")
+    if failure is not None:
+        raise failure
+
+
+def _refuse_to_overwrite(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(
+            f"{folder} exists and is not an empty folder: nothing is overwritten, choose another one"
+        )
+
+
+@contextmanager
+def _appearing(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` to write into, which takes its name once all is written."""
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        _refuse_to_overwrite(folder)
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _fp32_state(model: nn.Module, only_trainable: bool) -> dict[str, torch.Tensor]:
+    """
+    The fp32 weights under their full names, on the CPU of the first process (elsewhere empty). A tied weight is one tensor
+    under all its names. Collective under ZeRO.
+    """
+    state: dict[str, torch.Tensor] = {}
+    seen: dict[int, torch.Tensor] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if only_trainable and not parameter.requires_grad:
+            continue
+        if id(parameter) not in seen:
+            weight = _fp32(parameter)
+            seen[id(parameter)] = weight.cpu() if _is_first_process() else weight.new_empty(0)
+        state[name] = seen[id(parameter)]
+    return state if _is_first_process() else {}
+
+
+def _fp32(parameter: nn.Parameter) -> torch.Tensor:
+    """The whole weight in fp32: DeepSpeed's master where it keeps one, as its own weight may be a bf16 rounding of it."""
+    is_zero3 = hasattr(parameter, "ds_id")
+    if not is_zero3 and not hasattr(parameter, "_hp_mapping"):
+        return parameter.detach().float().clone()
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    if not is_zero3 or (parameter.requires_grad and hasattr(parameter, "_z3_optimizer")):
+        master = safe_get_full_fp32_param(parameter)
+        return master.detach().float().reshape(_shape(parameter))
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().float().clone()
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _fingerprint(model: nn.Module) -> dict[str, list[float]]:
+    """A few weights of the first and the last frozen matrix, under their names in the base model."""
+    frozen = {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if not parameter.requires_grad
+        and len(_shape(parameter)) == 2
+        and parameter.is_floating_point()
+        and ".original_module." not in name
+    }
+    names = list(frozen)
+    return {name: _sample(frozen[name]) for name in dict.fromkeys(names[:1] + names[-1:])}
+
+
+def _sample(parameter: nn.Parameter) -> list[float]:
+    flat = _fp32(parameter).flatten()
+    return flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].tolist()
+
+
+def _write_adapter(
+    model: PeftModel, state: dict[str, torch.Tensor], fingerprint: dict[str, list[float]], folder: Path
+) -> None:
+    tensors = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+    # PEFT reads a tied weight under all its names, and safetensors wants no two names for the same memory.
+    first = {id(tensor): name for name, tensor in reversed(tensors.items())}
+    tensors = {
+        name: tensor if first[id(tensor)] == name else tensor.clone() for name, tensor in tensors.items()
+    }
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    peft_config = model.peft_config[_ADAPTER]
+    was = peft_config.inference_mode
+    peft_config.inference_mode = True
+    peft_config.save_pretrained(folder)
+    peft_config.inference_mode = was
+    config = model.get_base_model().config
+    record = {
+        "context_length": context_length(config),
+        "max_position_embeddings": config.max_position_embeddings,
+        "rope_parameters": config.rope_parameters,
+        "config": {name: getattr(config, name) for name in CONFIG_FIELDS if hasattr(config, name)},
+        "base_shape": _base_shape(config),
+        "base_weights": fingerprint,
+        "versions": {"transformers": transformers.__version__, "peft": peft.__version__},
+    }
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _write_model(model: PreTrainedModel, state: dict[str, torch.Tensor], folder: Path) -> None:
+    buffers = dict(model.named_buffers())
+    state = state | {name: buffers[name] for name in model.state_dict() if name in buffers}
+    model.save_pretrained(folder, state_dict=state)
+    # Under ZeRO the model computes in another dtype than the masters have; the config must tell that of the files.
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["dtype"] = "float32"
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _base_shape(config: PreTrainedConfig) -> dict[str, Any]:
+    return {name: getattr(config, name, None) for name in _SHAPE_FIELDS}
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------------
+
+
+def load(
+    folder: str | os.PathLike[str], *, base_model: str | None = None, **from_pretrained_kwargs: Any
+) -> PreTrainedModel | PeftModel:
+    """
+    The extended model of an adapter folder, in eval mode.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            What [`save_adapter`] wrote, after LoRA or after full fine-tuning.
+        base_model (`str`, *optional*):
+            Where the base model is now, if not where it was in training.
+        from_pretrained_kwargs:
+            For `AutoModelForCausalLM.from_pretrained`, such as `dtype` (of all weights, the adapter's too),
+            `device_map`, or an `attn_implementation` other than `"s2attn"`.
+
+    Returns:
+        The [`peft.PeftModel`], or the model itself after full fine-tuning.
+
+    Raises:
+        `FileNotFoundError`: the folder is not one of [`save_adapter`].
+        `ValueError`: the base model is not the one that the adapter was trained on.
+    """
+    folder = Path(folder)
+    from_pretrained_kwargs.setdefault("attn_implementation", NAME)
+    if not (folder / "adapter_config.json").is_file():
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{folder} holds neither adapter_config.json nor config.json: it is no folder of save_adapter"
+            )
+        return AutoModelForCausalLM.from_pretrained(folder, **from_pretrained_kwargs)
+    record = _read_record(folder)
+    base, hub = _base_of(folder, base_model), _hub_arguments(from_pretrained_kwargs)
+    config = AutoConfig.from_pretrained(base, **hub)
+    _check_shape(config, record, base)
+    for name in ("max_position_embeddings", "rope_parameters"):
+        setattr(config, name, record[name])
+    for name, value in record["config"].items():
+        setattr(config, name, value)
+    model = AutoModelForCausalLM.from_pretrained(base, config=config, **from_pretrained_kwargs)
+    _check_weights(model, record, base)
+    return PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False).eval()
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    path = folder / RECORD
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds an adapter but no {RECORD}: without it the RoPE parameters that the adapter was trained with are "
+            "not known; save it with longlora_ext.adapter.save_adapter"
+        )
+    return json.loads(path.read_text())
+
+
+def _base_of(folder: Path, base_model: str | None) -> str:
+    base = base_model or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    if not base:
+        raise ValueError(f"{folder} does not say which base model it was trained on: pass base_model")
+    if os.path.isabs(base) and not os.path.isdir(base):
+        raise FileNotFoundError(
+            f"the base model is no longer at {base}: pass base_model with where it is now"
+        )
+    return base
+
+
+def _hub_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: arguments[name] for name in _HUB_ARGUMENTS if name in arguments}
+
+
+def _check_shape(config: PreTrainedConfig, record: dict[str, Any], base: str) -> None:
+    here = _base_shape(config)
+    differ = [
+        f"{name} {here[name]} instead of {want}"
+        for name, want in record["base_shape"].items()
+        if here[name] != want
+    ]
+    if differ:
+        raise ValueError(f"{base} is not the base model of this adapter: it has {', '.join(differ)}")
+
+
+def _check_weights(model: PreTrainedModel, record: dict[str, Any], base: str) -> None:
+    parameters = dict(model.named_parameters())
+    for name, values in record["base_weights"].items():
+        if name in parameters and not parameters[name].is_floating_point():
+            continue  # quantised: other numbers by design
+        want = torch.tensor(values)
+        have = torch.tensor(_sample(parameters[name])) if name in parameters else None
+        if have is None or not (have - want).norm() <= _SAME * want.norm():
+            raise ValueError(
+                f"{base} is not the base model of this adapter: it has the same shape but other weights ({name}). Pass the "
+                "model that the adapter was trained on as base_model"
+            )
+
+
+# --- merging ----------------------------------------------------------------------------------------------------------------
+
+
+def merge(
+    folder: str | os.PathLike[str],
+    output_folder: str | os.PathLike[str],
+    *,
+    base_model: str | None = None,
+    **from_pretrained_kwargs: Any,
+) -> None:
+    """
+    Write base model and adapter as one plain model folder, which transformers loads with no code of ours.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            The adapter folder.
+        output_folder (`str` or `os.PathLike`):
+            Must not exist, or be empty; it appears when it is complete. The tokenizer comes along, from the adapter folder
+            or else from the base model.
+        base_model, from_pretrained_kwargs:
+            As for [`load`]; `dtype` is that of the merged weights (the base model's if absent).
+
+    Raises:
+        `FileExistsError`: the output folder holds something.
+        `ValueError`: the folder holds a whole model, not an adapter.
+        And what [`load`] raises.
+    """
+    folder, target = Path(folder), Path(output_folder)
+    _refuse_to_overwrite(target)
+    if (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is a plain model folder already: there is nothing to merge")
+    model = load(folder, base_model=base_model, **{"attn_implementation": "sdpa", **from_pretrained_kwargs})
+    merged = model.merge_and_unload(safe_merge=True)
+    for name in CONFIG_FIELDS:
+        if hasattr(merged.config, name):
+            delattr(merged.config, name)
+    tokenizer_folder = _tokenizer_folder(folder, _base_of(folder, base_model))
+    with _appearing(target) as unfinished:
+        merged.save_pretrained(unfinished)
+        if tokenizer_folder is not None:
+            hub = _hub_arguments(from_pretrained_kwargs)
+            AutoTokenizer.from_pretrained(tokenizer_folder, **hub).save_pretrained(unfinished)
+
+
+def _tokenizer_folder(folder: Path, base: str) -> str | None:
+    if (folder / "tokenizer_config.json").is_file():
+        return str(folder)
+    if os.path.isdir(base) and not os.path.isfile(os.path.join(base, "tokenizer_config.json")):
+        return None
+    return base

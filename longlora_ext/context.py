@@ -1,0 +1,184 @@
+"""Context extension: the change of a model's config that lets it read further.
+
+The RoPE parameters are part of the config, so the change is made before the model is built, and it is saved with it:
+
+    config = extend_config(AutoConfig.from_pretrained(name), 32768)
+    model = AutoModelForCausalLM.from_pretrained(name, config=config, attn_implementation="s2attn")
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from longlora_ext.attention import DEFAULT_GROUP_RATIO, even_group_size
+
+# The fields of ours on a config. A model without them is a plain transformers model.
+CONFIG_FIELDS = ("s2attn_group_size", "s2attn_mode", "s2attn_context_length")
+
+# Types whose parameters name the length the model was first trained at, and what they need besides a factor.
+_ORIGINAL = "original_max_position_embeddings"
+_NEEDS_ORIGINAL = ("yarn", "llama3", "longrope")
+_DEFAULTS: dict[str, dict[str, Any]] = {"llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0}}
+# Derived from the factor by transformers when absent: those of a smaller factor must not be carried over.
+_STALE = ("attention_factor",)
+
+
+def context_length(config: PreTrainedConfig) -> int:
+    """
+    The number of tokens that a model of this config is made for.
+
+    Args:
+        config ([`~transformers.PreTrainedConfig`]):
+            An extended config or any other; for any other it is `max_position_embeddings`.
+    """
+    return getattr(config, "s2attn_context_length", None) or config.max_position_embeddings
+
+
+def extend_config(
+    config: PreTrainedConfig,
+    context_length: int,
+    *,
+    rope_type: str = "linear",
+    rope_parameters: dict[str, Any] | None = None,
+    group_ratio: float = DEFAULT_GROUP_RATIO,
+    group_size: int | None = None,
+) -> PreTrainedConfig:
+    """
+    A copy of a model's config for a longer context.
+
+    The factor is `ceil(context_length / original)`. For a model without scaling, `original` is its
+    `max_position_embeddings`. A model that is scaled already is extended with its own `rope_type` only: linear factors multiply;
+    for `llama3`, `yarn` and the like the factor is counted from the length that the parameters name as the original one, and the
+    other parameters are kept.
+
+    Args:
+        config ([`~transformers.PreTrainedConfig`]):
+            The base model's config; it is not changed.
+        context_length (`int`):
+            The new context, in tokens; more than the present one.
+        rope_type (`str`, defaults to `"linear"`):
+            Any type that transformers knows. `"default"` scales nothing (of use with another `rope_theta` in
+            `rope_parameters`); `"longrope"` needs its factors in `rope_parameters`.
+        rope_parameters (`dict`, *optional*):
+            Parameters of that type, in place of those computed here.
+        group_ratio (`float`, defaults to 0.25):
+            The group size as a part of the new context, in (0, 1]; it is made even.
+        group_size (`int`, *optional*):
+            The group size in tokens, even, in place of the ratio.
+
+    Returns:
+        [`~transformers.PreTrainedConfig`]: with changed `rope_parameters`, `max_position_embeddings` (the new context; for
+        `"dynamic"` it stays, as transformers scales only beyond it), `s2attn_context_length` and `s2attn_group_size`.
+
+    Raises:
+        `ValueError`: an argument is out of its range, or the config's RoPE cannot be extended as asked.
+    """
+    present = _present_length(config)
+    if not _is_int(context_length) or context_length <= present:
+        raise ValueError(
+            f"context_length must be an integer above the model's present context of {present} tokens, but it is {context_length!r}"
+        )
+    extended = copy.deepcopy(config)
+    extended.s2attn_group_size = _group_size(context_length, group_ratio, group_size)
+    extended.s2attn_context_length = context_length
+    new = _extended_rope(config, context_length, rope_type, dict(rope_parameters or {}))
+    if rope_type != "dynamic":
+        extended.max_position_embeddings = context_length
+    extended.rope_parameters = new
+    _check_rope(extended, rope_type)
+    return extended
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _present_length(config: PreTrainedConfig) -> int:
+    if not _is_int(getattr(config, "max_position_embeddings", None)) or not getattr(
+        config, "rope_parameters", None
+    ):
+        raise ValueError(
+            f"{type(config).__name__} has no max_position_embeddings with rope_parameters: only decoders with rotary "
+            "position embeddings can be extended"
+        )
+    return context_length(config)
+
+
+def _group_size(context: int, ratio: float, size: int | None) -> int:
+    if size is not None:
+        if not _is_int(size) or size < 2 or size % 2 or size > context:
+            raise ValueError(
+                f"group_size must be an even integer from 2 to the context of {context}, but it is {size!r}"
+            )
+        return size
+    if not 0 < ratio <= 1:
+        raise ValueError(f"group_ratio must be above 0 and at most 1, but it is {ratio!r}")
+    return even_group_size(context * ratio)
+
+
+def _extended_rope(
+    config: PreTrainedConfig, context: int, rope_type: str, given: dict[str, Any]
+) -> dict[str, Any]:
+    """The new `rope_parameters`: those that stay, the factor, and over both what the caller gave."""
+    present = dict(config.rope_parameters)
+    if any(isinstance(value, dict) for value in present.values()):
+        raise ValueError(
+            f"this model has different RoPE parameters for different layers ({', '.join(map(str, present))}): such models "
+            "cannot be extended here"
+        )
+    if rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS:
+        raise ValueError(
+            f"rope_type must be one of {', '.join(['default', *ROPE_INIT_FUNCTIONS])}, but it is {rope_type!r}"
+        )
+    if given.get("rope_type", rope_type) != rope_type:
+        raise ValueError(
+            f"rope_parameters say rope_type {given['rope_type']!r}, but rope_type is {rope_type!r}"
+        )
+    if rope_type == "longrope" and not {"short_factor", "long_factor"} <= given.keys():
+        raise ValueError(
+            "rope_type 'longrope' needs rope_parameters with short_factor and long_factor: they are found by a search, not "
+            "computed from the context length"
+        )
+    present_type = present.get("rope_type", "default")
+    if present_type not in ("default", rope_type):
+        raise ValueError(
+            f"this model's RoPE is scaled with rope_type {present_type!r} already and cannot be extended with {rope_type!r}: "
+            f"pass rope_type={present_type!r}"
+        )
+    new = {key: value for key, value in present.items() if key not in _STALE}
+    new["rope_type"] = rope_type
+    if rope_type == "default":
+        return {**new, **given}
+    original = config.max_position_embeddings
+    if rope_type in _NEEDS_ORIGINAL:
+        # transformers lets the field of the config, where a model has one, win over that of the parameters
+        original = getattr(config, _ORIGINAL, None) or present.get(_ORIGINAL) or original
+        new[_ORIGINAL] = original
+    factor = float(math.ceil(context / original))
+    if rope_type == present_type == "linear":
+        factor *= present["factor"]
+    for key, value in _DEFAULTS.get(rope_type, {}).items():
+        new.setdefault(key, value)
+    return {**new, "factor": factor, **given}
+
+
+def _check_rope(config: PreTrainedConfig, rope_type: str) -> None:
+    """Compute the frequencies once, so that a wrong parameter is reported here and not when the model is built."""
+    if rope_type == "default":
+        return
+    try:
+        config.validate_rope()
+        frequencies, _ = ROPE_INIT_FUNCTIONS[rope_type](config, "cpu", seq_len=context_length(config))
+    except (KeyError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"rope_parameters {config.rope_parameters} do not fit rope_type {rope_type!r}: {error}"
+        ) from error
+    if not bool(frequencies.isfinite().all()) or not bool((frequencies >= 0).all()):
+        raise ValueError(
+            f"rope_parameters {config.rope_parameters} give frequencies that are not finite and positive"
+        )
