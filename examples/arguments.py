@@ -1,0 +1,283 @@
+"""What can be asked of `finetune_llama.py` on the command line, and what it does when nothing is asked.
+
+Options that transformers has (`TrainingArguments`: learning rate, batch, steps, logging, DeepSpeed, ...)
+are taken as they are; here are only those it has not, and the defaults: the paper's recipe for any model
+you name, and a small one for the tiny Llama that ships with the project.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from launch import BY_DEEPSPEED, RANK, WORLD_SIZE, fail, prepare_deepspeed
+from transformers import HfArgumentParser, TrainingArguments
+
+HERE = Path(__file__).resolve().parent
+TINY_LLAMA = HERE / "tiny_llama"
+
+#: transformers renamed this option in 5.23.
+CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if hasattr(TrainingArguments, name)
+)
+
+#: The recipe of the LongLoRA paper. Its global batch of 64 sequences is made up by accumulation.
+RECIPE: dict[str, Any] = {
+    "max_steps": 1000,
+    "learning_rate": 2e-5,
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 20,
+    "weight_decay": 0.0,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    CHECKPOINTING: True,
+    f"{CHECKPOINTING}_kwargs": '{"use_reentrant": false}',
+    "logging_steps": 10,
+    "save_steps": 100,
+    "save_total_limit": 2,
+    "eval_tokens": 65536,
+}
+GLOBAL_BATCH = 64
+
+#: What is different for the tiny Llama, so that it is done in minutes on two CPU cores.
+TINY_RECIPE: dict[str, Any] = RECIPE | {
+    "max_steps": 150,
+    "learning_rate": 1e-3,
+    "gradient_accumulation_steps": 1,
+    "per_device_train_batch_size": 4,
+    CHECKPOINTING: False,
+    "save_steps": 50,
+    "eval_tokens": 16384,
+}
+
+DESCRIPTION = """\
+Extend the context of a Llama-like model with shifted short attention (LongLoRA).
+
+Without arguments it extends the tiny Llama that ships with the project fourfold, on the text of Python's
+standard library, and shows what that changed; a few minutes on two CPU cores. Started by `deepspeed`, it
+trains under ZeRO-2 unless --deepspeed names another configuration (examples/ds_configs/: zero2, zero3,
+zero3_offload).
+"""
+
+EXAMPLES = """\
+examples:
+  see it work, no download, no GPU:
+    deepspeed examples/finetune_llama.py
+
+  a model and a text of your own, to four times the model's context:
+    deepspeed examples/finetune_llama.py --model_name_or_path my/llama --train_file books/
+
+  to 32768 tokens under ZeRO-3, YaRN instead of linear scaling, attention in groups of 4096:
+    deepspeed examples/finetune_llama.py --model_name_or_path my/llama --train_file 'data/*.jsonl' \\
+        --context_length 32768 --rope_type yarn --group_size 4096 --deepspeed examples/ds_configs/zero3.json
+
+  go on after an interruption: the same command again, with the same --output_dir, and
+    --resume_from_checkpoint latest
+
+the output folder (default: runs/MODEL-CONTEXT) holds adapter/ (what was trained), perplexity.txt and .json,
+loss.png, checkpoint-*/ and run.json (the settings)
+"""
+
+
+@dataclass
+class ModelOptions:
+    """The model and its new context."""
+
+    _argument_group_name = "model and context"
+
+    model_name_or_path: str = field(
+        default=str(TINY_LLAMA),
+        metadata={"help": "Model to extend: a folder or a hub name."},
+    )
+    gguf_file: str | None = field(
+        default=None, metadata={"help": "The GGUF file to load, where the model is a folder that holds one."}
+    )
+    context_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of the new context, and of a training sequence. Default: four times the model's."
+        },
+    )
+    rope_type: str = field(
+        default="linear",
+        metadata={
+            "help": "How positions are scaled to the new context: any RoPE type of transformers (yarn, ...)."
+        },
+    )
+    rope_parameters: str | None = field(
+        default=None,
+        metadata={"help": "Further parameters of that RoPE type, as JSON: '{\"beta_fast\": 32}'."},
+    )
+    group_ratio: float | None = field(
+        default=None,
+        metadata={"help": "Tokens of an attention group as a share of the context. Default: 0.25."},
+    )
+    group_size: int | None = field(
+        default=None, metadata={"help": "Tokens of an attention group, instead of --group_ratio. Even."}
+    )
+    full_finetune: bool = field(
+        default=False, metadata={"help": "Train all weights, the paper's baseline, instead of an adapter."}
+    )
+    lora_r: int = field(default=8, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=16, metadata={"help": "Scale of the adapter."})
+
+
+@dataclass
+class DataOptions:
+    """The text."""
+
+    _argument_group_name = "text"
+
+    train_file: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Text to train on: files (.txt .md .rst .py: a document each; .jsonl .json .parquet: "
+            "a document a row), folders, glob patterns, or hub datasets OWNER/NAME[:CONFIG[:SPLIT]]. "
+            "Default: Python's standard library."
+        },
+    )
+    eval_file: list[str] | None = field(
+        default=None,
+        metadata={"help": "Text to measure on, given likewise. Default: every 20th document is held out."},
+    )
+    text_column: str = field(
+        default="text", metadata={"help": "Column that holds the text of JSON and Parquet."}
+    )
+    eval_tokens: int = field(
+        default=65536,
+        metadata={"help": "Held-out tokens to measure perplexity on, before and after; 0: do not."},
+    )
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Examples stay as they are laid out; defaults are shown, except "None", which says nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class _Parser(HfArgumentParser):
+    """Fails, and helps, on one process only."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message} (--help lists the options)")
+
+    def print_help(self, file: Any = None) -> None:
+        if RANK == 0:
+            super().print_help(file)
+
+
+@contextmanager
+def one_clear_error() -> Iterator[None]:
+    """Turn what libraries raise about bad input into one line. Only for what comes before the work."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, NotImplementedError) as error:
+        fail(" ".join(str(error).split()) or type(error).__name__)
+
+
+def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingArguments]:
+    """Read the command line, on every process alike.
+
+    Args:
+        argv: The arguments, without the program's name.
+
+    Returns:
+        The options with their defaults filled in, and checked as far as that goes without looking at model
+        and text. `TrainingArguments` brings the process group up.
+
+    Raises:
+        SystemExit: On a mistake, after saying what it is; and after --help.
+    """
+    kinds: Any = (ModelOptions, DataOptions, TrainingArguments)
+    parser = _Parser(
+        kinds,
+        prog="finetune_llama.py",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    probe = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    probe.add_argument("--model_name_or_path", "--model-name-or-path")
+    named = probe.parse_known_args(argv)[0].model_name_or_path
+    parser.set_defaults(**(TINY_RECIPE if named is None else RECIPE), **_machine_defaults())
+
+    asked, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(f"unknown argument: {' '.join(unknown)}")
+    if _is_given(argv, "num_train_epochs") and not _is_given(argv, "max_steps"):
+        parser.set_defaults(max_steps=-1)
+    if named is not None and not _is_given(argv, "gradient_accumulation_steps"):
+        batch = max(1, asked.per_device_train_batch_size) * WORLD_SIZE
+        parser.set_defaults(gradient_accumulation_steps=max(1, GLOBAL_BATCH // batch))
+    if asked.output_dir is None:
+        parser.set_defaults(output_dir="")  # named after model and context, later
+    _check(parser, asked)
+
+    with one_clear_error():
+        if asked.deepspeed:
+            prepare_deepspeed()
+        model, data, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    if os.path.isdir(model.model_name_or_path):
+        model.model_name_or_path = os.path.abspath(model.model_name_or_path)
+    return model, data, training
+
+
+def _machine_defaults() -> dict[str, Any]:
+    """Defaults that depend on what the program runs on and how it was started."""
+    gpu = torch.cuda.is_available()
+    defaults = {"bf16": gpu and torch.cuda.is_bf16_supported(), "dataloader_pin_memory": gpu}
+    if BY_DEEPSPEED:
+        defaults["deepspeed"] = str(HERE / "ds_configs" / "zero2.json")
+    return defaults
+
+
+def _is_given(argv: Sequence[str], option: str) -> bool:
+    spellings = {f"--{option}", f"--{option.replace('_', '-')}"}
+    return any(argument.split("=")[0] in spellings for argument in argv)
+
+
+def _check(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None:
+    """Refuse what is wrong by itself, whatever the model and the text are."""
+    if asked.context_length is not None and asked.context_length < 2:
+        parser.error(f"--context_length must be 2 or more, got {asked.context_length}")
+    if asked.group_ratio is not None and asked.group_size is not None:
+        parser.error("--group_ratio and --group_size say the same thing: give one of them")
+    if asked.group_ratio is not None and not 0 < asked.group_ratio <= 1:
+        parser.error(f"--group_ratio must be above 0 and at most 1, got {asked.group_ratio}")
+    if asked.group_size is not None and (asked.group_size < 2 or asked.group_size % 2):
+        parser.error(f"--group_size must be even and at least 2, got {asked.group_size}")
+    for option in ("lora_r", "lora_alpha", "per_device_train_batch_size", "per_device_eval_batch_size"):
+        if getattr(asked, option) < 1:
+            parser.error(f"--{option} must be 1 or more, got {getattr(asked, option)}")
+    if asked.eval_tokens < 0:
+        parser.error(f"--eval_tokens must be 0 or more, got {asked.eval_tokens}")
+    if asked.max_steps <= 0 and asked.num_train_epochs <= 0:
+        parser.error("nothing to train: give --max_steps or --num_train_epochs above 0")
+    if asked.eval_file is not None and asked.train_file is None:
+        parser.error("--eval_file needs --train_file")
+    if asked.resume_from_checkpoint == "latest" and asked.output_dir is None:
+        parser.error("--resume_from_checkpoint latest needs the --output_dir of the run to go on with")
+    if asked.rope_parameters is not None:
+        try:
+            parsed = json.loads(asked.rope_parameters)
+        except ValueError:
+            parsed = None
+        if not isinstance(parsed, dict):
+            parser.error(f"--rope_parameters must be a JSON object, got {asked.rope_parameters!r}")
+    if (
+        isinstance(asked.deepspeed, str)
+        and not asked.deepspeed.startswith("{")
+        and not Path(asked.deepspeed).is_file()
+    ):
+        parser.error(f"--deepspeed {asked.deepspeed}: no such file; ours are in {HERE / 'ds_configs'}")

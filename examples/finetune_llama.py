@@ -1,0 +1,195 @@
+"""Extend the context of a Llama-like model: LoRA, embedding and norms trained with shifted short attention.
+
+    deepspeed examples/finetune_llama.py            # the tiny Llama that ships with the project
+    deepspeed examples/finetune_llama.py --help     # any model, any text, any length
+
+The program reads top to bottom: the model's new context, the folder to write to, the text in sequences of the
+new length, the model, the training, and what it changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import shutil
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from launch import RANK, WORLD_SIZE, say  # isort: skip  (first: it prepares what the libraries below look at)
+import datasets
+import torch
+import transformers
+from accelerate import PartialState
+from arguments import DataOptions, ModelOptions, one_clear_error, parse
+from checkpoints import CompletionMarker
+from convert_gguf import convert_gguf
+from corpus import stdlib_documents
+from data import PackedSequences, Tokenised, hold_out, load_documents, tokenise
+from measure import AFTER, Measurement, choose_documents
+from plot import loss_curve
+from report import banner, results
+from run_folder import claim
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+import longlora_ext.attention  # noqa: F401  (registers attn_implementation="s2attn")
+from longlora_ext.adapter import lora_config, prepare_model, save_adapter
+from longlora_ext.attention import DEFAULT_GROUP_RATIO, even_group_size
+from longlora_ext.context import context_length, extend_config
+
+
+def main(argv: Sequence[str]) -> None:
+    """The whole run. What can be refused is refused before the training starts."""
+    options, text, args = parse(argv)
+    be_quiet()
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    model_path = options.model_name_or_path
+
+    with one_clear_error():
+        source = {"gguf_file": options.gguf_file} if options.gguf_file else {}
+        base_config = AutoConfig.from_pretrained(model_path, **source)
+        config = new_context(base_config, options)
+        context = context_length(config)
+        name = f"{Path(model_path).name}-{context}"
+        chosen = settings(options, text, args)
+        folder, checkpoint = claim(args, name, chosen)
+
+        if options.gguf_file:
+            model_path = convert_gguf(model_path, options.gguf_file, folder / "base_model", dtype)
+        tokenizer = AutoTokenizer.from_pretrained(model_path)
+        train, held_out = read_text(text, tokenizer, args)
+        padding = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+        sequences = PackedSequences(train, context, padding)
+
+        set_seed(args.seed)
+        base = AutoModelForCausalLM.from_pretrained(
+            model_path, config=config, dtype=dtype, attn_implementation="s2attn"
+        )
+        lora = {"r": options.lora_r, "lora_alpha": options.lora_alpha}
+        model = prepare_model(base, None if options.full_finetune else lora_config(base, **lora))
+
+    marker = CompletionMarker(args, {"resumable": not args.save_only_model, "settings": chosen})
+    measured = choose_documents(held_out, text.eval_tokens, context)
+    measurement = Measurement(folder, base_config, config, measured) if measured else None
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=sequences,
+        eval_dataset=PackedSequences(held_out, context, padding),
+        data_collator=default_data_collator,
+        callbacks=[marker, measurement] if measurement else [marker],
+    )
+    say(banner(options, args, base_config, model, train, sequences, checkpoint))
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    state = PartialState()
+    adapter = folder / ("model" if options.full_finetune else "adapter")
+    if state.is_main_process and checkpoint and adapter.exists():
+        shutil.rmtree(
+            adapter
+        )  # the run was at its end before, or was shorter then; its checkpoint is complete
+    state.wait_for_everyone()
+    save_adapter(model, adapter, tokenizer)
+    if measurement:
+        measurement.measure(model, args, AFTER)
+    if state.is_main_process:
+        loss_curve(trainer.state.log_history, folder / "loss.png", name)
+        if measurement:
+            (folder / "perplexity.txt").write_text(measurement.table())
+    say(results(folder, adapter, measurement, options.full_finetune))
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
+def be_quiet() -> None:
+    """Leave the screen to what a user wants to see: one process speaks, and libraries only of trouble."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    if RANK != 0:
+        datasets.disable_progress_bars()
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+
+
+def new_context(base_config: PreTrainedConfig, options: ModelOptions) -> PreTrainedConfig:
+    """The config for the new context. One that is not longer than the model's own leaves RoPE alone."""
+    old = context_length(base_config)
+    new = options.context_length or 4 * old
+    ratio = options.group_ratio or DEFAULT_GROUP_RATIO
+    if new > old:
+        return extend_config(
+            base_config,
+            new,
+            rope_type=options.rope_type,
+            rope_parameters=json.loads(options.rope_parameters or "{}"),
+            group_ratio=ratio,
+            group_size=options.group_size,
+        )
+    if options.rope_parameters or options.rope_type != "linear":
+        raise ValueError(
+            f"--context_length {new} is not more than the model's own {old}: RoPE is not scaled for it"
+        )
+    if (options.group_size or 0) > new:
+        raise ValueError(f"--group_size {options.group_size} is more than the context of {new}")
+    config = copy.deepcopy(base_config)
+    config.s2attn_context_length = new
+    config.s2attn_group_size = options.group_size or even_group_size(new * ratio)
+    return config
+
+
+def settings(options: ModelOptions, text: DataOptions, args: TrainingArguments) -> dict[str, Any]:
+    """What the losses of a run depend on, apart from how long it is."""
+    names = [
+        "seed",
+        "data_seed",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "learning_rate",
+    ]
+    names += ["lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "bf16", "fp16"]
+    given = args.to_dict()
+    zero_stage = args.deepspeed_plugin.zero_stage if args.deepspeed_plugin else None
+    return {
+        **asdict(options),
+        **asdict(text),
+        **{name: given[name] for name in names},
+        "processes": WORLD_SIZE,
+        "zero_stage": zero_stage,
+    }
+
+
+def read_text(
+    text: DataOptions, tokenizer: PreTrainedTokenizerBase, args: TrainingArguments
+) -> tuple[Tokenised, Tokenised]:
+    """The training and the held-out documents, as tokens."""
+    with args.main_process_first(desc="reading the text"):
+        if text.train_file is None:
+            train, held_out = (tokenise(part, tokenizer) for part in stdlib_documents())
+            return train, held_out
+        train = tokenise(load_documents(text.train_file, text.text_column), tokenizer)
+        if train.tokens < 2:
+            raise ValueError(f"--train_file {' '.join(text.train_file)} holds no text")
+        if text.eval_file is None:
+            return hold_out(train)
+        held_out = tokenise(load_documents(text.eval_file, text.text_column), tokenizer)
+        if held_out.tokens < 2:
+            raise ValueError(f"--eval_file {' '.join(text.eval_file)} holds no text")
+        return train, held_out
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

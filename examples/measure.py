@@ -1,0 +1,152 @@
+"""What the training changed: the perplexity of held-out text at the old context and beyond, in three rows.
+
+`before` is the model as it came, `scaling only` the same weights with the new RoPE, `after` the trained
+model; all with dense attention, as the model is used later. All rows are measured on the one model that is
+trained: for the first, its rotary embedding is exchanged for that of the old config meanwhile.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from checkpoints import write_json
+from data import Tokenised
+from launch import say
+from perplexity import sliding_window_perplexity
+from transformers import PreTrainedConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from longlora_ext.context import context_length
+
+BEFORE, SCALED, AFTER = "before", "scaling only", "after"
+
+
+def lengths_to_measure(base: int, context: int) -> list[int]:
+    """The old context, doubled until the new one, which is always the last; the new one alone if it is not
+    longer."""
+    doublings = []
+    while base < context:
+        doublings.append(base)
+        base *= 2
+    return [*doublings, context]
+
+
+def choose_documents(held_out: Tokenised, tokens: int, longest: int) -> list[np.ndarray]:
+    """Held-out documents to measure on.
+
+    Args:
+        held_out: The documents there are.
+        tokens: How many tokens to take in all.
+        longest: The longest context to measure. Documents of that many tokens come first, in their order.
+
+    Returns:
+        Token ids of each document, cut so that there are about eight of them or as many as have `longest`
+        tokens.
+    """
+    lengths: list[int] = held_out.lengths.tolist()
+    order = sorted(range(len(lengths)), key=lambda document: (-min(lengths[document], longest), document))
+    chosen: list[np.ndarray] = []
+    for document in order:
+        share = min(tokens, max(longest, tokens // 8))
+        if share < 2 or lengths[document] < 2:
+            break
+        chosen.append(held_out.ids(document)[:share])
+        tokens -= len(chosen[-1])
+    return chosen
+
+
+class Measurement(TrainerCallback):
+    """Measures before the first step and after the last, and keeps the results in `perplexity.json`.
+
+    Args:
+        folder: The run's output folder. Rows that are there already (from before an interruption) are kept.
+        base_config: The config before the extension.
+        config: The extended config.
+        documents: Token ids to measure on.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        base_config: PreTrainedConfig,
+        config: PreTrainedConfig,
+        documents: list[np.ndarray],
+    ) -> None:
+        self.file = folder / "perplexity.json"
+        self.base_config = base_config
+        self.lengths = lengths_to_measure(context_length(base_config), context_length(config))
+        self.documents = documents
+        self.rows: dict[str, dict[str, float]] = {}
+        if self.file.is_file():
+            self.rows = json.loads(self.file.read_text())["perplexity"]
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Called on every process when the model is ready for its first step, or its next one after an
+        interruption."""
+        assert model is not None
+        if state.global_step == 0:
+            with old_rotary_embedding(model, self.base_config):
+                self.measure(model, args, BEFORE)
+            if len(self.lengths) > 1:
+                self.measure(model, args, SCALED)
+
+    def measure(self, model: torch.nn.Module, args: TrainingArguments, row: str) -> None:
+        """Measure one row. Collective."""
+        say(f"measuring perplexity: {row}")
+        self.rows[row] = {
+            str(length): sliding_window_perplexity(
+                model, self.documents, length, stride=length // 2, device=args.device
+            )
+            for length in self.lengths
+        }
+        if PartialState().is_main_process:
+            write_json(self.file, {**self.conditions, "perplexity": self.rows})
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """What the numbers were measured with."""
+        return {
+            "tokens": sum(map(len, self.documents)),
+            "documents": len(self.documents),
+            "attention": "dense",
+            "stride": "half the context",
+            "lengths": self.lengths,
+        }
+
+    def table(self) -> str:
+        """The results as text."""
+        title = "perplexity of {tokens:,} held-out tokens in {documents} documents ({attention} attention, "
+        title += "sliding window, stride {stride})"
+        header = f"{'context':<14}" + "".join(f"{length:>10,}" for length in self.lengths)
+        lines = [title.format(**self.conditions), "", header]
+        for row in (BEFORE, SCALED, AFTER):
+            if row in self.rows:
+                values = (self.rows[row][str(length)] for length in self.lengths)
+                lines.append(f"{row:<14}" + "".join(f"{value:>10.2f}" for value in values))
+        return "\n".join(lines) + "\n"
+
+
+@contextmanager
+def old_rotary_embedding(model: torch.nn.Module, base_config: PreTrainedConfig) -> Iterator[None]:
+    """Let a model count positions as its old config says, for as long as the context lasts."""
+    path, new = next((path, module) for path, module in model.named_modules() if path.endswith("rotary_emb"))
+    parent, name = model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
+    old = type(new)(base_config).to(new.inv_freq.device)
+    setattr(parent, name, old)
+    try:
+        yield
+    finally:
+        setattr(parent, name, new)

@@ -1,0 +1,130 @@
+"""Perplexity by a sliding window, the way long-context papers report it.
+
+A window of `window` tokens moves over a document by `stride` tokens; each token is scored once, in the
+first window that reaches it, so with up to `window` and (behind the first window) at least `window -
+stride` tokens of context. A longer window scores the very same tokens with more context: a model that can
+use the longer context has the lower perplexity there, and one that cannot has a higher one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens [begin, end) of a document, the last `scored` of which are scored."""
+
+    document: int
+    begin: int
+    end: int
+    scored: int
+
+
+def windows(lengths: Sequence[int], window: int, stride: int) -> Iterator[Window]:
+    """The windows over documents of these lengths.
+
+    Args:
+        lengths: Tokens of each document; a document of fewer than 2 has nothing to score.
+        window: Tokens of a window, 2 or more.
+        stride: Tokens it moves by, in 1..window - 1.
+
+    Raises:
+        ValueError: A window or stride outside its range.
+    """
+    if window < 2:
+        raise ValueError(f"window must be 2 or more, got {window}")
+    if not 1 <= stride < window:
+        raise ValueError(f"stride must be in 1..{window - 1} (below the window), got {stride}")
+    for document, length in enumerate(lengths):
+        scored_up_to = 1  # the first token has nothing to be predicted from
+        for begin in range(0, length, stride):
+            end = min(begin + window, length)
+            if end > scored_up_to:
+                yield Window(document, begin, end, end - scored_up_to)
+            scored_up_to = max(scored_up_to, end)
+            if end == length:
+                break
+
+
+@torch.no_grad()
+def sliding_window_perplexity(
+    model: torch.nn.Module,
+    documents: Sequence[np.ndarray],
+    window: int,
+    stride: int,
+    *,
+    device: torch.device | str = "cpu",
+    batch_tokens: int = 8192,
+) -> float:
+    """The perplexity of documents under a causal language model.
+
+    Where a process group is up, the windows are shared out among its processes; every process calls this
+    and gets the result. All make the same number of forward passes, as ZeRO-3 and DDP need.
+
+    Args:
+        model: A transformers causal language model, bare or wrapped (DeepSpeed engine, DDP). It is put in
+            eval mode, where `s2attn` attends densely, and back.
+        documents: Token ids, integers [length] each.
+        window: Tokens of a window.
+        stride: Tokens it moves by.
+        device: Where the model takes its inputs.
+        batch_tokens: How many tokens go through the model at once; one window always does.
+
+    Returns:
+        exp(mean negative log-likelihood) over all scored tokens, accumulated in float64.
+
+    Raises:
+        ValueError: A window or stride outside its range, or no document with a token to score.
+    """
+    batches = _batches(
+        list(windows([len(d) for d in documents], window, stride)), max(1, batch_tokens // window)
+    )
+    if not batches:
+        raise ValueError("no document has the 2 tokens that are needed to score one")
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+    total = torch.zeros(2, dtype=torch.float64, device=device)  # negative log-likelihood, tokens
+    was_training = model.training
+    model.eval()
+    for turn in range(0, len(batches), world):
+        mine = turn + rank
+        batch = batches[min(mine, len(batches) - 1)]
+        nll = _score(model, batch, documents, device)
+        if mine < len(batches):
+            total += torch.stack([nll, nll.new_tensor(sum(w.scored for w in batch))])
+    model.train(was_training)
+
+    if world > 1:
+        dist.all_reduce(total)
+    return math.exp(float(total[0] / total[1]))
+
+
+def _batches(all_windows: list[Window], size: int) -> list[list[Window]]:
+    """Windows of one shape side by side, at most `size` of them."""
+    by_shape: dict[tuple[int, int], list[Window]] = {}
+    for w in all_windows:
+        by_shape.setdefault((w.end - w.begin, w.scored), []).append(w)
+    return [group[i : i + size] for group in by_shape.values() for i in range(0, len(group), size)]
+
+
+def _score(
+    model: torch.nn.Module, batch: list[Window], documents: Sequence[np.ndarray], device: torch.device | str
+) -> torch.Tensor:
+    """Sum of the negative log-likelihoods of the scored tokens of windows of one shape, float64 scalar."""
+    ids = torch.stack(
+        [torch.as_tensor(documents[w.document][w.begin : w.end], dtype=torch.long) for w in batch]
+    )
+    ids = ids.to(device)
+    scored = batch[0].scored
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=scored + 1).logits
+    targets = ids[:, -scored:]
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="sum"
+    ).double()

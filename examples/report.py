@@ -1,0 +1,70 @@
+"""What a run says: at its start what it is going to do, at its end what came of it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+
+import torch
+from arguments import ModelOptions
+from data import PackedSequences, Tokenised
+from launch import WORLD_SIZE
+from measure import Measurement
+from transformers import PreTrainedConfig, TrainingArguments
+
+from longlora_ext.context import context_length
+
+
+def banner(
+    options: ModelOptions,
+    args: TrainingArguments,
+    base_config: PreTrainedConfig,
+    model: torch.nn.Module,
+    train: Tokenised,
+    sequences: PackedSequences,
+    checkpoint: Path | None,
+) -> str:
+    """What is about to be done, a line for each thing worth checking before waiting for it."""
+    config: PreTrainedConfig = model.config  # type: ignore[assignment]
+    old, new = context_length(base_config), context_length(config)
+    rope = {key: value for key, value in config.rope_parameters.items() if key != "rope_theta"}
+    weights = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    trainable, total = sum(n for n, trained in weights if trained), sum(n for n, _ in weights)
+    trained = "all weights" if options.full_finetune else f"LoRA r={options.lora_r}, embedding and norms"
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * WORLD_SIZE
+    steps = (
+        f"{args.max_steps:,}" if args.max_steps > 0 else f"{args.num_train_epochs:g} passes over the text,"
+    )
+    zero = f"ZeRO-{args.deepspeed_plugin.zero_stage}" if args.deepspeed_plugin else "no DeepSpeed"
+    rows = {
+        "model": f"{options.model_name_or_path} ({type(config).__name__.removesuffix('Config')})",
+        "context": f"{old:,} -> {new:,} tokens"
+        if new > old
+        else f"{new:,} tokens; the model's own is {old:,}",
+        "RoPE": ", ".join(f"{key}={value}" for key, value in rope.items()) if new > old else "as it is",
+        "attention": f"groups of {config.s2attn_group_size:,} tokens in training, dense in use",
+        "training": f"{trained}: {trainable:,} of {total:,} weights, {'bf16' if args.bf16 else 'fp32'}",
+        "text": f"{train.tokens:,} tokens in {len(train.lengths):,} documents; dropped: no tokens, "
+        f"{train.empty:,} empty documents",
+        "sequences": f"{len(sequences):,} of {new:,} tokens, {sequences.padding:,} of them padding",
+        "steps": f"{steps} of {batch} sequences, learning rate {args.learning_rate:g}",
+        "processes": f"{WORLD_SIZE}, {zero}",
+        "output": f"{args.output_dir}{f', going on from {checkpoint.name}' if checkpoint else ''}",
+    }
+    return "\n".join(["", *(f"{key + ':':<11}{value}" for key, value in rows.items()), ""])
+
+
+def results(folder: Path, adapter: Path, measurement: Measurement | None, full_finetune: bool) -> str:
+    """What came of it, and the next command to type."""
+    lines = ["", measurement.table()] if measurement else [""]
+    lines += [f"loss curve: {folder / 'loss.png'}", f"{adapter.name + ':':<12}{adapter}"]
+    if not full_finetune:
+        script = os.path.relpath(Path(__file__).with_name("merge_adapter.py"))
+        command = shlex.join(["python", script, str(adapter), str(folder / "merged")])
+        lines += [
+            "",
+            "next: make it a model folder that transformers loads without this project",
+            f"    {command}",
+        ]
+    return "\n".join(lines)
