@@ -12,9 +12,11 @@ template <typename T>
 Accumulate<T> row_delta(const BackwardParams& p, int64_t batch, int64_t row, int64_t head) {
   const T* dout = row_of<T>(p.dout, batch, row, head);
   const T* out = row_of<T>(p.out, batch, row, head);
-  Accumulate<T> sum = 0;
-  for (int64_t d = 0; d < p.problem.head_dim; ++d) sum += widen(dout[d]) * widen(out[d]);
-  return sum;
+  Accumulate<T> partial[8] = {};  // head_dim is a multiple of 8
+  for (int64_t d = 0; d < p.problem.head_dim; d += 8)
+    for (int lane = 0; lane < 8; ++lane) partial[lane] += widen(dout[d + lane]) * widen(out[d + lane]);
+  return ((partial[0] + partial[1]) + (partial[2] + partial[3])) +
+         ((partial[4] + partial[5]) + (partial[6] + partial[7]));
 }
 
 constexpr int kBackwardRows = 64;

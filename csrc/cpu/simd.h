@@ -84,12 +84,11 @@ inline Vector<T> maximum(Vector<T> a, Vector<T> b) {
 // How A is read: as it lies ([m, k], rows lda apart) or transposed ([k, m], rows lda apart).
 enum class Operand { kPlain, kTransposed };
 
-// A block of C held in registers over the whole k loop: kRows x (kVectors * kLanes).
+// A block of C held in registers over the k loop: kRows x (kVectors * kLanes). It starts from zero and is added to
+// C at the end, so that long sums round like sums of partial sums, not like one long chain.
 template <Operand kA, typename T, int kRows, int kVectors>
 inline void gemm_block(int k, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc) {
-  Vector<T> acc[kRows][kVectors];
-  for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVectors; ++v) acc[r][v] = as_vector(c + r * ldc + v * kLanes<T>);
+  Vector<T> acc[kRows][kVectors] = {};
   for (int kk = 0; kk < k; ++kk) {
     Vector<T> row[kVectors];
     for (int v = 0; v < kVectors; ++v) row[v] = as_vector(b + kk * ldb + v * kLanes<T>);
@@ -99,7 +98,7 @@ inline void gemm_block(int k, const T* a, int64_t lda, const T* b, int64_t ldb, 
     }
   }
   for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVectors; ++v) as_vector(c + r * ldc + v * kLanes<T>) = acc[r][v];
+    for (int v = 0; v < kVectors; ++v) as_vector(c + r * ldc + v * kLanes<T>) += acc[r][v];
 }
 
 template <Operand kA, typename T, int kVectors>
@@ -115,12 +114,17 @@ inline void gemm_columns(int m, int k, const T* a, int64_t lda, const T* b, int6
 // C[m, n] += A[m, k] * B[k, n]. n is a multiple of kLanes; B's and C's rows are aligned.
 template <Operand kA, typename T>
 inline void gemm(int m, int n, int k, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc) {
-  int col = 0;
-  for (; col + 4 * kLanes<T> <= n; col += 4 * kLanes<T>)
-    gemm_columns<kA, T, 4>(m, k, a, lda, b + col, ldb, c + col, ldc);
-  for (; col + 2 * kLanes<T> <= n; col += 2 * kLanes<T>)
-    gemm_columns<kA, T, 2>(m, k, a, lda, b + col, ldb, c + col, ldc);
-  for (; col < n; col += kLanes<T>) gemm_columns<kA, T, 1>(m, k, a, lda, b + col, ldb, c + col, ldc);
+  constexpr int kChain = 64;  // longest sum in one register: with 256, dK's fp32 error is 3x larger
+  constexpr int kWidth = kLanes<T>;
+  for (; k > 0; k -= kChain, a += kA == Operand::kPlain ? kChain : kChain * lda, b += kChain * ldb) {
+    const int chain = lesser(k, kChain);
+    int col = 0;
+    for (; col + 4 * kWidth <= n; col += 4 * kWidth)
+      gemm_columns<kA, T, 4>(m, chain, a, lda, b + col, ldb, c + col, ldc);
+    for (; col + 2 * kWidth <= n; col += 2 * kWidth)
+      gemm_columns<kA, T, 2>(m, chain, a, lda, b + col, ldb, c + col, ldc);
+    for (; col < n; col += kWidth) gemm_columns<kA, T, 1>(m, chain, a, lda, b + col, ldb, c + col, ldc);
+  }
 }
 
 }  // namespace longlora::cpu::LONGLORA_ISA

@@ -1,0 +1,91 @@
+"""Every argument that does not fit is refused before work starts, by name."""
+
+import pytest
+import torch
+from longlora_ext import s2attn
+from op_checks import Problem
+
+DOCUMENTS = torch.zeros(1, 64, dtype=torch.int32)
+
+
+def with_value(tensor: torch.Tensor, index: int, value: int) -> torch.Tensor:
+    changed = tensor.clone()
+    changed[0, index:] = value
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.randn(64, 2, 16)}, r"q must have 4 dimensions .*\[64, 2, 16\]"),
+        ({"k": torch.randn(64, 2, 16)}, r"k must have 4 dimensions .*\[64, 2, 16\]"),
+        ({"q": torch.ones(1, 64, 2, 16, dtype=torch.int32)}, r"q must be float32.*but is Int"),
+        ({"k": torch.randn(1, 64, 2, 16).half()}, r"k must have q's dtype Float, but is Half"),
+        ({"v": torch.randn(1, 64, 2, 16).double()}, r"v must have q's dtype Float, but is Double"),
+        ({"v": torch.randn(1, 64, 1, 16)}, r"k and v must have the same shape"),
+        ({"k": torch.randn(1, 63, 2, 16), "v": torch.randn(1, 63, 2, 16)}, r"k and v must have q's batch, seqlen"),
+        ({"k": torch.randn(2, 64, 2, 16), "v": torch.randn(2, 64, 2, 16)}, r"k and v must have q's batch, seqlen"),
+        ({"k": torch.randn(1, 64, 2, 8), "v": torch.randn(1, 64, 2, 8)}, r"k and v must have q's batch, seqlen"),
+        ({"q": torch.randn(1, 64, 3, 16)}, r"heads of q must be a multiple of those of k and v, but are 3 and 2"),
+        ({"k": torch.randn(1, 64, 0, 16), "v": torch.randn(1, 64, 0, 16)}, r"heads of q must be a multiple"),
+        ({x: torch.randn(1, 64, 2, 12) for x in "qkv"}, r"head_dim must be a multiple of 8 from 8 to 256, but is 12"),
+        ({x: torch.randn(1, 64, 2, 264) for x in "qkv"}, r"head_dim must be a multiple of 8 .* but is 264"),
+        ({x: torch.randn(1, 0, 2, 16) for x in "qkv"}, r"seqlen must be at least 1"),
+        ({"q": torch.randn(1, 64, 16, 2).transpose(2, 3)}, r"q's last dimension must be contiguous .* stride 2"),
+        ({"v": torch.randn(1, 64, 16, 2).transpose(2, 3)}, r"v's last dimension must be contiguous .* stride 2"),
+        ({"group_size": 15}, r"group_size must be a positive even number, but is 15"),
+        ({"group_size": 0}, r"group_size must be a positive even number, but is 0"),
+        ({"group_size": -2}, r"group_size must be a positive even number, but is -2"),
+        ({"first_shifted_head": 3}, r"first_shifted_head must be from 0 to .* 2, but is 3"),
+        ({"first_shifted_head": -1}, r"first_shifted_head must be from 0 to .* 2, but is -1"),
+        ({"scale": float("nan")}, r"scale must be finite, but is nan"),
+        ({"scale": float("inf")}, r"scale must be finite, but is inf"),
+        ({"doc_start": DOCUMENTS[:, :63]}, r"doc_start must have shape .*\[1, 64\], but is \[1, 63\]"),
+        ({"doc_start": DOCUMENTS[0]}, r"doc_start must have shape .*\[1, 64\], but is \[64\]"),
+        ({"doc_start": DOCUMENTS.long()}, r"doc_start must be int32, but is Long"),
+        ({"doc_start": with_value(DOCUMENTS, 10, 11)}, r"doc_start\[0, 10\] is 11, but must be 10 .*or 0"),
+        ({"doc_start": with_value(DOCUMENTS, 10, -1)}, r"doc_start\[0, 10\] is -1"),
+        ({"doc_start": with_value(with_value(DOCUMENTS, 10, 10), 20, 5)}, r"doc_start\[0, 20\] is 5"),
+        ({"doc_start": with_value(DOCUMENTS, 0, 1)}, r"doc_start\[0, 0\] is 1, but must be 0"),
+        ({"wrap": True, "group_size": 48}, r"wrap=True needs a seqlen divisible by .* 64 and 48"),
+        ({"wrap": True, "doc_start": DOCUMENTS}, r"wrap=True takes no doc_start"),
+        ({"wrap": True, "group_size": 1}, r"wrap=True needs a seqlen divisible by an even group_size"),
+        ({"wrap": True, "first_shifted_head": 3}, r"first_shifted_head must be from 0 to .* 2, but is 3"),
+        ({"wrap": True, "q": torch.randn(1, 64, 3, 16)}, r"kv_heads dividing 3"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_argument_is_named(change: dict, message: str) -> None:
+    q, k, v = Problem().tensors()
+    arguments = {"q": q, "k": k, "v": v, "group_size": 16} | change
+    with pytest.raises(RuntimeError, match=f"^s2attn: .*{message}"):
+        s2attn(**arguments)
+
+
+def test_devices_must_agree() -> None:
+    q, k, v = Problem().tensors()
+    with pytest.raises(RuntimeError, match="device"):
+        s2attn(q, k.to("meta"), v.to("meta"), 16)
+
+
+def test_unknown_device_is_named() -> None:
+    """What has no kernel is torch's to refuse, naming the op and the backend."""
+    q, k, v = (x.to_sparse() for x in Problem().tensors())
+    with pytest.raises((RuntimeError, NotImplementedError), match="longlora::s2attn|[Ss]parse"):
+        s2attn(q, k, v, 16)
+
+
+def test_wrong_types_are_torchs_to_refuse() -> None:
+    q, k, v = Problem().tensors()
+    with pytest.raises((RuntimeError, TypeError), match="group_size"):
+        s2attn(q, k, v, 16.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["dout", "out", "lse"])
+def test_backward_checks_its_own_arguments(name: str) -> None:
+    q, k, v = Problem().tensors()
+    out, lse = torch.ops.longlora.s2attn_fwd(q, k, v, 16, 1, None, 0.25, False)
+    arguments = {"dout": out, "q": q, "k": k, "v": v, "out": out, "lse": lse}
+    arguments[name] = arguments[name][:, :1]
+    with pytest.raises(RuntimeError, match=f"^s2attn: {name} must"):
+        torch.ops.longlora.s2attn_bwd(**arguments, group_size=16, first_shifted_head=1, doc_start=None, scale=0.25, deterministic=False)
