@@ -6,12 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import corpus
 import pytest
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-import corpus  # noqa: E402
+EXAMPLES = Path(corpus.__file__).parent
 
 
 @pytest.fixture(scope="module")
