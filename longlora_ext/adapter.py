@@ -6,26 +6,22 @@
     model = load("adapter")                              # the extended model, ready to generate
     merge("adapter", "merged")                           # a plain model folder
 
-Embedding and norms must train in fp32: at a learning rate of 2e-5 a step is smaller than half the distance between two bfloat16
-numbers, so in bf16 most of their weights never move. Without a launcher, under DDP and under ZeRO-1 and -2 the trainable weights
-themselves are fp32 while activations keep the base model's dtype; ZeRO-3 wants one dtype for all and has fp32 masters of its
-own. What is saved is the fp32 weight in every case.
+Embedding and norms must train in fp32: at a learning rate of 2e-5 a step is smaller than half the distance
+between two bfloat16 numbers, so in bf16 most of their weights never move. Without a launcher, under DDP and
+under ZeRO-1 and -2 the trainable weights themselves are fp32 while activations keep the base model's dtype;
+ZeRO-3 wants one dtype for all and has fp32 masters of its own. What is saved is the fp32 weight in every
+case.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import peft
 import torch
-import torch.distributed as dist
 import transformers
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
@@ -40,10 +36,13 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from longlora_ext._folders import appearing, on_first_process, refuse_to_overwrite
+from longlora_ext._precision import fp32_state, fp32_weight, train_in_fp32, whole_shape
 from longlora_ext.attention import NAME
 from longlora_ext.context import CONFIG_FIELDS, context_length
 
 RECORD = "longlora.json"
+_FORMAT = 1
 _ADAPTER = "default"
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _SHAPE_FIELDS = (
@@ -60,63 +59,47 @@ _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision",
 _SAMPLES = 16  # weights a tensor in the fingerprint of the base model
 _SAME = 0.01  # relative distance of two fingerprints: rounding to bf16 makes 0.002
 
-T = TypeVar("T")
-
-
-# --- training ---------------------------------------------------------------------------------------------------------------
-
 
 def lora_config(model: PreTrainedModel, **overrides: Any) -> LoraConfig:
     """
-    The recipe of LongLoRA as a PEFT config: LoRA on the attention projections, embedding and norms trained in full.
+    The recipe of LongLoRA as a PEFT config: LoRA on the attention projections, embedding and norms trained in
+    full.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
             The model to fine-tune; its modules are looked at, not changed.
         overrides:
-            Fields of [`peft.LoraConfig`], in place of r=8, lora_alpha=16, no dropout, the four projections as `target_modules`
-            and embedding and norms as `modules_to_save`.
+            Fields of [`peft.LoraConfig`], in place of r=8, lora_alpha=16, no dropout, the four projections as
+            `target_modules` and embedding and norms as `modules_to_save`.
 
     Returns:
         [`peft.LoraConfig`]: tied embeddings are trained as one and stay tied.
 
     Raises:
-        `ValueError`: the model has no `q_proj`, `k_proj`, `v_proj`, `o_proj`, and `target_modules` are not given.
+        `ValueError`: the model has no `q_proj`, `k_proj`, `v_proj`, `o_proj`, and `target_modules` are not
+        given.
     """
-    names = {name: module for name, module in model.named_modules() if name}
-    last = {name.rpartition(".")[2] for name in names}
-    targets = [name for name in _PROJECTIONS if name in last]
+    modules = [(name.rpartition(".")[2], module) for name, module in model.named_modules()]
+    targets = [name for name in _PROJECTIONS if name in dict(modules)]
     if not targets and "target_modules" not in overrides:
         raise ValueError(
-            f"{type(model).__name__} has none of the modules {', '.join(_PROJECTIONS)}: pass target_modules=[...] with the names "
-            "of its attention projections"
+            f"{type(model).__name__} has none of the modules {', '.join(_PROJECTIONS)}: pass "
+            "target_modules=[...] with the names of its attention projections"
         )
-    embedding = model.get_input_embeddings()
-    trained = {name.rpartition(".")[2] for name, module in names.items() if module is embedding}
-    trained |= {name.rpartition(".")[2] for name, module in names.items() if _is_norm(module)}
+    embedding = {name for name, module in modules if module is model.get_input_embeddings()}
+    norms = {name for name, module in modules if type(module).__name__.lower().endswith("norm")}
     fields: dict[str, Any] = {
         "r": 8,
         "lora_alpha": 16,
         "lora_dropout": 0.0,
         "task_type": "CAUSAL_LM",
         "target_modules": targets,
-        "modules_to_save": sorted(trained),
+        "modules_to_save": sorted(embedding | norms),
     }
     fields.update(overrides)
-    saved = fields["modules_to_save"] or []
-    if _is_tied(model) and any(name in saved for name, module in _by_last_name(names) if module is embedding):
+    if _is_tied(model) and embedding & set(fields["modules_to_save"] or ()):
         fields.setdefault("ensure_weight_tying", True)
     return LoraConfig(**fields)
-
-
-def _by_last_name(modules: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    return ((name.rpartition(".")[2], module) for name, module in modules.items())
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return type(module).__name__.lower().endswith("norm") and any(
-        True for _ in module.parameters(recurse=False)
-    )
 
 
 def _is_tied(model: PreTrainedModel) -> bool:
@@ -135,8 +118,8 @@ def prepare_model(model: PreTrainedModel, peft_config: PeftConfig | None) -> Pre
             Such as [`lora_config`] makes. `None` is full fine-tuning: all weights train.
 
     Returns:
-        The model with its adapter, or the model itself. Trainable weights are fp32, except under ZeRO-3, which keeps fp32
-        masters of them.
+        The model with its adapter, or the model itself. Trainable weights are fp32, except under ZeRO-3,
+        which keeps fp32 masters of them.
 
     Raises:
         `ValueError`: the model has an adapter already.
@@ -147,41 +130,19 @@ def prepare_model(model: PreTrainedModel, peft_config: PeftConfig | None) -> Pre
     if peft_config is None:
         model.requires_grad_(True)
         return model.float() if in_fp32 else model
+    dtype, base = model.dtype, model.name_or_path or ""
     prepared = get_peft_model(model, peft_config, autocast_adapter_dtype=in_fp32)
-    if os.path.isdir(model.name_or_path):  # an adapter must find its base from any working directory
-        prepared.peft_config[_ADAPTER].base_model_name_or_path = os.path.abspath(model.name_or_path)
+    if os.path.isdir(base):  # an adapter must find its base from any working directory
+        prepared.peft_config[_ADAPTER].base_model_name_or_path = os.path.abspath(base)
     for module in prepared.modules():
         copies = getattr(module, "modules_to_save", None)
         if isinstance(copies, nn.ModuleDict) and in_fp32:
-            _train_in_fp32(copies[_ADAPTER])
+            train_in_fp32(copies[_ADAPTER], dtype)
     if not in_fp32:
         for parameter in prepared.parameters():
-            if parameter.requires_grad and parameter.dtype != model.dtype:
-                parameter.data = parameter.data.to(model.dtype)
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
     return prepared
-
-
-def _train_in_fp32(module: nn.Module) -> None:
-    """Keep the weights in fp32 and the activations around them in the dtype they have now."""
-    dtype = next(module.parameters()).dtype
-    for parameter in module.parameters():
-        parameter.data = parameter.data.float()  # in place: a tied weight stays one parameter
-    if dtype != torch.float32 or isinstance(module, nn.Linear):
-        module.register_forward_pre_hook(_cast_input)
-        module.register_forward_hook(functools.partial(_cast_output, dtype=dtype))
-
-
-def _cast_input(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-    if isinstance(module, nn.Linear):  # a tied output embedding: F.linear wants one dtype
-        return (args[0].to(module.weight.dtype), *args[1:])
-    return None
-
-
-def _cast_output(module: nn.Module, args: Any, output: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return output.to(dtype)
-
-
-# --- saving -----------------------------------------------------------------------------------------------------------------
 
 
 def save_adapter(
@@ -216,99 +177,20 @@ def save_adapter(
             f"the model must have the one adapter of prepare_model, but it has {list(model.peft_config)}"
         )
     target = Path(folder)
-    _on_first_process(lambda: _refuse_to_overwrite(target))
-    state = _fp32_state(model, only_trainable=isinstance(model, PeftModel))
+    on_first_process(lambda: refuse_to_overwrite(target))
+    state = fp32_state(model, only_trainable=isinstance(model, PeftModel))
     fingerprint = _fingerprint(model) if isinstance(model, PeftModel) else {}
 
     def write() -> None:
-        with _appearing(target) as unfinished:
+        with appearing(target) as unfinished:
             if isinstance(model, PeftModel):
                 _write_adapter(model, state, fingerprint, unfinished)
-            else:
+            elif isinstance(model, PreTrainedModel):
                 _write_model(model, state, unfinished)
             if tokenizer is not None:
                 tokenizer.save_pretrained(unfinished)
 
-    _on_first_process(write)
-
-
-def _is_first_process() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def _on_first_process(action: Callable[[], None]) -> None:
-    """Run it on the first process; if it fails there, fail everywhere instead of leaving the others waiting."""
-    failure: Exception | None = None
-    if _is_first_process():
-        try:
-            action()
-        except Exception as error:  # handed on below, on every process
-            failure = error
-    if dist.is_initialized():
-        message = [None if failure is None else str(failure)]
-        dist.broadcast_object_list(message, src=0)
-        if failure is None and message[0] is not None:
-            raise RuntimeError(f"the first process failed: {message[0]}")
-    if failure is not None:
-        raise failure
-
-
-def _refuse_to_overwrite(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(
-            f"{folder} exists and is not an empty folder: nothing is overwritten, choose another one"
-        )
-
-
-@contextmanager
-def _appearing(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` to write into, which takes its name once all is written."""
-    folder = folder.absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
-    unfinished.mkdir()
-    try:
-        yield unfinished
-        _refuse_to_overwrite(folder)
-        unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _fp32_state(model: nn.Module, only_trainable: bool) -> dict[str, torch.Tensor]:
-    """
-    The fp32 weights under their full names, on the CPU of the first process (elsewhere empty). A tied weight is one tensor
-    under all its names. Collective under ZeRO.
-    """
-    state: dict[str, torch.Tensor] = {}
-    seen: dict[int, torch.Tensor] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if only_trainable and not parameter.requires_grad:
-            continue
-        if id(parameter) not in seen:
-            weight = _fp32(parameter)
-            seen[id(parameter)] = weight.cpu() if _is_first_process() else weight.new_empty(0)
-        state[name] = seen[id(parameter)]
-    return state if _is_first_process() else {}
-
-
-def _fp32(parameter: nn.Parameter) -> torch.Tensor:
-    """The whole weight in fp32: DeepSpeed's master where it keeps one, as its own weight may be a bf16 rounding of it."""
-    is_zero3 = hasattr(parameter, "ds_id")
-    if not is_zero3 and not hasattr(parameter, "_hp_mapping"):
-        return parameter.detach().float().clone()
-    import deepspeed
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    if not is_zero3 or (parameter.requires_grad and hasattr(parameter, "_z3_optimizer")):
-        master = safe_get_full_fp32_param(parameter)
-        return master.detach().float().reshape(_shape(parameter))
-    with deepspeed.zero.GatheredParameters([parameter]):
-        return parameter.detach().float().clone()
-
-
-def _shape(parameter: nn.Parameter) -> torch.Size:
-    return getattr(parameter, "ds_shape", parameter.shape)
+    on_first_process(write)
 
 
 def _fingerprint(model: nn.Module) -> dict[str, list[float]]:
@@ -317,7 +199,7 @@ def _fingerprint(model: nn.Module) -> dict[str, list[float]]:
         name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter
         for name, parameter in model.named_parameters()
         if not parameter.requires_grad
-        and len(_shape(parameter)) == 2
+        and len(whole_shape(parameter)) == 2
         and parameter.is_floating_point()
         and ".original_module." not in name
     }
@@ -326,7 +208,7 @@ def _fingerprint(model: nn.Module) -> dict[str, list[float]]:
 
 
 def _sample(parameter: nn.Parameter) -> list[float]:
-    flat = _fp32(parameter).flatten()
+    flat = fp32_weight(parameter).flatten()
     return flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].tolist()
 
 
@@ -343,10 +225,11 @@ def _write_adapter(
     peft_config = model.peft_config[_ADAPTER]
     was = peft_config.inference_mode
     peft_config.inference_mode = True
-    peft_config.save_pretrained(folder)
+    peft_config.save_pretrained(str(folder))
     peft_config.inference_mode = was
-    config = model.get_base_model().config
+    config: Any = model.get_base_model().config
     record = {
+        "format": _FORMAT,
         "context_length": context_length(config),
         "max_position_embeddings": config.max_position_embeddings,
         "rope_parameters": config.rope_parameters,
@@ -362,7 +245,7 @@ def _write_model(model: PreTrainedModel, state: dict[str, torch.Tensor], folder:
     buffers = dict(model.named_buffers())
     state = state | {name: buffers[name] for name in model.state_dict() if name in buffers}
     model.save_pretrained(folder, state_dict=state)
-    # Under ZeRO the model computes in another dtype than the masters have; the config must tell that of the files.
+    # Under ZeRO the model computes in another dtype than its masters have; the config names that of the file.
     path = folder / "config.json"
     config = json.loads(path.read_text())
     config["dtype"] = "float32"
@@ -371,9 +254,6 @@ def _write_model(model: PreTrainedModel, state: dict[str, torch.Tensor], folder:
 
 def _base_shape(config: PreTrainedConfig) -> dict[str, Any]:
     return {name: getattr(config, name, None) for name in _SHAPE_FIELDS}
-
-
-# --- loading ----------------------------------------------------------------------------------------------------------------
 
 
 def load(
@@ -423,10 +303,15 @@ def _read_record(folder: Path) -> dict[str, Any]:
     path = folder / RECORD
     if not path.is_file():
         raise FileNotFoundError(
-            f"{folder} holds an adapter but no {RECORD}: without it the RoPE parameters that the adapter was trained with are "
-            "not known; save it with longlora_ext.adapter.save_adapter"
+            f"{folder} holds an adapter but no {RECORD}: without it the RoPE parameters that the adapter was "
+            "trained with are not known; save it with longlora_ext.adapter.save_adapter"
         )
-    return json.loads(path.read_text())
+    record: dict[str, Any] = json.loads(path.read_text())
+    if record.get("format") != _FORMAT:
+        raise ValueError(
+            f"{path} has format {record.get('format')!r}, but this version reads format {_FORMAT}"
+        )
+    return record
 
 
 def _base_of(folder: Path, base_model: str | None) -> str:
@@ -458,18 +343,16 @@ def _check_shape(config: PreTrainedConfig, record: dict[str, Any], base: str) ->
 def _check_weights(model: PreTrainedModel, record: dict[str, Any], base: str) -> None:
     parameters = dict(model.named_parameters())
     for name, values in record["base_weights"].items():
-        if name in parameters and not parameters[name].is_floating_point():
-            continue  # quantised: other numbers by design
+        parameter = parameters.get(name)
+        if parameter is not None and (parameter.is_meta or not parameter.is_floating_point()):
+            continue  # on disk, or quantised to other numbers
         want = torch.tensor(values)
-        have = torch.tensor(_sample(parameters[name])) if name in parameters else None
-        if have is None or not (have - want).norm() <= _SAME * want.norm():
+        have = torch.tensor([] if parameter is None else _sample(parameter))
+        if have.shape != want.shape or not (have - want).norm() <= _SAME * want.norm():
             raise ValueError(
-                f"{base} is not the base model of this adapter: it has the same shape but other weights ({name}). Pass the "
-                "model that the adapter was trained on as base_model"
+                f"{base} is not the base model of this adapter: it has the same shape but other weights "
+                f"({name}). Pass the model that the adapter was trained on as base_model"
             )
-
-
-# --- merging ----------------------------------------------------------------------------------------------------------------
 
 
 def merge(
@@ -486,8 +369,8 @@ def merge(
         folder (`str` or `os.PathLike`):
             The adapter folder.
         output_folder (`str` or `os.PathLike`):
-            Must not exist, or be empty; it appears when it is complete. The tokenizer comes along, from the adapter folder
-            or else from the base model.
+            Must not exist, or be empty; it appears when it is complete. The tokenizer comes along, from the
+            adapter folder or else from the base model.
         base_model, from_pretrained_kwargs:
             As for [`load`]; `dtype` is that of the merged weights (the base model's if absent).
 
@@ -497,16 +380,18 @@ def merge(
         And what [`load`] raises.
     """
     folder, target = Path(folder), Path(output_folder)
-    _refuse_to_overwrite(target)
+    refuse_to_overwrite(target)
     if (folder / "config.json").is_file():
         raise ValueError(f"{folder} is a plain model folder already: there is nothing to merge")
-    model = load(folder, base_model=base_model, **{"attn_implementation": "sdpa", **from_pretrained_kwargs})
+    model: Any = load(
+        folder, base_model=base_model, **{"attn_implementation": "sdpa", **from_pretrained_kwargs}
+    )
     merged = model.merge_and_unload(safe_merge=True)
     for name in CONFIG_FIELDS:
         if hasattr(merged.config, name):
             delattr(merged.config, name)
     tokenizer_folder = _tokenizer_folder(folder, _base_of(folder, base_model))
-    with _appearing(target) as unfinished:
+    with appearing(target) as unfinished:
         merged.save_pretrained(unfinished)
         if tokenizer_folder is not None:
             hub = _hub_arguments(from_pretrained_kwargs)

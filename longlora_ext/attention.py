@@ -1,21 +1,22 @@
 """`attn_implementation="s2attn"` for transformers.
 
-Importing this module registers the name with transformers' two public registries: `AttentionInterface` (what an attention
-layer calls) and `AttentionMaskInterface` (what turns a model's mask arguments into what the layer receives). Any decoder that
-routes its attention through them can use it:
+Importing this module registers the name with transformers' two public registries: `AttentionInterface` (what
+an attention layer calls) and `AttentionMaskInterface` (what turns a model's mask arguments into what the
+layer receives). Any decoder that routes its attention through them can use it:
 
     import longlora_ext.attention
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="s2attn")
 
-A module in training mode runs S2-Attn; in eval mode, and so in `generate`, it runs dense attention with the KV cache as it is.
-Three fields of the model's config are read:
+A module in training mode runs S2-Attn; in eval mode, and so in `generate`, it runs dense attention with the
+KV cache as it is. Three fields of the model's config are read:
 
 - `s2attn_group_size` (even `int`): tokens a group; absent, a quarter of `max_position_embeddings`.
-- `s2attn_mode`: `"auto"` (absent: the same), or `"s2"` and `"dense"` to ask for one of them in training and eval alike.
+- `s2attn_mode`: `"auto"` (absent: the same), or `"s2"` and `"dense"` to ask for one of them in training and
+  eval alike.
 - `num_attention_heads`: the second half of the heads is shifted.
 
-Documents are kept apart: padding (a 2-D `attention_mask`), packing (`position_ids` that restart, or `cu_seq_lens_q`) all end up
-as the op's `doc_start`.
+Documents are kept apart: padding (a 2-D `attention_mask`), packing (`position_ids` that restart, or
+`cu_seq_lens_q`) all end up as the op's `doc_start`.
 """
 
 from __future__ import annotations
@@ -72,8 +73,12 @@ def group_size(config: PreTrainedConfig) -> int:
     return size
 
 
+def _config(module: torch.nn.Module) -> Any:
+    return module.config
+
+
 def _wants_s2(module: torch.nn.Module) -> bool:
-    mode = getattr(module.config, "s2attn_mode", None) or "auto"
+    mode = getattr(_config(module), "s2attn_mode", None) or "auto"
     if mode not in MODES:
         raise ValueError(
             f"config.s2attn_mode must be one of {', '.join(map(repr, MODES))}, but it is {mode!r}"
@@ -82,8 +87,8 @@ def _wants_s2(module: torch.nn.Module) -> bool:
 
 
 def s2attn_mask(
+    *,
     batch_size: int,
-    *args: Any,
     kv_length: int,
     mask_function: Callable = causal_mask_function,
     attention_mask: torch.Tensor | None = None,
@@ -94,19 +99,19 @@ def s2attn_mask(
     """
     The mask that a model hands to its attention layers (transformers' mask interface).
 
-    Where queries and keys are the same tokens (training, prefill) this is `None`, or what the 2-D mask says about each token, int32
-    `[batch, 1, 1, tokens]`: for a real token the index of its document's first token, for padding the bitwise complement of
-    that. It has four dimensions because transformers passes a 4-D mask through untouched when `generate` prepares it ahead, and
-    its size grows with the tokens, not with their square. With a KV cache it is what `sdpa` gets: `None` or a boolean
-    `[batch, 1, queries, keys]`.
+    Where queries and keys are the same tokens (training, prefill) this is `None`, or what the 2-D mask says
+    about each token, int32 `[batch, 1, 1, tokens]`: for a real token the index of its document's first token,
+    for padding the bitwise complement of that. It has four dimensions because transformers passes a 4-D mask
+    through untouched when `generate` prepares it ahead, and its size grows with the tokens, not with their
+    square. With a KV cache it is what `sdpa` gets: `None` or a boolean `[batch, 1, queries, keys]`.
 
     Raises:
         `ValueError`: the mask has holes, or the model asks for anything but full causal attention.
     """
     if local_size is not None:
         raise ValueError(
-            f"attn_implementation='s2attn' cannot express sliding-window or chunked attention (this model asks for "
-            f"{local_size} tokens): set config.sliding_window=None, or use another attn_implementation"
+            "attn_implementation='s2attn' cannot express sliding-window or chunked attention (this model "
+            f"asks for {local_size} tokens): set config.sliding_window=None, or use another one"
         )
     # Before 5.2, transformers passed the positions of the queries in place of their number.
     positions = kwargs.get("cache_position")
@@ -117,13 +122,10 @@ def s2attn_mask(
         packed = _documents_of(mask_function, batch_size, q_length, kv_length, use_vmap, device)
     if q_length != kv_length:
         return sdpa_mask(
-            batch_size,
-            *args,
+            batch_size=batch_size,
             kv_length=kv_length,
             mask_function=mask_function,
             attention_mask=attention_mask,
-            local_size=local_size,
-            use_vmap=use_vmap,
             **kwargs,
         )
     if attention_mask is None or (not torch.compiler.is_compiling() and bool(attention_mask.all())):
@@ -137,8 +139,9 @@ def _documents_of(
     mask_function: Callable, batch_size: int, q_length: int, kv_length: int, use_vmap: bool, device: Any
 ) -> torch.Tensor | None:
     """
-    The documents `[batch, tokens]` (int32) behind a mask function that is not plainly causal: transformers makes one for
-    packed sequences. It is known by what it says of neighbours; one that lets a token see the next one is refused.
+    The documents `[batch, tokens]` (int32) behind a mask function that is not plainly causal: transformers
+    makes one for packed sequences. It is known by what it says of neighbours; one that lets a token see the
+    next one is refused.
     """
     refusal = ValueError(
         "attn_implementation='s2attn' is causal within each document: this model asks for another mask "
@@ -176,7 +179,8 @@ def s2attn_forward(
         module (`torch.nn.Module`):
             The attention layer; `training` and `config` are read.
         query, key, value (`torch.Tensor`):
-            `[batch, heads, tokens, head_dim]`; key and value may have fewer heads, and more tokens (a KV cache).
+            `[batch, heads, tokens, head_dim]`; key and value may have fewer heads, and more tokens (a KV
+            cache).
         attention_mask (`torch.Tensor`, *optional*):
             What [`s2attn_mask`] made.
         dropout (`float`):
@@ -193,7 +197,8 @@ def s2attn_forward(
         `ValueError`: the call asks for what the op cannot express.
     """
     _refuse_unsupported(module, key, value, dropout, kwargs)
-    # Models in mixed precision rotate q and k in fp32; v comes straight from its projection and has the dtype to compute in.
+    # Models in mixed precision rotate q and k in fp32; v comes straight from its projection and has the dtype
+    # to compute in.
     query, key = query.to(value.dtype), key.to(value.dtype)
     tokens = query.shape[2]
     whole = tokens == key.shape[2]
@@ -201,8 +206,9 @@ def s2attn_forward(
     if not whole:
         if wants_s2:
             raise ValueError(
-                f"S2-Attn needs the queries and keys of the same tokens, but a KV cache makes them {tokens} and {key.shape[2]}: "
-                "call model.eval(), or pass use_cache=False, or set config.s2attn_mode='auto'"
+                "S2-Attn needs the queries and keys of the same tokens, but a KV cache makes them "
+                f"{tokens} and {key.shape[2]}: call model.eval(), or pass use_cache=False, or set "
+                "config.s2attn_mode='auto'"
             )
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
 
@@ -218,7 +224,7 @@ def s2attn_forward(
             query,
             key,
             value,
-            group_size(module.config),
+            group_size(_config(module)),
             _first_shifted_head(module, query),
             documents,
             scaling,
@@ -241,20 +247,21 @@ def _refuse_unsupported(
         what = f"a head dim of v ({value.shape[-1]}) other than that of q and k ({key.shape[-1]})"
     if what is not None:
         raise ValueError(
-            f"attn_implementation='s2attn' cannot express {what}: use attn_implementation='eager' or 'sdpa' for this model"
+            f"attn_implementation='s2attn' cannot express {what}: use attn_implementation='eager' or 'sdpa' "
+            "for this model"
         )
 
 
 def _own_mask(attention_mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
-    """What `s2attn_mask` made, int32 `[batch, tokens]`; anything else is somebody's own mask and is refused."""
+    """What `s2attn_mask` made, as int32 `[batch, tokens]`; anything else is a mask of the caller's own."""
     if attention_mask is None:
         return None
     batch, _, tokens, _ = query.shape
     if attention_mask.dtype != torch.int32 or attention_mask.shape != (batch, 1, 1, tokens):
         raise ValueError(
-            f"attn_implementation='s2attn' takes a 2-D attention_mask [batch, tokens] of 0 and 1 and makes its own mask of it, "
-            f"but it got a {attention_mask.ndim}-D mask of shape {list(attention_mask.shape)} and dtype {attention_mask.dtype}; "
-            "say packing with position_ids"
+            "attn_implementation='s2attn' takes a 2-D attention_mask [batch, tokens] of 0 and 1, but it got "
+            f"a {attention_mask.ndim}-D mask of shape {list(attention_mask.shape)} and dtype "
+            f"{attention_mask.dtype}; packed documents are told by position_ids"
         )
     return attention_mask[:, 0, 0]
 
@@ -272,7 +279,8 @@ def _documents(
             or position_ids.shape[1] != tokens
         ):
             raise ValueError(
-                f"position_ids must be [{batch}, {tokens}] or [1, {tokens}], but they are {list(position_ids.shape)}"
+                f"position_ids must be [{batch}, {tokens}] or [1, {tokens}], but they are "
+                f"{list(position_ids.shape)}"
             )
         documents = doc_start_from_position_ids(position_ids).expand(batch, -1)
     cu_seqlens = kwargs.get("cu_seq_lens_q")
@@ -280,19 +288,19 @@ def _documents(
         packed = doc_start_from_cu_seqlens(cu_seqlens).to(query.device)
         if packed.shape != (batch, tokens):
             raise ValueError(
-                f"cu_seq_lens_q must describe one row of {tokens} tokens, but it describes {packed.shape[1]} tokens "
-                f"and the batch has {batch} rows"
+                f"cu_seq_lens_q must describe one row of {tokens} tokens, but it describes {packed.shape[1]} "
+                f"tokens and the batch has {batch} rows"
             )
         documents = packed if documents is None else torch.maximum(packed, documents)
     return documents
 
 
 def _first_shifted_head(module: torch.nn.Module, query: torch.Tensor) -> int:
-    heads = module.config.num_attention_heads
+    heads: int = _config(module).num_attention_heads
     if query.shape[1] != heads:
         raise ValueError(
-            f"config.num_attention_heads is {heads}, but this layer has {query.shape[1]} heads: which of them are shifted "
-            "is not known when heads are split over ranks"
+            f"config.num_attention_heads is {heads}, but this layer has {query.shape[1]} heads: which of "
+            "them are shifted is not known when heads are split over ranks"
         )
     return heads // 2
 
@@ -331,7 +339,7 @@ def _dense_eval(
     documents: torch.Tensor | None,
     scaling: float | None,
 ) -> tuple[torch.Tensor, None]:
-    """Dense attention outside training: `sdpa`'s own result wherever `sdpa` is right, documents kept apart besides."""
+    """Dense attention outside training: `sdpa`'s own result, with packed documents kept apart besides."""
     if padding is not None:
         mask = _dense_mask(padding, documents)
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling)
@@ -344,8 +352,9 @@ def _dense_mask(padding: torch.Tensor, documents: torch.Tensor | None) -> torch.
     """
     The boolean mask `[batch, 1, tokens, tokens]` of a padded batch in eval mode.
 
-    `generate` reads the row of the last token even where that is padding, so rows of padding see the real tokens before
-    them, as with `sdpa`. Positions say nothing at padding: a document starts between two real tokens only.
+    `generate` reads the row of the last token even where that is padding, so rows of padding see the real
+    tokens before them, as with `sdpa`. Positions say nothing at padding: a document starts between two real
+    tokens only.
     """
     real = padding >= 0
     index = torch.arange(padding.shape[1], device=padding.device)

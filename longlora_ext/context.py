@@ -1,6 +1,7 @@
 """Context extension: the change of a model's config that lets it read further.
 
-The RoPE parameters are part of the config, so the change is made before the model is built, and it is saved with it:
+The RoPE parameters are part of the config, so the change is made before the model is built, and it is saved
+with it:
 
     config = extend_config(AutoConfig.from_pretrained(name), 32768)
     model = AutoModelForCausalLM.from_pretrained(name, config=config, attn_implementation="s2attn")
@@ -24,8 +25,8 @@ CONFIG_FIELDS = ("s2attn_group_size", "s2attn_mode", "s2attn_context_length")
 _ORIGINAL = "original_max_position_embeddings"
 _NEEDS_ORIGINAL = ("yarn", "llama3", "longrope")
 _DEFAULTS: dict[str, dict[str, Any]] = {"llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0}}
-# Derived from the factor by transformers when absent: those of a smaller factor must not be carried over.
-_STALE = ("attention_factor",)
+# transformers computes it from the factor if it is absent: that of a smaller factor must not stay.
+_STALE = "attention_factor"
 
 
 def context_length(config: PreTrainedConfig) -> int:
@@ -52,9 +53,9 @@ def extend_config(
     A copy of a model's config for a longer context.
 
     The factor is `ceil(context_length / original)`. For a model without scaling, `original` is its
-    `max_position_embeddings`. A model that is scaled already is extended with its own `rope_type` only: linear factors multiply;
-    for `llama3`, `yarn` and the like the factor is counted from the length that the parameters name as the original one, and the
-    other parameters are kept.
+    `max_position_embeddings`. A model that is scaled already is extended with its own `rope_type` only:
+    linear factors multiply; for `llama3`, `yarn` and the like the factor is counted from the length that the
+    parameters name as the original one, and the other parameters are kept.
 
     Args:
         config ([`~transformers.PreTrainedConfig`]):
@@ -72,8 +73,9 @@ def extend_config(
             The group size in tokens, even, in place of the ratio.
 
     Returns:
-        [`~transformers.PreTrainedConfig`]: with changed `rope_parameters`, `max_position_embeddings` (the new context; for
-        `"dynamic"` it stays, as transformers scales only beyond it), `s2attn_context_length` and `s2attn_group_size`.
+        [`~transformers.PreTrainedConfig`]: with changed `rope_parameters`, `max_position_embeddings` (the new
+        context; for `"dynamic"` it stays, as transformers scales only beyond it), `s2attn_context_length` and
+        `s2attn_group_size`.
 
     Raises:
         `ValueError`: an argument is out of its range, or the config's RoPE cannot be extended as asked.
@@ -81,7 +83,8 @@ def extend_config(
     present = _present_length(config)
     if not _is_int(context_length) or context_length <= present:
         raise ValueError(
-            f"context_length must be an integer above the model's present context of {present} tokens, but it is {context_length!r}"
+            f"context_length must be an integer above the model's present context of {present} tokens, but "
+            f"it is {context_length!r}"
         )
     extended = copy.deepcopy(config)
     extended.s2attn_group_size = _group_size(context_length, group_ratio, group_size)
@@ -103,8 +106,8 @@ def _present_length(config: PreTrainedConfig) -> int:
         config, "rope_parameters", None
     ):
         raise ValueError(
-            f"{type(config).__name__} has no max_position_embeddings with rope_parameters: only decoders with rotary "
-            "position embeddings can be extended"
+            f"{type(config).__name__} has no max_position_embeddings with rope_parameters: only decoders "
+            "with rotary position embeddings can be extended"
         )
     return context_length(config)
 
@@ -127,13 +130,13 @@ def _extended_rope(
     """The new `rope_parameters`: those that stay, the factor, and over both what the caller gave."""
     present = dict(config.rope_parameters)
     if any(isinstance(value, dict) for value in present.values()):
+        layers = ", ".join(map(str, present))
         raise ValueError(
-            f"this model has different RoPE parameters for different layers ({', '.join(map(str, present))}): such models "
-            "cannot be extended here"
+            f"this model has different RoPE parameters for different layers ({layers}): it cannot be extended"
         )
     if rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS:
         raise ValueError(
-            f"rope_type must be one of {', '.join(['default', *ROPE_INIT_FUNCTIONS])}, but it is {rope_type!r}"
+            f"rope_type must be one of default, {', '.join(ROPE_INIT_FUNCTIONS)}, but it is {rope_type!r}"
         )
     if given.get("rope_type", rope_type) != rope_type:
         raise ValueError(
@@ -141,16 +144,16 @@ def _extended_rope(
         )
     if rope_type == "longrope" and not {"short_factor", "long_factor"} <= given.keys():
         raise ValueError(
-            "rope_type 'longrope' needs rope_parameters with short_factor and long_factor: they are found by a search, not "
-            "computed from the context length"
+            "rope_type 'longrope' needs rope_parameters with short_factor and long_factor: they are found by "
+            "a search, not computed from the context length"
         )
     present_type = present.get("rope_type", "default")
     if present_type not in ("default", rope_type):
         raise ValueError(
-            f"this model's RoPE is scaled with rope_type {present_type!r} already and cannot be extended with {rope_type!r}: "
-            f"pass rope_type={present_type!r}"
+            f"this model's RoPE is scaled with rope_type {present_type!r} already and cannot be extended "
+            f"with {rope_type!r}: pass rope_type={present_type!r}"
         )
-    new = {key: value for key, value in present.items() if key not in _STALE}
+    new = {key: value for key, value in present.items() if key != _STALE}
     new["rope_type"] = rope_type
     if rope_type == "default":
         return {**new, **given}
@@ -168,7 +171,9 @@ def _extended_rope(
 
 
 def _check_rope(config: PreTrainedConfig, rope_type: str) -> None:
-    """Compute the frequencies once, so that a wrong parameter is reported here and not when the model is built."""
+    """
+    Compute the frequencies once, so that a wrong parameter is reported here and not when the model is built.
+    """
     if rope_type == "default":
         return
     try:
