@@ -75,8 +75,7 @@ void check_like(const char* name, const Tensor& tensor, const char* other_name, 
 }
 
 void check_heads_tensor(const char* name, const Tensor& tensor) {
-  check(tensor.dim() == 4, name, " must have 4 dimensions [batch, seqlen, heads, head_dim], but is ",
-        shape_of(tensor));
+  check(tensor.dim() == 4, name, " must have 4 dimensions [batch, seqlen, heads, head_dim], but is ", shape_of(tensor));
   check(tensor.stride(3) == 1, name, "'s last dimension must be contiguous (stride 1), but has stride ",
         tensor.stride(3));
 }
@@ -86,8 +85,7 @@ void check_doc_start(const Tensor& doc_start, const Tensor& q) {
         torch::headeronly::toString(doc_start.scalar_type()));
   check(doc_start.device() == q.device(), "doc_start must be on q's device");
   check(doc_start.dim() == 2 && doc_start.size(0) == q.size(0) && doc_start.size(1) == q.size(1),
-        "doc_start must have shape [batch, seqlen] = [", q.size(0), ", ", q.size(1), "], but is ",
-        shape_of(doc_start));
+        "doc_start must have shape [batch, seqlen] = [", q.size(0), ", ", q.size(1), "], but is ", shape_of(doc_start));
 }
 
 // Values, which only a CPU can afford to look at: a document begins at its first token, and each of its
@@ -106,8 +104,8 @@ void check_doc_start_values(const int32_t* doc_start, int64_t batch, int64_t seq
 }
 
 // Checks what forward and backward share and describes it. `doc_start` must be contiguous by now.
-Problem make_problem(const Tensor& q, const Tensor& k, const Tensor& v, int64_t group_size,
-                     int64_t first_shifted_head, const std::optional<Tensor>& doc_start, double scale) {
+Problem make_problem(const Tensor& q, const Tensor& k, const Tensor& v, int64_t group_size, int64_t first_shifted_head,
+                     const std::optional<Tensor>& doc_start, double scale) {
   check_heads_tensor("q", q);
   check_heads_tensor("k", k);
   check_heads_tensor("v", v);
@@ -122,11 +120,9 @@ Problem make_problem(const Tensor& q, const Tensor& k, const Tensor& v, int64_t 
         "the heads of q must be a multiple of those of k and v, but are ", q.size(2), " and ", k.size(2));
   check(q.size(3) >= 8 && q.size(3) <= 256 && q.size(3) % 8 == 0,
         "head_dim must be a multiple of 8 from 8 to 256, but is ", q.size(3));
-  check(group_size > 0 && group_size % 2 == 0, "group_size must be a positive even number, but is ",
-        group_size);
+  check(group_size > 0 && group_size % 2 == 0, "group_size must be a positive even number, but is ", group_size);
   check(first_shifted_head >= 0 && first_shifted_head <= q.size(2),
-        "first_shifted_head must be from 0 to the number of query heads ", q.size(2), ", but is ",
-        first_shifted_head);
+        "first_shifted_head must be from 0 to the number of query heads ", q.size(2), ", but is ", first_shifted_head);
   check(std::isfinite(scale), "scale must be finite, but is ", scale);
   if (doc_start) check_doc_start(*doc_start, q);
 
@@ -152,18 +148,16 @@ std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
   return torch::stable::contiguous(*tensor);
 }
 
-Tensor empty_contiguous_like(const Tensor& tensor) {
-  return torch::stable::new_empty(tensor, tensor.sizes());
-}
+Tensor empty_contiguous_like(const Tensor& tensor) { return torch::stable::new_empty(tensor, tensor.sizes()); }
 
 Tensor empty_row_stats(const Tensor& q) {
   const int64_t sizes[] = {q.size(0), q.size(2), q.size(1)};
   return torch::stable::new_empty(q, {sizes, 3}, lse_dtype(q));
 }
 
-std::tuple<Tensor, Tensor> forward_cpu(Tensor q, Tensor k, Tensor v, int64_t group_size,
-                                       int64_t first_shifted_head, std::optional<Tensor> doc_start,
-                                       double scale, bool /*deterministic: always is*/) {
+std::tuple<Tensor, Tensor> forward_cpu(Tensor q, Tensor k, Tensor v, int64_t group_size, int64_t first_shifted_head,
+                                       std::optional<Tensor> doc_start, double scale,
+                                       bool /*deterministic: always is*/) {
   doc_start = contiguous(doc_start);
   const Problem problem = make_problem(q, k, v, group_size, first_shifted_head, doc_start, scale);
   if (problem.doc_start) check_doc_start_values(problem.doc_start, problem.batch, problem.seqlen);
@@ -175,8 +169,8 @@ std::tuple<Tensor, Tensor> forward_cpu(Tensor q, Tensor k, Tensor v, int64_t gro
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward_cpu(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out,
-                                                Tensor lse, int64_t group_size, int64_t first_shifted_head,
+std::tuple<Tensor, Tensor, Tensor> backward_cpu(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+                                                int64_t group_size, int64_t first_shifted_head,
                                                 std::optional<Tensor> doc_start, double scale,
                                                 bool /*deterministic: always is*/) {
   doc_start = contiguous(doc_start);
@@ -198,9 +192,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(Tensor dout, Tensor q, Tensor k,
   Tensor dk = empty_contiguous_like(k);
   Tensor dv = empty_contiguous_like(v);
   Tensor delta = empty_row_stats(q);
-  BackwardParams params = {problem,     view_of(dout), view_of(q),     view_of(k),
-                           view_of(v),  view_of(out),  view_of(dq),    view_of(dk),
-                           view_of(dv), lse.data_ptr(), delta.data_ptr()};
+  BackwardParams params = {problem,     view_of(dout), view_of(q),  view_of(k),     view_of(v),      view_of(out),
+                           view_of(dq), view_of(dk),   view_of(dv), lse.data_ptr(), delta.data_ptr()};
   cpu::best_kernels().backward[static_cast<int>(dtype_of(q))](params);
   return {dq, dk, dv};
 }

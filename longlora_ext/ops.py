@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 __all__ = ["s2attn"]
 
@@ -84,7 +85,11 @@ def _s2attn(
     deterministic: bool = False,
 ) -> Tensor:
     _check(q.dim() == 4, f"q must have 4 dimensions [batch, seqlen, heads, head_dim], but is {list(q.shape)}")
-    if torch.is_autocast_enabled(q.device.type):
+    # register_autograd knows reverse mode alone, and would drop a tangent without a word.
+    if forward_ad._current_level >= 0:
+        tangents = [forward_ad.unpack_dual(x).tangent for x in (q, k, v)]
+        _check(all(tangent is None for tangent in tangents), "cannot be differentiated in forward mode")
+    if torch.amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
     if first_shifted_head is None:
@@ -134,6 +139,8 @@ def _wrapped(
 
 @torch.library.register_fake("longlora::s2attn_fwd")
 def _fake_fwd(q, k, v, group_size, first_shifted_head, doc_start, scale, deterministic):  # type: ignore[no-untyped-def]
+    for name, x in (("k", k), ("v", v), ("doc_start", doc_start)):
+        _check(x is None or x.device == q.device, f"{name} must be on q's device")
     batch, seqlen, heads, _ = q.shape
     stats = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty((batch, heads, seqlen), dtype=stats)
@@ -154,7 +161,17 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _backward(ctx, dout, _dlse):  # type: ignore[no-untyped-def]
     q, k, v, doc_start, out, lse = ctx.saved_tensors
     dq, dk, dv = torch.ops.longlora.s2attn_bwd(
-        dout, q, k, v, out, lse, ctx.group_size, ctx.first_shifted_head, doc_start, ctx.scale, ctx.deterministic
+        dout,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        ctx.group_size,
+        ctx.first_shifted_head,
+        doc_start,
+        ctx.scale,
+        ctx.deterministic,
     )
     return dq, dk, dv, None, None, None, None, None
 

@@ -5,7 +5,11 @@ from torch import Tensor
 
 
 def s2attn_mask(
-    seqlen: int, group_size: int, shifted: bool, doc_start: Tensor | None = None, device: torch.device | None = None
+    seqlen: int,
+    group_size: int,
+    shifted: bool,
+    doc_start: Tensor | None = None,
+    device: torch.device | None = None,
 ) -> Tensor:
     """Which keys each query row of a head sees: bool [seqlen, seqlen], or [B, seqlen, seqlen] with `doc_start` [B, seqlen].
 

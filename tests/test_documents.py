@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from longlora_ext import doc_start_from_cu_seqlens, doc_start_from_mask, doc_start_from_position_ids
 
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from longlora_ext import s2attn
 from op_checks import Problem
+
+from longlora_ext import s2attn
 
 DOCUMENTS = torch.zeros(1, 64, dtype=torch.int32)
 
@@ -23,16 +24,37 @@ def with_value(tensor: torch.Tensor, index: int, value: int) -> torch.Tensor:
         ({"k": torch.randn(1, 64, 2, 16).half()}, r"k must have q's dtype Float, but is Half"),
         ({"v": torch.randn(1, 64, 2, 16).double()}, r"v must have q's dtype Float, but is Double"),
         ({"v": torch.randn(1, 64, 1, 16)}, r"k and v must have the same shape"),
-        ({"k": torch.randn(1, 63, 2, 16), "v": torch.randn(1, 63, 2, 16)}, r"k and v must have q's batch, seqlen"),
-        ({"k": torch.randn(2, 64, 2, 16), "v": torch.randn(2, 64, 2, 16)}, r"k and v must have q's batch, seqlen"),
-        ({"k": torch.randn(1, 64, 2, 8), "v": torch.randn(1, 64, 2, 8)}, r"k and v must have q's batch, seqlen"),
-        ({"q": torch.randn(1, 64, 3, 16)}, r"heads of q must be a multiple of those of k and v, but are 3 and 2"),
+        (
+            {"k": torch.randn(1, 63, 2, 16), "v": torch.randn(1, 63, 2, 16)},
+            r"k and v must have q's batch, seqlen",
+        ),
+        (
+            {"k": torch.randn(2, 64, 2, 16), "v": torch.randn(2, 64, 2, 16)},
+            r"k and v must have q's batch, seqlen",
+        ),
+        (
+            {"k": torch.randn(1, 64, 2, 8), "v": torch.randn(1, 64, 2, 8)},
+            r"k and v must have q's batch, seqlen",
+        ),
+        (
+            {"q": torch.randn(1, 64, 3, 16)},
+            r"heads of q must be a multiple of those of k and v, but are 3 and 2",
+        ),
         ({"k": torch.randn(1, 64, 0, 16), "v": torch.randn(1, 64, 0, 16)}, r"heads of q must be a multiple"),
-        ({x: torch.randn(1, 64, 2, 12) for x in "qkv"}, r"head_dim must be a multiple of 8 from 8 to 256, but is 12"),
+        (
+            {x: torch.randn(1, 64, 2, 12) for x in "qkv"},
+            r"head_dim must be a multiple of 8 from 8 to 256, but is 12",
+        ),
         ({x: torch.randn(1, 64, 2, 264) for x in "qkv"}, r"head_dim must be a multiple of 8 .* but is 264"),
         ({x: torch.randn(1, 0, 2, 16) for x in "qkv"}, r"seqlen must be at least 1"),
-        ({"q": torch.randn(1, 64, 16, 2).transpose(2, 3)}, r"q's last dimension must be contiguous .* stride 2"),
-        ({"v": torch.randn(1, 64, 16, 2).transpose(2, 3)}, r"v's last dimension must be contiguous .* stride 2"),
+        (
+            {"q": torch.randn(1, 64, 16, 2).transpose(2, 3)},
+            r"q's last dimension must be contiguous .* stride 2",
+        ),
+        (
+            {"v": torch.randn(1, 64, 16, 2).transpose(2, 3)},
+            r"v's last dimension must be contiguous .* stride 2",
+        ),
         ({"group_size": 15}, r"group_size must be a positive even number, but is 15"),
         ({"group_size": 0}, r"group_size must be a positive even number, but is 0"),
         ({"group_size": -2}, r"group_size must be a positive even number, but is -2"),
@@ -88,4 +110,6 @@ def test_backward_checks_its_own_arguments(name: str) -> None:
     arguments = {"dout": out, "q": q, "k": k, "v": v, "out": out, "lse": lse}
     arguments[name] = arguments[name][:, :1]
     with pytest.raises(RuntimeError, match=f"^s2attn: {name} must"):
-        torch.ops.longlora.s2attn_bwd(**arguments, group_size=16, first_shifted_head=1, doc_start=None, scale=0.25, deterministic=False)
+        torch.ops.longlora.s2attn_bwd(
+            **arguments, group_size=16, first_shifted_head=1, doc_start=None, scale=0.25, deterministic=False
+        )

@@ -5,10 +5,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from longlora_ext import s2attn
-from longlora_ext.reference import s2attn_reference
 from op_checks import Problem, assert_close_to_reference, check_against_reference, outputs_and_grads
 from torch import Tensor
+
+from longlora_ext import s2attn
+from longlora_ext.reference import s2attn_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -22,11 +23,23 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
         {"seqlen": 2, "group_size": 2},
         {"batch": 3, "seqlen": 64, "heads": 4, "kv_heads": 4, "group_size": 16},
         {"batch": 2, "seqlen": 300, "heads": 9, "kv_heads": 3, "head_dim": 64, "group_size": 64},  # SmolLM2
-        {"seqlen": 777, "heads": 4, "kv_heads": 1, "head_dim": 40, "group_size": 200},  # MQA, ragged everywhere
+        {
+            "seqlen": 777,
+            "heads": 4,
+            "kv_heads": 1,
+            "head_dim": 40,
+            "group_size": 200,
+        },  # MQA, ragged everywhere
         {"seqlen": 200, "heads": 1, "kv_heads": 1, "head_dim": 8, "group_size": 50},
         {"seqlen": 130, "heads": 2, "kv_heads": 1, "head_dim": 128, "group_size": 1000},  # G > N
         {"seqlen": 260, "heads": 2, "kv_heads": 2, "head_dim": 256, "group_size": 128},
-        {"seqlen": 100, "heads": 6, "kv_heads": 2, "group_size": 10, "first_shifted_head": 1},  # within one KV head
+        {
+            "seqlen": 100,
+            "heads": 6,
+            "kv_heads": 2,
+            "group_size": 10,
+            "first_shifted_head": 1,
+        },  # within one KV head
         {"seqlen": 100, "heads": 2, "kv_heads": 2, "group_size": 12, "first_shifted_head": 0, "scale": 0.7},
         {"seqlen": 100, "heads": 2, "kv_heads": 2, "group_size": 12, "first_shifted_head": 2, "scale": -0.3},
     ],
@@ -50,9 +63,7 @@ def test_forward_and_backward(shape: dict, documents: bool, dtype: torch.dtype) 
 )
 def test_any_shape(kv_heads: int, heads_per_kv: int, shifted: float, **shape) -> None:
     heads = kv_heads * heads_per_kv
-    check_against_reference(
-        Problem(heads=heads, kv_heads=kv_heads, first_shifted_head=round(shifted * heads), **shape)
-    )
+    check_against_reference(Problem(heads=heads, kv_heads=kv_heads, first_shifted_head=round(shifted * heads), **shape))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -201,9 +212,7 @@ def test_strided_inputs(layout: str) -> None:
     assert not q.is_contiguous()
     dout = torch.randn(2, 4, 70, 16).transpose(1, 2)
     actual = outputs_and_grads(lambda *qkv: s2attn(*qkv, 16), q, k, v, dout)
-    dense = outputs_and_grads(
-        lambda *qkv: s2attn(*qkv, 16), *(x.contiguous() for x in (q, k, v)), dout.contiguous()
-    )
+    dense = outputs_and_grads(lambda *qkv: s2attn(*qkv, 16), *(x.contiguous() for x in (q, k, v)), dout.contiguous())
     assert actual[0].is_contiguous()
     for a, b in zip(actual, dense, strict=True):
         assert torch.equal(a, b)

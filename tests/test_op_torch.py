@@ -6,10 +6,11 @@ import textwrap
 
 import pytest
 import torch
-from longlora_ext import s2attn
 from op_checks import Problem, outputs_and_grads
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from longlora_ext import s2attn
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -23,14 +24,12 @@ def test_opcheck(documents: bool, dtype: torch.dtype) -> None:
     with torch.no_grad():
         out, lse = torch.ops.longlora.s2attn_fwd(q, k, v, 16, 2, doc_start, 0.25, False)
     backward_args = tuple(x.detach() for x in (out, q, k, v, out, lse))
-    torch.library.opcheck(
-        torch.ops.longlora.s2attn_bwd.default, (*backward_args, 16, 2, doc_start, 0.25, False)
-    )
+    torch.library.opcheck(torch.ops.longlora.s2attn_bwd.default, (*backward_args, 16, 2, doc_start, 0.25, False))
 
 
 @pytest.mark.parametrize("wrap", [False, True])
 def test_gradcheck(wrap: bool) -> None:
-    problem = Problem(batch=2, seqlen=12, heads=4, kv_heads=2, head_dim=8, dtype=torch.float64)
+    problem = Problem(seqlen=8, heads=4, kv_heads=2, head_dim=8, dtype=torch.float64)
     inputs = tuple(x.requires_grad_() for x in problem.tensors())
     assert torch.autograd.gradcheck(lambda q, k, v: s2attn(q, k, v, 4, wrap=wrap), inputs)
 
@@ -60,7 +59,7 @@ def test_forward_mode_is_refused() -> None:
     q, k, v = Problem().tensors()
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
-        with pytest.raises((RuntimeError, NotImplementedError), match=r"forward.?mode|jvp"):
+        with pytest.raises(RuntimeError, match="s2attn: cannot be differentiated in forward mode"):
             s2attn(dual, k, v, 16)
 
 
@@ -167,9 +166,7 @@ def extra_memory(seqlen: int, head_dim: int) -> int:
         s2attn(q, k, v, {seqlen} // 4).sum().backward()
         print(peak() - before)
     """
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True
-    )
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)
     return int(result.stdout)
 
 

@@ -72,15 +72,13 @@ struct KeyGradientTile {
   }
 
  private:
-  void step(const QueryBlock<kBackwardRows>& block, int64_t batch, int64_t head, int64_t n0, int keys,
-            int rows) {
+  void step(const QueryBlock<kBackwardRows>& block, int64_t batch, int64_t head, int64_t n0, int keys, int rows) {
     load_rows<T>(p.q, batch, block.m0, head, rows, head_dim, pitch, q);
     load_rows<T>(p.dout, batch, block.m0, head, rows, head_dim, pitch, dout);
     std::memset(probs, 0, sizeof(Acc) * rows * kBackwardKeys);
     std::memset(dscores, 0, sizeof(Acc) * rows * kBackwardKeys);
     gemm<Operand::kPlain>(rows, kBackwardKeys, head_dim, q, pitch, k_t, kBackwardKeys, probs, kBackwardKeys);
-    gemm<Operand::kPlain>(rows, kBackwardKeys, head_dim, dout, pitch, v_t, kBackwardKeys, dscores,
-                          kBackwardKeys);
+    gemm<Operand::kPlain>(rows, kBackwardKeys, head_dim, dout, pitch, v_t, kBackwardKeys, dscores, kBackwardKeys);
 
     const int64_t row_stats = (batch * p.problem.heads + head) * p.problem.seqlen + block.m0;
     const Acc* lse = static_cast<const Acc*>(p.lse) + row_stats;
@@ -163,21 +161,19 @@ struct QueryGradientTile {
       step(block, run, n0, keys);
     }
     for (int r = 0; r < block.rows; ++r)
-      store_row<T>(dq + r * pitch, static_cast<Acc>(problem.scale), head_dim,
-                   row_of<T>(p.dq, batch, m0 + r, head));
+      store_row<T>(dq + r * pitch, static_cast<Acc>(problem.scale), head_dim, row_of<T>(p.dq, batch, m0 + r, head));
   }
 
  private:
-  void step(const QueryBlock<kBackwardRows>& block, const RowRun<Acc, kBackwardRows>& run, int64_t n0,
-            int keys) {
+  void step(const QueryBlock<kBackwardRows>& block, const RowRun<Acc, kBackwardRows>& run, int64_t n0, int keys) {
     for (int j = 0; j < keys; ++j) {
       std::memset(scores + j * kBackwardRows + run.begin, 0, sizeof(Acc) * run.size());
       std::memset(dscores + j * kBackwardRows + run.begin, 0, sizeof(Acc) * run.size());
     }
-    gemm<Operand::kPlain>(keys, run.size(), head_dim, k, pitch, q_t + run.begin, kBackwardRows,
-                          scores + run.begin, kBackwardRows);
-    gemm<Operand::kPlain>(keys, run.size(), head_dim, v, pitch, dout_t + run.begin, kBackwardRows,
-                          dscores + run.begin, kBackwardRows);
+    gemm<Operand::kPlain>(keys, run.size(), head_dim, k, pitch, q_t + run.begin, kBackwardRows, scores + run.begin,
+                          kBackwardRows);
+    gemm<Operand::kPlain>(keys, run.size(), head_dim, v, pitch, dout_t + run.begin, kBackwardRows, dscores + run.begin,
+                          kBackwardRows);
     block.mask(scores, n0, keys, run.begin, run.end);
     for (int j = 0; j < keys; ++j) {
       for (int r = run.begin; r < run.end; r += kLanes<Acc>) {

@@ -7,8 +7,8 @@
 
 namespace longlora::cpu {
 
-#define LONGLORA_DECLARE(isa) \
-  namespace isa {             \
+#define LONGLORA_DECLARE(isa)   \
+  namespace isa {               \
   extern const Kernels kernels; \
   }
 #ifdef LONGLORA_X86
@@ -31,9 +31,8 @@ const Kernels& choose() {
 #ifdef LONGLORA_X86
       // The levels x86-64-v4 and -v3 that the two are compiled for.
       {"avx512",
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl"),
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"),
        &avx512::kernels},
       {"avx2",
        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&

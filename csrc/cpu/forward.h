@@ -58,10 +58,9 @@ struct ForwardTile {
 
  private:
   void step(const QueryBlock<kForwardRows>& block, const RowRun<Acc, kForwardRows>& run, int64_t n0, int keys) {
-    for (int j = 0; j < keys; ++j)
-      std::memset(scores + j * kForwardRows + run.begin, 0, sizeof(Acc) * run.size());
-    gemm<Operand::kPlain>(keys, run.size(), head_dim, k, pitch, q_t + run.begin, kForwardRows,
-                          scores + run.begin, kForwardRows);
+    for (int j = 0; j < keys; ++j) std::memset(scores + j * kForwardRows + run.begin, 0, sizeof(Acc) * run.size());
+    gemm<Operand::kPlain>(keys, run.size(), head_dim, k, pitch, q_t + run.begin, kForwardRows, scores + run.begin,
+                          kForwardRows);
     block.mask(scores, n0, keys, run.begin, run.end);
     for (int r = run.begin; r < run.end; r += kLanes<Acc>) softmax(keys, r);
     gemm<Operand::kTransposed>(run.size(), pitch, keys, scores + run.begin, kForwardRows, v, pitch,
@@ -72,8 +71,7 @@ struct ForwardTile {
   // probabilities relative to the running maximum, and what was summed before is rescaled to it.
   void softmax(int keys, int r) {
     Vector<Acc> tile_max = as_vector(scores + r);
-    for (int j = 1; j < keys; ++j)
-      tile_max = maximum<Acc>(tile_max, as_vector(scores + j * kForwardRows + r));
+    for (int j = 1; j < keys; ++j) tile_max = maximum<Acc>(tile_max, as_vector(scores + j * kForwardRows + r));
     const Vector<Acc> old_max = as_vector(row_max + r);
     const Vector<Acc> new_max = maximum<Acc>(old_max, tile_max);
     // A row that has seen no key yet keeps -inf; subtracting 0 instead avoids inf - inf.

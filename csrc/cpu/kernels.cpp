@@ -1,12 +1,13 @@
 // The CPU kernels of one instruction set: CMake compiles this file once for each, with its flags and its
 // LONGLORA_ISA and LONGLORA_VECTOR_BYTES. Work is one (batch, head, block of rows) at a time, over threads.
+#include "kernels.h"
+
 #include <omp.h>
 
 #include <new>
 
 #include "backward.h"
 #include "forward.h"
-#include "kernels.h"
 
 namespace longlora::cpu::LONGLORA_ISA {
 namespace {
@@ -19,7 +20,7 @@ class Scratch {
   explicit Scratch(int64_t elements_per_thread)
       : pitch_(round_up(elements_per_thread, kPad)),
         data_(static_cast<Acc*>(
-            ::operator new(sizeof(Acc) * pitch_* omp_get_max_threads(), std::align_val_t(kAlignment)))) {}
+            ::operator new(sizeof(Acc) * pitch_ * omp_get_max_threads(), std::align_val_t(kAlignment)))) {}
   ~Scratch() { ::operator delete(data_, std::align_val_t(kAlignment)); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
@@ -38,7 +39,7 @@ void for_each_block(const Params& params, int64_t heads, int64_t block_rows) {
   const int64_t blocks = (params.problem.seqlen + block_rows - 1) / block_rows;
   const int64_t items = params.problem.batch * heads * blocks;
   const Scratch<typename Tile::Acc> scratch(Tile::scratch_size(params.problem.head_dim));
-#pragma omp parallel for schedule(dynamic)
+#pragma omp parallel for schedule(dynamic) if (items > 1)
   for (int64_t item = 0; item < items; ++item) {
     Tile tile(params, scratch.of_this_thread());
     tile.run(item / (blocks * heads), item / blocks % heads, item % blocks * block_rows);

@@ -32,9 +32,7 @@ template <typename Int>
 constexpr Int greater(Int a, Int b) {
   return a > b ? a : b;
 }
-constexpr int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
+constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 // p points to kLanes values, aligned like a Vector: all tiles are.
 template <typename T>

@@ -55,8 +55,8 @@ T* row_of(const TensorView& tensor, int64_t batch, int64_t row, int64_t head) {
 
 // tile[rows, pitch] = tensor rows, widened; columns from head_dim to pitch are zero.
 template <typename T>
-void load_rows(const TensorView& tensor, int64_t batch, int64_t first, int64_t head, int rows, int head_dim,
-               int pitch, Accumulate<T>* tile) {
+void load_rows(const TensorView& tensor, int64_t batch, int64_t first, int64_t head, int rows, int head_dim, int pitch,
+               Accumulate<T>* tile) {
   for (int r = 0; r < rows; ++r) {
     const T* source = row_of<T>(tensor, batch, first + r, head);
     for (int d = 0; d < head_dim; ++d) tile[r * pitch + d] = widen(source[d]);
@@ -66,8 +66,8 @@ void load_rows(const TensorView& tensor, int64_t batch, int64_t first, int64_t h
 
 // tile[head_dim, pitch] = tensor rows times `factor`, transposed; columns from rows to pitch are zero.
 template <typename T>
-void load_transposed(const TensorView& tensor, int64_t batch, int64_t first, int64_t head, int rows,
-                     int head_dim, int pitch, Accumulate<T> factor, Accumulate<T>* tile) {
+void load_transposed(const TensorView& tensor, int64_t batch, int64_t first, int64_t head, int rows, int head_dim,
+                     int pitch, Accumulate<T> factor, Accumulate<T>* tile) {
   for (int r = 0; r < pitch; ++r) {
     const T* source = r < rows ? row_of<T>(tensor, batch, first + r, head) : nullptr;
     for (int d = 0; d < head_dim; ++d)
@@ -101,9 +101,7 @@ struct QueryBlock {
   int64_t begin_key() const { return first[0]; }
   int64_t end_key() const { return m0 + rows; }
 
-  int row_begin(int64_t key) const {
-    return static_cast<int>(lesser<int64_t>(greater<int64_t>(key - m0, 0), rows));
-  }
+  int row_begin(int64_t key) const { return static_cast<int>(lesser<int64_t>(greater<int64_t>(key - m0, 0), rows)); }
   int row_end(int64_t key) const {  // how many rows have first <= key
     int low = 0;
     for (int high = rows; low < high;) {
