@@ -120,9 +120,7 @@ def _topics(path: Path) -> dict[str, str]:
     (table,) = (
         node.value
         for node in ast.parse(path.read_bytes()).body
-        if isinstance(node, ast.Assign)
-        and isinstance(node.targets[0], ast.Name)
-        and node.targets[0].id == "topics"
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "topics"
     )
     kept: dict[str, str] = {}
     seen: set[str] = set()

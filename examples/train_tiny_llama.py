@@ -160,9 +160,8 @@ def perplexity(model: LlamaForCausalLM, windows: torch.Tensor, length: int) -> f
     return math.exp(torch.stack(losses).mean())
 
 
-def evaluate(folder: Path, held_out: list[torch.Tensor], count: int) -> dict[str, dict[str, float]]:
+def evaluate(folder: Path, windows: torch.Tensor) -> dict[str, dict[str, float]]:
     """Perplexities of the model stored in `folder`: as it is, and with RoPE scaled to the longest length."""
-    windows = held_out_windows(held_out, max(EVAL_LENGTHS), count)
     result: dict[str, dict[str, float]] = {}
     for name, factor in (("unscaled", 1.0), ("scaled_x4", max(EVAL_LENGTHS) / CONTEXT_LENGTH)):
         config = LlamaConfig.from_pretrained(folder)
@@ -175,7 +174,7 @@ def evaluate(folder: Path, held_out: list[torch.Tensor], count: int) -> dict[str
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write weights (in bfloat16), config and tokenizer so that plain transformers loads them."""
-    model.to(dtype=torch.bfloat16).save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     # Half the size on disk, full precision in use: dtype "auto" means float32 for this model.
     _edit_json(folder / "config.json", dtype="float32", use_cache=True)
@@ -191,9 +190,7 @@ def _edit_json(path: Path, **changes: object) -> None:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--output_dir", type=Path, required=True, help="the model folder to write; it must not exist yet")
     add("--max_steps", type=int, default=3000, help="optimizer steps (default: %(default)s)")
@@ -211,9 +208,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         if value is not None and value < 1:
             parser.error(f"--{name} is {value}, and must be at least 1")
     if not 300 <= parsed.vocab_size <= 4096:
-        parser.error(
-            f"--vocab_size is {parsed.vocab_size}, and must be from 300 (all bytes and more) to 4096"
-        )
+        parser.error(f"--vocab_size is {parsed.vocab_size}, and must be from 300 (all bytes and more) to 4096")
     if parsed.output_dir.exists():
         parser.error(f"--output_dir {parsed.output_dir} exists, and nothing is overwritten: choose another")
     return parsed
@@ -243,7 +238,9 @@ def main(arguments: list[str] | None = None) -> None:
     transformers.set_seed(options.seed)
     tokenizer = train_tokenizer(train_documents, options.vocab_size)
     stream = torch.cat(encode(tokenizer, train_documents))
-    held_out = encode(tokenizer, held_out_documents)
+    held_out = held_out_windows(encode(tokenizer, held_out_documents), max(EVAL_LENGTHS), options.eval_windows)
+    if not len(held_out) or len(stream) < 2 * CONTEXT_LENGTH:
+        sys.exit(f"error: --max_documents {options.max_documents} leaves too little text; allow more documents")
     model = new_model(tokenizer)
     windows = options.max_steps * options.batch_size
     print(
@@ -273,22 +270,23 @@ def main(arguments: list[str] | None = None) -> None:
         ),
         train_dataset=Windows(stream, CONTEXT_LENGTH, windows, options.seed),
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(partial)))
+    checkpoint = get_last_checkpoint(str(partial))
+    trainer.train(resume_from_checkpoint=checkpoint)
 
-    # Checkpoints stay behind in the partial folder: what is finished is written beside them and then moved
-    # at once.
+    # What is finished is written beside the checkpoints and then moved in one step.
     finished = partial / "finished"
     save(model, tokenizer, finished)
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     log = {
-        "perplexity": evaluate(finished, held_out, options.eval_windows),
-        "perplexity_windows": options.eval_windows,
+        "perplexity": evaluate(finished, held_out),
+        "perplexity_windows": len(held_out),
         "arguments": json.loads((partial / "arguments.json").read_text()),
         "parameters": model.num_parameters(),
         "train_tokens": len(stream),
         "train_sha256": fingerprint(train_documents),
         "held_out_sha256": fingerprint(held_out_documents),
         "seconds": round(time.time() - started),
+        "resumed_from": checkpoint and Path(checkpoint).name,
         "threads": torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),
