@@ -1,0 +1,301 @@
+"""attn_implementation="s2attn": what it attends to, against eager attention with the mask spelled out."""
+
+import pytest
+import torch
+from tiny_models import CONFIGS, tiny_config, tiny_model, tokens
+from transformers import DataCollatorWithFlattening, Gemma2Config, GemmaConfig, LlamaConfig, MistralConfig
+from transformers.models.llama.modeling_llama import LlamaAttention
+
+import longlora_ext.attention as attention
+
+# The models normalise in fp32 inside, so fp64 weights give results good to about 1e-6.
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def s2_mask(lengths: list[int], group_size: int, heads: int, first_shifted: int) -> torch.Tensor:
+    """[heads, tokens, tokens], True where a query sees a key: same document, same group, not later."""
+    mask = torch.zeros(heads, sum(lengths), sum(lengths), dtype=torch.bool)
+    for head in range(heads):
+        offset = group_size // 2 if head >= first_shifted else 0
+        begin = 0
+        for length in lengths:
+            for query in range(length):
+                for key in range(query + 1):
+                    same = (query + offset) // group_size == (key + offset) // group_size
+                    mask[head, begin + query, begin + key] = same
+            begin += length
+    return mask
+
+
+def additive(mask: torch.Tensor, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def expected(family: str, ids: torch.Tensor, lengths: list[int], group_size: int, **inputs: torch.Tensor):
+    """Logits and gradients of the same model with eager attention and the explicit mask."""
+    model = tiny_model(family, "eager").train()
+    heads = model.config.num_attention_heads
+    mask = additive(s2_mask(lengths, group_size, heads, heads // 2))
+    logits = model(ids, attention_mask=mask.expand(len(ids), -1, -1, -1), **inputs).logits
+    logits.square().mean().backward()
+    return logits, {name: weight.grad for name, weight in model.named_parameters()}
+
+
+@pytest.mark.parametrize("length", [21, 32])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_training_is_eager_attention_with_the_s2_mask(family: str, length: int) -> None:
+    ids = tokens(2, length)
+    logits, gradients = expected(family, ids, [length], 8)
+    model = tiny_model(family).train()
+    ours = model(ids).logits
+    torch.testing.assert_close(ours, logits, **CLOSE)
+    ours.square().mean().backward()
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(weight.grad, gradients[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma"])
+def test_packed_training_is_eager_attention_with_the_s2_mask(family: str, cache: bool) -> None:
+    lengths = [5, 19, 8]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    ids = tokens(1, sum(lengths))
+    logits, _ = expected(family, ids, lengths, 8, position_ids=positions)
+    ours = tiny_model(family).train()(ids, position_ids=positions, use_cache=cache).logits
+    torch.testing.assert_close(ours, logits, **CLOSE)
+
+
+def packed(lengths: list[int], **options: object) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    documents = [tokens(1, length, seed=length) for length in lengths]
+    features = [{"input_ids": document[0].tolist()} for document in documents]
+    batch = DataCollatorWithFlattening(return_tensors="pt", **options)(features)
+    batch.pop("labels")
+    return batch, documents
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"return_flash_attn_kwargs": True},
+        {"return_flash_attn_kwargs": True, "return_position_ids": False},
+    ],
+    ids=["position_ids", "both", "cu_seq_lens"],
+)
+def test_a_packed_batch_is_its_documents_apart(options: dict[str, bool], training: bool) -> None:
+    batch, documents = packed([7, 20, 1, 12], **options)
+    model = tiny_model().train(training)
+    together = model(**batch).logits[0]
+    apart = torch.cat([model(document).logits[0] for document in documents])
+    torch.testing.assert_close(together, apart, **CLOSE)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_batch_is_its_rows_apart(side: str, training: bool) -> None:
+    rows = [tokens(1, 9, seed=1), tokens(1, 22, seed=2)]
+    ids, mask = pad(rows, side)
+    model = tiny_model().train(training)
+    together = model(ids, attention_mask=mask, position_ids=positions_of(mask)).logits
+    for row, real, alone in zip(together, mask.bool(), rows, strict=True):
+        torch.testing.assert_close(row[real], model(alone).logits[0], **CLOSE)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_padding_and_packing_together(training: bool) -> None:
+    documents = [tokens(1, 6, seed=1), tokens(1, 11, seed=2)]
+    ids, mask = pad([torch.cat(documents, dim=1), tokens(1, 20, seed=3)], "right")
+    positions = torch.arange(20).repeat(2, 1)
+    positions[0, 6:17] = torch.arange(11)
+    positions[0, 17:] = 1  # what a collator may write at padding
+    model = tiny_model().train(training)
+    together = model(ids, attention_mask=mask, position_ids=positions).logits[0, :17]
+    torch.testing.assert_close(together, torch.cat([model(d).logits[0] for d in documents]), **CLOSE)
+
+
+def pad(rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    longest = max(row.shape[1] for row in rows)
+    ids, masks = [], []
+    for row in rows:
+        missing = longest - row.shape[1]
+        widths = (missing, 0) if side == "left" else (0, missing)
+        ids.append(torch.nn.functional.pad(row, widths))
+        masks.append(torch.nn.functional.pad(torch.ones_like(row), widths))
+    return torch.cat(ids), torch.cat(masks)
+
+
+def positions_of(mask: torch.Tensor) -> torch.Tensor:
+    return (mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-1-head"])
+def test_nothing_sees_the_future_or_another_document(family: str) -> None:
+    lengths = [18, 13]
+    ids = tokens(1, sum(lengths))
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    model = tiny_model(family).train()
+    before = model(ids, position_ids=positions).logits[0]
+    for changed in range(sum(lengths)):
+        other = ids.clone()
+        other[0, changed] = 3 + (ids[0, changed] - 2) % 50
+        after = model(other, position_ids=positions).logits[0]
+        first = 0 if changed < lengths[0] else lengths[0]
+        last = first + (lengths[0] if first == 0 else lengths[1])
+        same = torch.ones(len(before), dtype=torch.bool)
+        same[changed:last] = False
+        assert torch.equal(before[same], after[same]), changed
+        assert not torch.equal(before[changed], after[changed])
+
+
+def test_group_size_comes_from_the_config() -> None:
+    ids = tokens(1, 24)
+    model = tiny_model(s2attn_group_size=12).train()
+    logits, _ = expected("llama", ids, [24], 12)
+    torch.testing.assert_close(model(ids).logits, logits, **CLOSE)
+    model.config.s2attn_group_size = 8
+    logits, _ = expected("llama", ids, [24], 8)
+    torch.testing.assert_close(model(ids).logits, logits, **CLOSE)
+
+
+@pytest.mark.parametrize("context, size", [(64, 16), (70, 16), (4, 2), (8192, 2048)])
+def test_group_size_is_a_quarter_of_the_context_without_a_field(context: int, size: int) -> None:
+    assert attention.group_size(LlamaConfig(max_position_embeddings=context)) == size
+
+
+@pytest.mark.parametrize("size", [0, -4, 7, 8.0, "8", True])
+def test_a_wrong_group_size_is_refused(size: object) -> None:
+    model = tiny_model().train()
+    model.config.s2attn_group_size = size
+    with pytest.raises(ValueError, match=r"s2attn_group_size must be a positive even integer, but it is"):
+        model(tokens(1, 9))
+
+
+def test_mode_s2_and_mode_dense_hold_in_training_and_eval() -> None:
+    ids = tokens(2, 24)
+    auto = tiny_model()
+    s2, dense = auto.train()(ids).logits, auto.eval()(ids).logits
+    assert not torch.allclose(s2, dense, atol=1e-3)
+    for training in (True, False):
+        for mode, result in (("s2", s2), ("dense", dense)):
+            model = tiny_model(s2attn_mode=mode).train(training)
+            torch.testing.assert_close(model(ids).logits, result, **CLOSE)
+    with pytest.raises(ValueError, match="s2attn_mode must be one of 'auto', 's2', 'dense', but it is 'flash'"):
+        tiny_model(s2attn_mode="flash")(ids)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_changes_nothing(reentrant: bool) -> None:
+    batch, _ = packed([7, 20, 5])
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_model().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        model(**batch).logits.square().mean().backward()
+        gradients.append([weight.grad for weight in model.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert torch.equal(plain, checkpointed)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_autocast(training: bool) -> None:
+    ids, mask = pad([tokens(1, 20), tokens(1, 13)], "right")
+    model = tiny_model(dtype=torch.float32).train(training)
+    exact = model(ids, attention_mask=mask).logits
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = model(ids, attention_mask=mask).logits
+    real = mask.bool()
+    assert low.dtype == torch.bfloat16
+    error = (low[real].float() - exact[real]).norm() / exact[real].norm()
+    assert error < 0.05
+
+
+def test_mixed_dtypes_compute_in_that_of_v() -> None:
+    """With fp32 norms, q and k may come in fp32 out of the rotation, and v in bf16 out of its projection."""
+    model = tiny_model(dtype=torch.bfloat16).train()
+    layer = model.model.layers[0].self_attn
+    q, k = (torch.randn(1, heads, 9, 8) for heads in (4, 2))
+    v = torch.randn(1, 2, 9, 8, dtype=torch.bfloat16)
+    out, weights = attention.s2attn_forward(layer, q, k, v, None, scaling=0.3)
+    assert out.dtype == torch.bfloat16 and out.shape == (1, 9, 4, 8) and weights is None
+
+
+# What is refused --------------------------------------------------------------------------------------------
+
+
+def test_sliding_windows_are_refused() -> None:
+    config = MistralConfig(**{**tiny_config("mistral").to_dict(), "sliding_window": 4})
+    for model in (tiny_model(config=config), tiny_model(config=config).train()):
+        with pytest.raises(ValueError, match=r"sliding-window .*set config.sliding_window=None"):
+            model(tokens(1, 9))
+
+
+def test_a_model_with_soft_capping_and_windows_is_refused() -> None:
+    config = Gemma2Config(**{**tiny_config("gemma").to_dict(), "model_type": "gemma2"})
+    with pytest.raises(ValueError, match="cannot express"):
+        tiny_model(config=config).train()(tokens(1, 9))
+
+
+def test_bidirectional_attention_is_refused() -> None:
+    gemma = GemmaConfig(**{**tiny_config("gemma").to_dict(), "use_bidirectional_attention": True})
+    with pytest.raises(ValueError, match="bidirectional"):
+        tiny_model(config=gemma).train()(tokens(1, 9))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"sliding_window": 4}, "sliding window"),
+        ({"softcap": 30.0}, "soft-capping"),
+        ({"s_aux": torch.zeros(4)}, "attention sinks"),
+        ({"position_bias": torch.zeros(1, 4, 9, 9)}, "position bias"),
+        ({"dropout": 0.1}, r"attention dropout \(it is 0.1"),
+        ({"is_causal": False}, "is_causal=False"),
+        ({"output_attentions": True}, "output_attentions=True"),
+        ({"v_head_dim": 16}, r"head dim of v \(16\) other than that of q and k \(8\)"),
+        ({"attention_mask": torch.zeros(1, 1, 9, 9)}, "takes a 2-D attention_mask .* but it got a 4-D mask"),
+        ({"attention_mask": torch.ones(1, 9, dtype=torch.bool)}, "but it got a 2-D mask"),
+        ({"position_ids": torch.zeros(3, 1, 9, dtype=torch.long)}, r"position_ids must be \[1, 9\]"),
+        ({"cu_seq_lens_q": torch.tensor([0, 4, 8], dtype=torch.int32)}, "describes 8 tokens"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_what_the_op_cannot_express_is_refused(arguments: dict[str, object], message: str, training: bool) -> None:
+    layer = LlamaAttention(tiny_config(attn_implementation="s2attn"), 0).train(training)
+    v_head_dim = arguments.pop("v_head_dim", 8) if "v_head_dim" in (arguments := dict(arguments)) else 8
+    q, k, v = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, v_head_dim)
+    mask = arguments.pop("attention_mask", None)
+    with pytest.raises(ValueError, match=message):
+        attention.s2attn_forward(layer, q, k, v, mask, **arguments)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_masks_of_four_dimensions_are_refused_by_the_whole_model(training: bool) -> None:
+    causal = torch.ones(9, 9, dtype=torch.bool).tril().expand(1, 1, 9, 9)
+    with pytest.raises(ValueError, match="4-D mask"):
+        tiny_model().train(training)(tokens(1, 9), attention_mask=causal)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_masks_with_holes_are_refused(training: bool) -> None:
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[1, 4] = 0
+    with pytest.raises(ValueError, match="unbroken run of tokens"):
+        tiny_model().train(training)(tokens(2, 9), attention_mask=mask)
+
+
+def test_dropout_and_output_attentions_are_refused_by_the_whole_model() -> None:
+    with pytest.raises(ValueError, match=r"attention_dropout=0.0"):
+        tiny_model(attention_dropout=0.1).train()(tokens(1, 9))
+    with pytest.raises(ValueError, match="output_attentions"):
+        tiny_model()(tokens(1, 9), output_attentions=True)
+
+
+def test_heads_split_over_ranks_are_refused_in_training() -> None:
+    layer = LlamaAttention(tiny_config(attn_implementation="s2attn"), 0).train()
+    q, k = torch.randn(1, 2, 9, 8), torch.randn(1, 1, 9, 8)
+    with pytest.raises(ValueError, match="num_attention_heads is 4, but this layer has 2 heads"):
+        attention.s2attn_forward(layer, q, k, k, None)

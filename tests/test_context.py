@@ -1,0 +1,179 @@
+"""The context extension: what is written into the config, and what a model makes of it."""
+
+import math
+
+import pytest
+import torch
+from tiny_models import tiny_config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from longlora_ext.attention import group_size
+from longlora_ext.context import CONFIG_FIELDS, context_length, extend_config
+
+LONGROPE = {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 3.0, 4.0]}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 2.0,
+    "low_freq_factor": 2.0,
+    "high_freq_factor": 8.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def base(**changes: object) -> LlamaConfig:
+    """A Llama config with a context of 64 and heads of 8."""
+    config = tiny_config("llama", **changes)
+    del config.s2attn_group_size
+    return config
+
+
+def frequencies(config: PreTrainedConfig) -> torch.Tensor:
+    return AutoModelForCausalLM.from_config(config).model.rotary_emb.inv_freq
+
+
+def plain_frequencies(dim: int = 8, theta: float = 10000.0) -> torch.Tensor:
+    return theta ** -(torch.arange(0, dim, 2) / dim)
+
+
+@pytest.mark.parametrize("context, factor", [(256, 4.0), (65, 2.0), (128, 2.0), (200, 4.0)])
+def test_linear_scaling_is_that_of_the_paper(context: int, factor: float) -> None:
+    config = base()
+    extended = extend_config(config, context)
+    assert extended.max_position_embeddings == context_length(extended) == context
+    assert extended.rope_parameters == {"rope_type": "linear", "rope_theta": 10000.0, "factor": factor}
+    torch.testing.assert_close(frequencies(extended), plain_frequencies() / factor)
+    assert config.max_position_embeddings == 64 and config.rope_parameters["rope_type"] == "default"
+    assert not any(hasattr(config, field) for field in CONFIG_FIELDS)
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "dynamic", "yarn", "llama3", "longrope", "default"])
+def test_every_rope_type_is_saved_with_the_model(rope_type: str, tmp_path) -> None:
+    given = {"longrope": LONGROPE, "default": {"rope_theta": 5e5}}.get(rope_type)
+    extended = extend_config(base(), 256, rope_type=rope_type, rope_parameters=given)
+    assert extended.rope_parameters["rope_type"] == rope_type
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(extended)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config.rope_parameters == extended.rope_parameters
+    assert context_length(again.config) == 256 and group_size(again.config) == 64
+    far = torch.arange(256)[None]
+    for one, two in zip(
+        model.model.rotary_emb(torch.zeros(1), far), again.model.rotary_emb(torch.zeros(1), far), strict=True
+    ):
+        assert torch.equal(one, two)
+    unscaled = AutoModelForCausalLM.from_config(base()).model.rotary_emb(torch.zeros(1), far)
+    assert not torch.equal(unscaled[0], one)
+
+
+def test_yarn_llama3_and_longrope_name_the_original_length() -> None:
+    for rope_type, given in (("yarn", None), ("llama3", None), ("longrope", LONGROPE)):
+        rope = extend_config(base(), 250, rope_type=rope_type, rope_parameters=given).rope_parameters
+        assert rope["original_max_position_embeddings"] == 64 and rope["factor"] == 4.0
+    assert extend_config(base(), 250, rope_type="llama3").rope_parameters["high_freq_factor"] == 4.0
+
+
+def test_dynamic_scaling_acts_within_the_new_context() -> None:
+    """transformers scales beyond max_position_embeddings only, so that field keeps the old length."""
+    extended = extend_config(base(), 256, rope_type="dynamic")
+    assert extended.max_position_embeddings == 64 and context_length(extended) == 256
+    rotary = AutoModelForCausalLM.from_config(extended).model.rotary_emb
+    rotary(torch.zeros(1), torch.arange(256)[None])
+    theta = 10000.0 * (4 * 256 / 64 - 3) ** (8 / 6)
+    torch.testing.assert_close(rotary.inv_freq, plain_frequencies(theta=theta))
+    further = extend_config(extended, 512, rope_type="dynamic")
+    assert further.rope_parameters["factor"] == 8.0 and context_length(further) == 512
+
+
+def test_parameters_given_win() -> None:
+    given = {"rope_type": "yarn", "factor": 5.0, "beta_fast": 16, "rope_theta": 20000.0}
+    rope = extend_config(base(), 256, rope_type="yarn", rope_parameters=given).rope_parameters
+    assert {key: rope[key] for key in given} == given and rope["original_max_position_embeddings"] == 64
+    assert given == {"rope_type": "yarn", "factor": 5.0, "beta_fast": 16, "rope_theta": 20000.0}
+
+
+def test_linear_factors_multiply() -> None:
+    twice = extend_config(extend_config(base(), 256), 700)
+    assert twice.rope_parameters["factor"] == 4.0 * math.ceil(700 / 256)
+    torch.testing.assert_close(frequencies(twice), plain_frequencies() / 12)
+    assert group_size(twice) == 174
+
+
+def test_llama3_is_extended_from_its_original_length() -> None:
+    config = base(rope_parameters=dict(LLAMA3))
+    rope = extend_config(config, 256, rope_type="llama3").rope_parameters
+    assert rope == {**LLAMA3, "factor": 8.0}
+
+
+def test_yarn_forgets_an_attention_factor_of_the_old_length() -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32}
+    config = base(rope_parameters={**yarn, "attention_factor": 1.5, "beta_fast": 16.0})
+    rope = extend_config(config, 256, rope_type="yarn").rope_parameters
+    assert rope == {**yarn, "factor": 8.0, "beta_fast": 16.0}
+
+
+@pytest.mark.parametrize(
+    "options, size",
+    [({}, 64), ({"group_ratio": 1 / 3}, 84), ({"group_size": 10}, 10), ({"group_ratio": 1.0}, 256)],
+)
+def test_group_size(options: dict[str, float], size: int) -> None:
+    assert group_size(extend_config(base(), 256, **options)) == size
+
+
+@pytest.mark.parametrize(
+    "context, options, message",
+    [
+        (64, {}, "above the model's present context of 64 tokens, but it is 64"),
+        (32, {}, "above the model's present context"),
+        (128.0, {}, "must be an integer .* but it is 128.0"),
+        (True, {}, "must be an integer"),
+        (256, {"group_size": 7}, "group_size must be an even integer from 2 to .* 256, but it is 7"),
+        (256, {"group_size": 258}, "but it is 258"),
+        (256, {"group_size": 0}, "but it is 0"),
+        (256, {"group_ratio": 0}, "group_ratio must be above 0 and at most 1, but it is 0"),
+        (256, {"group_ratio": 1.5}, "but it is 1.5"),
+        (256, {"group_ratio": math.nan}, "but it is nan"),
+        (256, {"rope_type": "ntk"}, "rope_type must be one of default, linear, .* but it is 'ntk'"),
+        (256, {"rope_type": "longrope"}, "needs rope_parameters with short_factor and long_factor"),
+        (256, {"rope_parameters": {"rope_type": "yarn"}}, "say rope_type 'yarn', but rope_type is 'linear'"),
+        (256, {"rope_parameters": {"factor": "x"}}, "do not fit rope_type 'linear'"),
+        (256, {"rope_parameters": {"factor": 0.0}}, "not finite and positive"),
+        (256, {"rope_parameters": {"factor": -1.0}}, "not finite and positive"),
+    ],
+)
+def test_bad_arguments_are_refused(context: int, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        extend_config(base(), context, **options)
+
+
+def test_other_scaling_is_not_replaced() -> None:
+    with pytest.raises(ValueError, match=r"scaled with rope_type 'llama3' already .* pass rope_type='llama3'"):
+        extend_config(base(rope_parameters=dict(LLAMA3)), 256)
+    with pytest.raises(ValueError, match="scaled with rope_type 'linear' already"):
+        extend_config(extend_config(base(), 128), 256, rope_type="yarn")
+
+
+def test_models_without_one_rotary_embedding_are_refused() -> None:
+    with pytest.raises(ValueError, match="GPT2Config has no max_position_embeddings with rope_parameters"):
+        extend_config(GPT2Config(), 4096)
+    with pytest.raises(ValueError, match="different RoPE parameters for different layers"):
+        extend_config(Gemma3TextConfig(), 10**6)
+
+
+def test_a_config_in_the_old_format_is_read(tmp_path) -> None:
+    """Checkpoints of transformers 4 say rope_theta and rope_scaling."""
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "llama", "max_position_embeddings": 4096, "rope_theta": 50000.0,'
+        ' "rope_scaling": {"type": "linear", "factor": 2.0}}'
+    )
+    extended = extend_config(AutoConfig.from_pretrained(tmp_path), 8192)
+    assert extended.rope_parameters["factor"] == 4.0
+    assert extended.rope_parameters["rope_theta"] == 50000.0

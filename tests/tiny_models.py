@@ -1,0 +1,68 @@
+"""Tiny random models, made from configs: one of each family that the attention is promised for."""
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+VOCABULARY = 61
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,  # attention weights far from uniform, so that a wrong mask shows
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+    "s2attn_group_size": 8,
+}
+
+CONFIGS = {
+    "llama": (LlamaConfig, {}),
+    "llama-9-heads-on-3": (
+        LlamaConfig,
+        {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72},
+    ),
+    "llama-1-head": (LlamaConfig, {"num_attention_heads": 1, "num_key_value_heads": 1}),
+    "mistral": (MistralConfig, {"sliding_window": None}),
+    "qwen2": (Qwen2Config, {}),
+    "qwen3": (Qwen3Config, {"head_dim": 16}),
+    "gemma": (GemmaConfig, {"head_dim": 16, "tie_word_embeddings": True}),
+}
+
+
+def tiny_config(family: str = "llama", **changes: object) -> PreTrainedConfig:
+    kind, own = CONFIGS[family]
+    return kind(**{**SIZES, **own, **changes})
+
+
+def tiny_model(
+    family: str = "llama",
+    attn_implementation: str = "s2attn",
+    dtype: torch.dtype = torch.float64,
+    config: PreTrainedConfig | None = None,
+    **changes: object,
+) -> PreTrainedModel:
+    """The same weights for the same family, whatever the attention. In eval mode."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        config or tiny_config(family, **changes), attn_implementation=attn_implementation
+    )
+    return model.to(dtype).eval()
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
