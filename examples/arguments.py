@@ -83,7 +83,7 @@ examples:
   go on after an interruption: the same command again, with the same --output_dir, and
     --resume_from_checkpoint latest
 
-the output folder (default: runs/MODEL-CONTEXT) holds adapter/ (what was trained), perplexity.txt and .json,
+the output folder (default: finetuned/MODEL-CONTEXT) holds adapter/ (what was trained), perplexity.txt and .json,
 loss.png, checkpoint-*/ and run.json (the settings)
 """
 
@@ -220,6 +220,8 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingArgum
     if named is not None and not _is_given(argv, "gradient_accumulation_steps"):
         batch = max(1, asked.per_device_train_batch_size) * WORLD_SIZE
         parser.set_defaults(gradient_accumulation_steps=max(1, GLOBAL_BATCH // batch))
+    if asked.fp16 and not _is_given(argv, "bf16"):
+        parser.set_defaults(bf16=False)
     if asked.output_dir is None:
         parser.set_defaults(output_dir="")  # named after model and context, later
     _check(parser, asked)

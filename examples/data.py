@@ -17,6 +17,7 @@ import glob
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import datasets
@@ -121,15 +122,15 @@ def load_documents(sources: Sequence[str], text_column: str = "text") -> dataset
     parts = []
     for source in sources:
         files = find_files(source)
-        readers = {
-            reader: [f for f in files if READERS[Path(f).suffix] == reader] for reader in READERS.values()
-        }
         if not files:
             parts.append(_select_text(source, _from_hub(source), text_column))
-        for reader, group in readers.items():
-            if group:
-                column = "text" if reader == "text" else text_column
-                parts.append(_select_text(", ".join(group[:3]), _from_files(reader, group), column))
+        for reader, group in groupby(files, key=lambda file: READERS[Path(file).suffix]):
+            if reader == "text":
+                parts.append(_select_text(source, _from_files(reader, list(group)), "text"))
+            else:  # one by one: their other columns may differ
+                parts += [_select_text(file, _from_files(reader, [file]), text_column) for file in group]
+    if any(part.features != parts[0].features for part in parts):  # readers have two types of strings
+        parts = [part.cast_column("text", datasets.Value("large_string")) for part in parts]
     return datasets.concatenate_datasets(parts)
 
 
@@ -154,9 +155,7 @@ def tokenise(documents: datasets.Dataset | Sequence[str], tokenizer: PreTrainedT
         texts = [text for text in batch["text"] if text]
         if not texts:
             return {"input_ids": []}
-        rows = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)[
-            "input_ids"
-        ]
+        rows = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
         return {"input_ids": [row if eos is None or row[-1:] == [eos] else [*row, eos] for row in rows]}
 
     features = datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32"))})
@@ -182,8 +181,7 @@ def hold_out(documents: Tokenised, every: int = 20) -> tuple[Tokenised, Tokenise
         ids = documents.ids(0).tolist()
         cut = len(ids) - max(1, len(ids) // 10)
         head, tail = (
-            datasets.Dataset.from_dict({"input_ids": [part]}, features=rows.features)
-            for part in (ids[:cut], ids[cut:])
+            datasets.Dataset.from_dict({"input_ids": [part]}, features=rows.features) for part in (ids[:cut], ids[cut:])
         )
         return Tokenised(head, documents.empty), Tokenised(tail)
     held_out = np.arange(min(every, len(rows)) - 1, len(rows), every)
@@ -267,7 +265,7 @@ def _from_files(reader: str, files: list[str]) -> datasets.Dataset:
         return datasets.load_dataset(reader, data_files=files, split="train", **options)
     except Exception as error:  # datasets wraps what went wrong in errors of its own, several deep
         cause = error.__cause__ or error
-        raise ValueError(f"cannot read {', '.join(files[:3])} as {reader}: {_first_line(cause)}") from error
+        raise ValueError(f"cannot read {', '.join(files[:3])} as {reader}: {_in_short(cause)}") from error
 
 
 def _from_hub(source: str) -> datasets.Dataset:
@@ -276,25 +274,20 @@ def _from_hub(source: str) -> datasets.Dataset:
         return datasets.load_dataset(name, config, split=split or "train")
     except Exception as error:  # offline, unknown, gated, no such config or split: as many types as causes
         raise ValueError(
-            f"{source} is no local file or folder, and as a dataset of the hub it cannot be loaded: "
-            f"{_first_line(error)}"
+            f"{source} is no local file or folder, and as a dataset of the hub it cannot be loaded: {_in_short(error)}"
         ) from error
 
 
 def _select_text(source: str, rows: datasets.Dataset, column: str) -> datasets.Dataset:
     if column not in rows.column_names:
-        raise ValueError(
-            f"{source} has no column {column!r}; it has {', '.join(rows.column_names)} (--text_column)"
-        )
+        raise ValueError(f"{source} has no column {column!r}; it has {', '.join(rows.column_names)} (--text_column)")
     if getattr(rows.features[column], "dtype", None) not in ("string", "large_string"):
-        raise ValueError(
-            f"{source}: column {column!r} holds {rows.features[column]}, not text (--text_column)"
-        )
+        raise ValueError(f"{source}: column {column!r} holds {rows.features[column]}, not text (--text_column)")
     rows = rows.select_columns([column])
     if column != "text":
         rows = rows.rename_column(column, "text")
-    return rows.cast_column("text", datasets.Value("large_string"))
+    return rows
 
 
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def _in_short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -68,13 +68,13 @@ def main(argv: Sequence[str]) -> None:
         chosen = settings(options, text, args)
         folder, checkpoint = claim(args, name, chosen)
 
-        if options.gguf_file:
-            model_path = convert_gguf(model_path, options.gguf_file, folder / "base_model", dtype)
-        tokenizer = AutoTokenizer.from_pretrained(model_path)
+        tokenizer = AutoTokenizer.from_pretrained(model_path, **source)
         train, held_out = read_text(text, tokenizer, args)
         padding = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
         sequences = PackedSequences(train, context, padding)
 
+        if options.gguf_file:
+            model_path = convert_gguf(model_path, options.gguf_file, folder / "base_model", dtype)
         set_seed(args.seed)
         base = AutoModelForCausalLM.from_pretrained(
             model_path, config=config, dtype=dtype, attn_implementation="s2attn"

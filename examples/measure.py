@@ -51,13 +51,14 @@ def choose_documents(held_out: Tokenised, tokens: int, longest: int) -> list[np.
     """
     lengths: list[int] = held_out.lengths.tolist()
     order = sorted(range(len(lengths)), key=lambda document: (-min(lengths[document], longest), document))
+    share = max(longest, tokens // 8)
     chosen: list[np.ndarray] = []
     for document in order:
-        share = min(tokens, max(longest, tokens // 8))
-        if share < 2 or lengths[document] < 2:
+        take = min(share, lengths[document], tokens)
+        if take < 2:
             break
-        chosen.append(held_out.ids(document)[:share])
-        tokens -= len(chosen[-1])
+        chosen.append(held_out.ids(document)[:take])
+        tokens -= take
     return chosen
 
 

@@ -14,13 +14,16 @@ from transformers import TrainingArguments
 
 RUN_FILE = "run.json"
 
+#: What was trained: an adapter, or after full fine-tuning a model.
+RESULTS = ("adapter", "model")
+
 
 def claim(args: TrainingArguments, default_name: str, settings: dict[str, Any]) -> tuple[Path, Path | None]:
     """Settle which folder the run writes to and where it starts from. Collective: every process calls it.
 
     Args:
         args: The arguments; `output_dir` is filled in if it is empty.
-        default_name: What to call the folder then, below `runs/`; a number is added where that exists.
+        default_name: What to call the folder then, below `finetuned/`; a number is added where that exists.
         settings: What the losses of the run depend on. A checkpoint made with others is refused.
 
     Returns:
@@ -32,7 +35,7 @@ def claim(args: TrainingArguments, default_name: str, settings: dict[str, Any]) 
     """
     state = PartialState()
     if not args.output_dir:
-        args.output_dir = broadcast_object_list([_free_folder(Path("runs"), default_name)])[0]
+        args.output_dir = broadcast_object_list([_free_folder(Path("finetuned"), default_name)])[0]
     folder = Path(args.output_dir)
     resume = "latest" if args.resume_from_checkpoint in ("true", "True") else args.resume_from_checkpoint
     resume_from = _check(folder, resume, settings)
@@ -49,28 +52,36 @@ def claim(args: TrainingArguments, default_name: str, settings: dict[str, Any]) 
 
 def _free_folder(parent: Path, name: str) -> str:
     number = 1
-    while (folder := parent / (name if number == 1 else f"{name}-{number}")).exists():
+    while not _is_free(folder := parent / (name if number == 1 else f"{name}-{number}")):
         number += 1
     return str(folder)
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether a new run may write there: nothing, or what a run left that failed before it had begun."""
+    return not folder.exists() or (
+        folder.is_dir() and all(path.name == RUN_FILE for path in folder.iterdir())
+    )
 
 
 def _check(folder: Path, resume: str | None, settings: dict[str, Any]) -> Path | None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder} is a file; it must be a new or an empty folder")
-    if folder.is_dir() and any(folder.iterdir()):
-        if not resume:
+    continues = resume == "latest" or (resume and Path(resume).resolve().parent == folder.resolve())
+    if not _is_free(folder):
+        if not continues:
             raise ValueError(
                 f"--output_dir {folder} is not empty, and nothing is overwritten: give another folder, or "
                 "--resume_from_checkpoint latest to go on with the run in it"
             )
         if not (folder / RUN_FILE).is_file():
-            raise ValueError(
-                f"--output_dir {folder} is not empty and not a run of this program (no {RUN_FILE})"
-            )
+            raise ValueError(f"--output_dir {folder} is not empty and no run of this program (no {RUN_FILE})")
     if not resume:
         return None
     checkpoint = find_resumable(resume, folder)
     if checkpoint is None:
+        if any((folder / result).exists() for result in RESULTS):
+            raise ValueError(f"--output_dir {folder} holds a finished run without checkpoints to go on from")
         say(f"no complete checkpoint in {folder}: starting from the first step")
         return None
     marker = json.loads((checkpoint / MARKER).read_text())

@@ -1,0 +1,245 @@
+"""Reading text, tokenising it, and packing it into sequences (examples/data.py)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import data
+import datasets
+import numpy as np
+import pandas
+import pytest
+import torch
+from data import PackedSequences, Tokenised, find_files, hold_out, load_documents, tokenise
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import longlora_ext.attention  # noqa: F401
+
+FEATURES = datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32"))})
+PAD = 1
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def tokenised(documents: list[list[int]], chunks: int = 1) -> Tokenised:
+    """Documents in `chunks` Arrow chunks, as a large corpus has."""
+    parts = [documents[i::chunks] for i in range(chunks)]
+    rows = [datasets.Dataset.from_dict({"input_ids": part}, features=FEATURES) for part in parts]
+    return Tokenised(datasets.concatenate_datasets(rows))
+
+
+def character_tokenizer(add_eos: bool = False) -> PreTrainedTokenizerFast:
+    vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2} | {chr(97 + i): 3 + i for i in range(26)} | {" ": 29}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+
+
+# --- packing ----------------------------------------------------------------------------------------------------
+
+
+def test_packing_by_hand() -> None:
+    packed = PackedSequences(tokenised([[10, 11, 12], [20], [30, 31, 32, 33, 34, 35]]), 4, PAD)
+    rows = [{name: values.tolist() for name, values in packed[i].items()} for i in range(len(packed))]
+    assert rows == [
+        {"input_ids": [10, 11, 12, 20], "position_ids": [0, 1, 2, 0], "labels": [-100, 11, 12, -100]},
+        {"input_ids": [30, 31, 32, 33], "position_ids": [0, 1, 2, 3], "labels": [-100, 31, 32, 33]},
+        {"input_ids": [34, 35, PAD, PAD], "position_ids": [0, 1, 0, 1], "labels": [-100, 35, -100, -100]},
+    ]
+    assert packed.padding == 2
+    with pytest.raises(IndexError):
+        packed[3]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=25),
+    context=st.integers(2, 48),
+    chunks=st.integers(1, 3),
+)
+def test_packing_loses_nothing_and_keeps_documents_apart(lengths: list[int], context: int, chunks: int) -> None:
+    # Token 1000 * d + p is token p of document d, so what a sequence holds tells where it is from.
+    documents = tokenised([[1000 * (d + 1) + p for p in range(n)] for d, n in enumerate(lengths)], chunks)
+    order = [documents.ids(d) for d in range(len(lengths))]
+    packed = PackedSequences(documents, context, PAD)
+    sequences = [packed[i] for i in range(len(packed))]
+
+    assert all(v.shape == (context,) and v.dtype == torch.int64 for s in sequences for v in s.values())
+    stream = np.concatenate([s["input_ids"].numpy() for s in sequences] or [np.empty(0)])
+    total = sum(lengths)
+    assert stream[:total].tolist() == [token for ids in order for token in ids.tolist()]
+    assert stream[total:].tolist() == [PAD] * packed.padding
+    assert packed.padding < context
+
+    for index, sequence in enumerate(sequences):
+        ids, positions, labels = (sequence[k].tolist() for k in ("input_ids", "position_ids", "labels"))
+        for place, token in enumerate(ids):
+            is_padding = index * context + place >= total
+            continues = place > 0 and not is_padding and token == ids[place - 1] + 1
+            if is_padding:
+                continues = place > 0 and index * context + place - 1 >= total
+            assert positions[place] == (positions[place - 1] + 1 if continues else 0)
+            assert labels[place] == (-100 if is_padding or positions[place] == 0 else token)
+
+
+def test_context_of_one_token_is_refused() -> None:
+    with pytest.raises(ValueError, match="context_length must be 2 or more, got 1"):
+        PackedSequences(tokenised([[1, 2]]), 1, PAD)
+
+
+def test_packed_documents_do_not_see_each_other_in_training() -> None:
+    """What the position ids are for: in training, a document's losses do not depend on its neighbours."""
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=32, s2attn_group_size=8,
+    )  # fmt: skip
+    model = LlamaForCausalLM._from_config(config, attn_implementation="s2attn").double().train()
+    first, second = list(range(2, 13)), list(range(20, 39))
+    logits = []
+    for changed in (0, 1):
+        packed = PackedSequences(tokenised([[token + changed for token in first], second]), 32, PAD)
+        batch = {name: values[None] for name, values in packed[0].items()}
+        logits.append(model(**batch, use_cache=False).logits[0])
+    assert not torch.equal(logits[0][: len(first)], logits[1][: len(first)])
+    start, end = len(first), len(first) + len(second)
+    torch.testing.assert_close(logits[0][start:end], logits[1][start:end], rtol=0, atol=0)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    folder = tmp_path / "text"
+    (folder / "more").mkdir(parents=True)
+    (folder / "a.txt").write_text("first\n\nstill first\n")
+    (folder / "more" / "b.md").write_text("second")
+    (folder / "c.jsonl").write_text('{"text": "third"}\n{"text": null, "id": 1}\n{"text": "fourth"}\n')
+    (folder / "d.json").write_text(json.dumps([{"text": "fifth", "body": "sixth"}]))
+    pandas.DataFrame({"text": ["seventh", ""], "n": [1, 2]}).to_parquet(folder / "e.parquet")
+    (folder / "ignored.bin").write_bytes(b"\0")
+    return folder
+
+
+def test_each_format_and_each_way_to_name_files(files: Path) -> None:
+    def read(*sources: Path | str, column: str = "text") -> list[str | None]:
+        return load_documents([str(source) for source in sources], column)["text"][:]
+
+    assert read(files / "a.txt") == ["first\n\nstill first\n"]
+    assert read(files / "c.jsonl") == ["third", None, "fourth"]
+    assert read(files / "d.json") == ["fifth"]
+    assert read(files / "d.json", column="body") == ["sixth"]
+    assert read(files / "e.parquet") == ["seventh", ""]
+    assert read(files / "e.parquet", files / "a.txt")[0] == "seventh"
+    assert read(files / "*.txt", files / "more" / "b.md") == ["first\n\nstill first\n", "second"]
+    assert read(files / "**" / "*.md") == ["second"]
+    assert sorted(filter(None, read(files))) == sorted(
+        ["first\n\nstill first\n", "second", "third", "fourth", "fifth", "seventh"]
+    )
+
+
+def test_text_column_does_not_concern_text_files(files: Path) -> None:
+    assert load_documents([str(files / "d.json"), str(files / "a.txt")], "body")["text"][:] == [
+        "sixth",
+        "first\n\nstill first\n",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: folder / "nowhere.txt", "no such file, folder or glob pattern"),
+        (lambda folder: folder / "*.tsv", "no such file, folder or glob pattern"),
+        (lambda folder: folder / "ignored.bin", r"cannot read files ending in '.bin'; can read .json, "),
+        (lambda folder: _touch(folder / "empty"), "holds no file to train on"),
+        (lambda folder: _write(folder / "x.jsonl", b'{"body": "x"}\n'), "no column 'text'; it has body"),
+        (lambda folder: _write(folder / "x.jsonl", b'{"text": [1, 2]}\n'), "not text"),
+        (lambda folder: _write(folder / "x.jsonl", b'{"text": "x\n'), "cannot read .*x.jsonl as json"),
+        (lambda folder: _write(folder / "x.txt", b"\xff\xfe\xfa"), "cannot read .*x.txt as text: .*utf-8"),
+        (lambda folder: _write(folder / "x.parquet", b"nothing"), "cannot read .*x.parquet as parquet"),
+    ],
+)
+def test_what_cannot_be_read_is_named(files: Path, make, message: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_documents([str(make(files))])
+
+
+def _touch(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def _write(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def test_hub_names_are_recognised() -> None:
+    for name in ("owner/name", "owner/name:config", "owner/name:config:validation"):
+        assert find_files(name) == []
+    for name in ("name", "owner/name.txt", "a/b/c", "owner/name:a:b:c"):
+        with pytest.raises(FileNotFoundError):
+            find_files(name)
+
+
+def test_hub_dataset_that_cannot_be_loaded_is_one_clear_error() -> None:
+    with pytest.raises(ValueError, match="owner/name is no local file or folder, and as a dataset of the hub"):
+        load_documents(["owner/name"])
+
+
+def test_hub_dataset_is_loaded_with_its_config_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(*args: str | None, **kwargs: str) -> datasets.Dataset:
+        asked.append((*args, kwargs))
+        return datasets.Dataset.from_dict({"text": ["from the hub"]})
+
+    monkeypatch.setattr(data.datasets, "load_dataset", load_dataset)
+    assert load_documents(["o/n", "o/n:c", "o/n:c:s"])["text"][:] == ["from the hub"] * 3
+    assert asked == [
+        ("o/n", None, {"split": "train"}),
+        ("o/n", "c", {"split": "train"}),
+        ("o/n", "c", {"split": "s"}),
+    ]
+
+
+# --- tokenising and holding out ---------------------------------------------------------------------------------
+
+
+def test_documents_end_with_one_end_of_sequence_token() -> None:
+    result = tokenise(["ab", "", "c<eos>", "d"], character_tokenizer())
+    assert [result.ids(i).tolist() for i in range(3)] == [[3, 4, 1], [5, 1], [6, 1]]
+    assert (result.empty, result.tokens, result.lengths.tolist()) == (1, 7, [3, 2, 2])
+
+
+def test_long_documents_are_tokenised_whole() -> None:
+    tokenizer = character_tokenizer()
+    tokenizer.model_max_length = 4
+    assert tokenise(["a" * 5000], tokenizer).lengths.tolist() == [5001]
+
+
+def test_text_without_any_document() -> None:
+    result = tokenise(["", ""], character_tokenizer())
+    assert (result.tokens, result.empty, len(PackedSequences(result, 8, PAD))) == (0, 2, 0)
+
+
+@settings(max_examples=50, deadline=None)
+@given(lengths=st.lists(st.integers(2, 30), min_size=1, max_size=70))
+def test_held_out_documents_are_not_trained_on(lengths: list[int]) -> None:
+    documents = tokenised([[100 * d + p for p in range(n)] for d, n in enumerate(lengths)])
+    train, held_out = hold_out(documents)
+    tokens = [np.concatenate([part.ids(d) for d in range(len(part.lengths))]) for part in (train, held_out)]
+    assert min(map(len, tokens)) > 0
+    assert sorted(np.concatenate(tokens).tolist()) == sorted(
+        np.concatenate([documents.ids(d) for d in range(len(lengths))]).tolist()
+    )
+    if len(lengths) > 1:
+        assert len(held_out.lengths) == max(1, len(lengths) // 20)
+    PackedSequences(held_out, 8, PAD)[0]  # a selection of rows packs like any other

@@ -1,0 +1,165 @@
+"""Perplexity by a sliding window (examples/perplexity.py), and the table made of it (examples/measure.py)."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import measure
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from measure import choose_documents, lengths_to_measure, old_rotary_embedding
+from perplexity import sliding_window_perplexity, windows
+from test_data import tokenised
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import longlora_ext.attention  # noqa: F401
+from longlora_ext.context import extend_config
+
+CONFIG = LlamaConfig(
+    vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=16, initializer_range=0.3,
+)  # fmt: skip
+
+
+def make_model(config: LlamaConfig = CONFIG) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM._from_config(config, attn_implementation="s2attn")
+
+
+def make_documents(*lengths: int) -> list[np.ndarray]:
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, CONFIG.vocab_size, n) for n in lengths]
+
+
+def brute_force(model: LlamaForCausalLM, documents: list[np.ndarray], window: int, stride: int) -> float:
+    """Each token by itself, from the context that the first window to reach it gives it."""
+    losses = []
+    for document in documents:
+        for token in range(1, len(document)):
+            begin = 0
+            while begin + window <= token:
+                begin += stride
+            context = torch.tensor(document[None, begin:token])
+            logits = model(input_ids=context, use_cache=False).logits[0, -1].double()
+            losses.append(-torch.log_softmax(logits, -1)[document[token]].item())
+    return math.exp(sum(losses) / len(losses))
+
+
+@pytest.mark.parametrize(("window", "stride"), [(8, 3), (8, 4), (8, 7), (64, 16), (2, 1)])
+def test_perplexity_is_that_of_each_token_by_itself(window: int, stride: int) -> None:
+    model = make_model().double().eval()
+    documents = make_documents(33, 8, 9, 1, 2, 16)
+    expected = brute_force(model, documents, window, stride)
+    assert sliding_window_perplexity(model, documents, window, stride) == pytest.approx(expected, rel=1e-6)
+    assert sliding_window_perplexity(model, documents, window, stride, batch_tokens=1) == pytest.approx(
+        expected, rel=1e-6
+    )
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), lengths=st.lists(st.integers(0, 100), max_size=5), window=st.integers(2, 40))
+def test_windows_score_each_token_once_with_enough_context(
+    data: st.DataObject, lengths: list[int], window: int
+) -> None:
+    stride = data.draw(st.integers(1, window - 1))
+    scored: dict[tuple[int, int], int] = {}
+    for w in windows(lengths, window, stride):
+        assert 0 <= w.begin < w.end <= lengths[w.document] and w.end - w.begin <= window
+        for token in range(w.end - w.scored, w.end):
+            assert (w.document, token) not in scored
+            scored[w.document, token] = token - w.begin
+    assert set(scored) == {(d, t) for d, n in enumerate(lengths) for t in range(1, n)}
+    for (_, token), context in scored.items():
+        assert min(token, window - stride) <= context < window
+
+
+@pytest.mark.parametrize(
+    ("window", "stride", "message"),
+    [(1, 1, "window must be 2 or more, got 1"), (8, 0, r"stride must be in 1..7 .*got 0"), (8, 8, "got 8")],
+)
+def test_bad_windows_are_refused(window: int, stride: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        list(windows([10], window, stride))
+
+
+def test_nothing_to_score_is_refused() -> None:
+    with pytest.raises(ValueError, match="no document has the 2 tokens"):
+        sliding_window_perplexity(make_model(), make_documents(1, 0), 8, 4)
+
+
+def test_evaluation_is_dense_and_leaves_the_mode_as_it_was() -> None:
+    config = extend_config(CONFIG, 64, group_size=8)
+    documents = make_documents(64)
+    trained, dense = make_model(config).train(), make_model(config)
+    dense.config.s2attn_mode, trained.config.s2attn_mode = "dense", "auto"
+    result = sliding_window_perplexity(trained, documents, 64, 32)
+    assert trained.training
+    assert result == sliding_window_perplexity(dense, documents, 64, 32)
+    dense.config.s2attn_mode = "s2"
+    assert result != pytest.approx(sliding_window_perplexity(dense, documents, 64, 32), rel=1e-4)
+
+
+def _share(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
+    result = sliding_window_perplexity(make_model(), make_documents(33, 8, 9), 8, 4, batch_tokens=16)
+    (folder / str(rank)).write_text(repr(result))
+    dist.destroy_process_group()
+
+
+def test_processes_share_the_work_and_agree(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_share, (tmp_path,), nprocs=2)
+    expected = sliding_window_perplexity(make_model(), make_documents(33, 8, 9), 8, 4, batch_tokens=16)
+    results = [float((tmp_path / str(rank)).read_text()) for rank in (0, 1)]
+    assert results[0] == results[1] == pytest.approx(expected, rel=1e-6)
+
+
+# --- the table --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "dynamic", "yarn"])
+def test_the_row_before_is_the_model_as_it_came(rope_type: str) -> None:
+    extended, original = make_model(extend_config(CONFIG, 64, rope_type=rope_type)), make_model()
+    documents = make_documents(80)
+    scaled = sliding_window_perplexity(extended, documents, 64, 32)
+    with old_rotary_embedding(extended, CONFIG):
+        before = sliding_window_perplexity(extended, documents, 64, 32)
+    assert before == sliding_window_perplexity(original, documents, 64, 32)
+    assert before != pytest.approx(scaled, rel=1e-3)
+    assert sliding_window_perplexity(extended, documents, 64, 32) == scaled
+
+
+@pytest.mark.parametrize(
+    ("base", "context", "expected"),
+    [
+        (256, 1024, [256, 512, 1024]),
+        (256, 1000, [256, 512, 1000]),
+        (256, 257, [256, 257]),
+        (8192, 1024, [1024]),
+        (512, 512, [512]),
+    ],
+)
+def test_lengths_to_measure(base: int, context: int, expected: list[int]) -> None:
+    assert lengths_to_measure(base, context) == expected
+
+
+def test_long_documents_are_measured_first_and_the_budget_kept() -> None:
+    held_out = tokenised([[1] * 10, [2] * 500, [3], [4] * 90, [5] * 300, [], [6] * 200])
+    chosen = choose_documents(held_out, 400, longest=100)
+    assert [(int(ids[0]), len(ids)) for ids in chosen] == [(2, 100), (5, 100), (6, 100), (4, 90), (1, 10)]
+    assert [len(ids) for ids in choose_documents(held_out, 150, longest=100)] == [100, 50]
+    assert [len(ids) for ids in choose_documents(held_out, 2400, longest=100)] == [300, 300, 200, 90, 10]
+    assert choose_documents(held_out, 0, longest=100) == []
+
+
+def test_table_shows_the_rows_there_are(tmp_path: Path) -> None:
+    measurement = measure.Measurement(tmp_path, CONFIG, extend_config(CONFIG, 64), make_documents(30, 20))
+    measurement.rows = {"after": {"16": 12.3456, "32": 1.0, "64": 123456.0}}
+    table = measurement.table()
+    assert "50 held-out tokens in 2 documents (dense attention, sliding window, stride half the context)" in table
+    assert table.splitlines()[-1].split() == ["after", "12.35", "1.00", "123456.00"]
+    assert "before" not in table
