@@ -1,0 +1,76 @@
+#!/usr/bin/env python
+"""Merge an adapter folder into its base model.
+
+    python examples/merge_adapter.py ADAPTER_FOLDER OUTPUT_FOLDER
+
+The output is a plain model folder: LoRA is added to the weights it belongs to, the trained embedding and norms take
+the place of the base model's, the config names the extended context and its RoPE parameters, and the tokenizer lies
+beside. Transformers, and whatever reads its folders, loads it without longlora_ext:
+
+    AutoModelForCausalLM.from_pretrained("OUTPUT_FOLDER")
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from pathlib import Path
+
+from longlora_ext.adapter import merge
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS
+    )
+    parser.add_argument(
+        "adapter_folder",
+        type=Path,
+        metavar="ADAPTER_FOLDER",
+        help="the folder 'adapter' that finetune_llama.py wrote (adapter_model.safetensors, longlora.json)",
+    )
+    parser.add_argument(
+        "output_folder",
+        type=Path,
+        metavar="OUTPUT_FOLDER",
+        help="the folder to write; it must not exist, or be empty, and appears when it is complete",
+    )
+    parser.add_argument(
+        "--base_model",
+        metavar="MODEL",
+        help="where the base model is now, if it is no longer where it was in training",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="of the merged weights; auto (the default) is the base model's. The adapter is kept in float32: "
+        "merging into bfloat16 rounds what training changed, as computing in bfloat16 does",
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of one library about another
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where installed, says that it found no GPU
+    try:
+        merge(
+            options.adapter_folder,
+            options.output_folder,
+            base_model=options.base_model,
+            dtype=options.dtype,
+        )
+    except (OSError, ValueError) as error:
+        print(f"merge_adapter.py: error: {error}", file=sys.stderr)
+        return 2
+    print(f"merged: {options.output_folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
