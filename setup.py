@@ -38,8 +38,10 @@ class CMakeBuild(build_ext):
         ]  # fmt: skip
         subprocess.run(configure, check=True)
         subprocess.run([cmake, "--build", build], check=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(build / "_C.so", target)
+        # Into the wheel, and beside the sources, so that a Python started in the checkout finds it there too.
+        for folder in {target.parent, ROOT / "longlora_ext"}:
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(build / "_C.so", folder / target.name)
 
 
 class AnyPythonWheel(bdist_wheel):

@@ -4,7 +4,7 @@ if(NOT EXISTS ${TORCH_DIR}/include/torch/csrc/stable/library.h)
   message(FATAL_ERROR "TORCH_DIR must be the folder of a torch package with its stable ABI, but is '${TORCH_DIR}'")
 endif()
 
-# 2.11 -> 0x020b000000000000: no symbol is used that a newer torch brought.
+# Major and minor in the two highest bytes: no symbol is used that a newer torch brought.
 string(REPLACE "." ";" floor ${TORCH_FLOOR})
 list(GET floor 0 floor_major)
 list(GET floor 1 floor_minor)

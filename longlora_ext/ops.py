@@ -9,7 +9,10 @@ from torch.autograd import forward_ad
 
 __all__ = ["s2attn"]
 
-torch.ops.load_library(Path(__file__).with_name("_C.so"))
+_LIBRARY = Path(__file__).with_name("_C.so")
+if not _LIBRARY.is_file():
+    raise ImportError(f"{_LIBRARY} is missing: this is a source tree that was never built; run `pip install .` in it")
+torch.ops.load_library(_LIBRARY)
 
 
 def s2attn(
