@@ -193,7 +193,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--output_dir", type=Path, required=True, help="the model folder to write; it must not exist yet")
-    add("--max_steps", type=int, default=3000, help="optimizer steps (default: %(default)s)")
+    add("--max_steps", type=int, default=1000, help="optimizer steps (default: %(default)s)")
     add("--batch_size", type=int, default=16, help="windows of 256 tokens in a step (default: %(default)s)")
     add("--learning_rate", type=float, default=3e-3, help="the highest rate, of AdamW (default: %(default)s)")
     add("--vocab_size", type=int, default=2048, help="tokens in the vocabulary (default: %(default)s)")
