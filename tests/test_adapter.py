@@ -11,12 +11,13 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_models import CONFIGS, tiny_model, tokens
-from tiny_training import CONTEXT, extended_model, moved, save_base, train
+from tiny_training import CONTEXT, extended_model, lora_a, moved, save_base, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from longlora_ext.adapter import load, lora_config, merge, prepare_model, save_adapter
 
 TIED = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+WEIGHTS = "adapter_model.safetensors"
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "merge_adapter.py"
 
 
@@ -26,6 +27,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("trained")
     model = extended_model(save_base(folder / "base", tie_word_embeddings=request.param))
     model = prepare_model(model, lora_config(model))
+    save_file(lora_a(model), folder / "lora_a.safetensors")
     train(model)
     save_adapter(model, folder / "adapter", AutoTokenizer.from_pretrained(folder / "base"))
     return folder
@@ -39,15 +41,12 @@ def is_tied(model: torch.nn.Module) -> bool:
 
 
 def test_every_saved_weight_has_moved_after_20_steps(trained: Path) -> None:
-    base, saved = (
-        load_file(trained / "base/model.safetensors"),
-        load_file(trained / "adapter/adapter_model.safetensors"),
-    )
+    base, saved = load_file(trained / "base/model.safetensors"), load_file(trained / "adapter" / WEIGHTS)
     assert base["model.norm.weight"].dtype == torch.bfloat16
     assert {weight.dtype for weight in saved.values()} == {torch.float32}
-    parts = moved(saved, base)
+    parts = moved(saved, base | load_file(trained / "lora_a.safetensors"))
     assert len([name for name in parts if name.endswith("norm.weight")]) == 5
-    assert len([name for name in parts if ".lora_B." in name]) == 8
+    assert len([name for name in parts if ".lora_" in name]) == 16
     for name, part in parts.items():
         assert part > 0.9, (name, part)
 

@@ -56,15 +56,24 @@ def train(model: torch.nn.Module) -> None:
     model.eval()
 
 
+def lora_a(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Where LoRA's random halves begin, under the names they are saved with."""
+    return {
+        name.replace(".default.", "."): weight.detach().float().clone()
+        for name, weight in model.named_parameters()
+        if ".lora_A." in name
+    }
+
+
 def moved(saved: dict[str, torch.Tensor], base: dict[str, torch.Tensor]) -> dict[str, float]:
-    """The part of the weights of each saved tensor that differ from where they began (LoRA's B: from zero)."""
+    """The part of the weights of each saved tensor that differ from where they began."""
     parts = {}
     for name, weight in saved.items():
-        if ".lora_A." in name:
-            continue  # begins at random numbers that are not kept
-        plain = name.removeprefix("base_model.model.")
-        if plain == "lm_head.weight" and plain not in base:  # tied
-            plain = "model.embed_tokens.weight"
-        origin = torch.zeros(()) if ".lora_B." in name else base[plain]
+        origin = base.get(name, base.get(name.removeprefix("base_model.model.")))
+        if ".lora_B." in name:
+            origin = torch.zeros(())
+        elif origin is None and name.endswith("lm_head.weight"):  # tied
+            origin = base["model.embed_tokens.weight"]
+        assert origin is not None, name
         parts[name] = (weight != origin.float()).float().mean().item()
     return parts

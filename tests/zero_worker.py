@@ -1,0 +1,97 @@
+"""One process of a DeepSpeed or DDP run that trains for twenty steps and saves, started by test_adapter_zero.py.
+
+    torchrun --nproc_per_node 2 tests/zero_worker.py FOLDER ddp|zero2|zero3|zero3_offload CASE...
+
+A case is the name of a base model in FOLDER, with ".full" behind it for full fine-tuning.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from tiny_training import LEARNING_RATE, batches, extended_model, lora_a
+
+from longlora_ext.adapter import lora_config, prepare_model, save_adapter
+
+ZERO = {
+    "zero2": {"stage": 2},
+    "zero3": {"stage": 3, "stage3_param_persistence_threshold": 0},  # every weight is really cut up
+    "zero3_offload": {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "offload_param": {"device": "cpu"},
+        "offload_optimizer": {"device": "cpu"},
+    },
+}
+
+
+def main() -> None:
+    folder, kind, cases = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
+    keep = start(kind)  # transformers remembers the DeepSpeed config as long as somebody holds it
+    for case in cases:
+        base, _, full = case.partition(".")
+        torch.manual_seed(0)
+        model = extended_model(folder / base)
+        model = prepare_model(model, None if full else lora_config(model))
+        if not full and dist.get_rank() == 0:
+            save_file(lora_a(model), folder / f"{case}.lora_a")
+        optimizer = torch.optim.AdamW(
+            [weight for weight in model.parameters() if weight.requires_grad], lr=LEARNING_RATE, weight_decay=0.0
+        )
+        wrapped = train_ddp(model, optimizer) if keep is None else train_zero(model, optimizer, keep.config)
+        save_adapter(wrapped, folder / f"{case}.{kind}")
+        try:
+            save_adapter(wrapped, folder / f"{case}.{kind}")
+        except (FileExistsError, RuntimeError) as error:  # the first process's own error, and word of it
+            assert "nothing is overwritten" in str(error)
+        else:
+            raise AssertionError("a second save to the same folder was not refused everywhere")
+    dist.destroy_process_group()
+
+
+def start(kind: str):
+    if kind == "ddp":
+        dist.init_process_group("gloo")
+        return None
+    import deepspeed
+    from transformers.integrations import HfDeepSpeedConfig
+
+    deepspeed.init_distributed()
+    return HfDeepSpeedConfig(
+        {
+            "zero_optimization": ZERO[kind],
+            "bf16": {"enabled": True},
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+    )
+
+
+def train_ddp(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> torch.nn.Module:
+    wrapped = torch.nn.parallel.DistributedDataParallel(model.train())
+    for batch in batches(dist.get_rank()):
+        wrapped(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return wrapped
+
+
+def train_zero(model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict) -> torch.nn.Module:
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    engine.train()
+    for batch in batches(dist.get_rank()):
+        engine.backward(engine(**batch).loss)
+        engine.step()
+    return engine
+
+
+if __name__ == "__main__":
+    main()
