@@ -141,7 +141,7 @@ def _wrapped(
 
 
 @torch.library.register_fake("longlora::s2attn_fwd")
-def _fake_fwd(q, k, v, group_size, first_shifted_head, doc_start, scale, deterministic):  # type: ignore[no-untyped-def]
+def _fake_fwd(q, k, v, group_size, first_shifted_head, doc_start, scale, deterministic):
     for name, x in (("k", k), ("v", v), ("doc_start", doc_start)):
         _check(x is None or x.device == q.device, f"{name} must be on q's device")
     batch, seqlen, heads, _ = q.shape
@@ -150,18 +150,18 @@ def _fake_fwd(q, k, v, group_size, first_shifted_head, doc_start, scale, determi
 
 
 @torch.library.register_fake("longlora::s2attn_bwd")
-def _fake_bwd(dout, q, k, v, out, lse, group_size, first_shifted_head, doc_start, scale, deterministic):  # type: ignore[no-untyped-def]
+def _fake_bwd(dout, q, k, v, out, lse, group_size, first_shifted_head, doc_start, scale, deterministic):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output) -> None:
     q, k, v, ctx.group_size, ctx.first_shifted_head, doc_start, ctx.scale, ctx.deterministic = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(q, k, v, doc_start, out, lse)
 
 
-def _backward(ctx, dout, _dlse):  # type: ignore[no-untyped-def]
+def _backward(ctx, dout, _dlse):
     q, k, v, doc_start, out, lse = ctx.saved_tensors
     dq, dk, dv = torch.ops.longlora.s2attn_bwd(
         dout,
@@ -179,7 +179,7 @@ def _backward(ctx, dout, _dlse):  # type: ignore[no-untyped-def]
     return dq, dk, dv, None, None, None, None, None
 
 
-def _double_backward(ctx, *grads):  # type: ignore[no-untyped-def]
+def _double_backward(ctx, *grads):
     raise NotImplementedError("s2attn cannot be differentiated twice")
 
 

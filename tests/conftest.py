@@ -1,4 +1,4 @@
-"""Two tiers: `pytest` covers every feature, `pytest --full` adds what is slow (oldest versions, sweeps, long shapes)."""
+"""Two tiers: `pytest` covers every feature, `pytest --full` adds what is slow (old versions, sweeps, long shapes)."""
 
 import os
 import sys

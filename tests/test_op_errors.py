@@ -93,7 +93,7 @@ def test_devices_must_agree() -> None:
 def test_unknown_device_is_named() -> None:
     """What has no kernel is torch's to refuse, naming the op and the backend."""
     q, k, v = (x.to_sparse() for x in Problem().tensors())
-    with pytest.raises((RuntimeError, NotImplementedError), match="longlora::s2attn|[Ss]parse"):
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"longlora::s2attn|[Ss]parse"):
         s2attn(q, k, v, 16)
 
 
