@@ -89,6 +89,8 @@ def _s2attn(
 ) -> Tensor:
     _check(q.dim() == 4, f"q must have 4 dimensions [batch, seqlen, heads, head_dim], but is {list(q.shape)}")
     # register_autograd knows reverse mode alone, and would drop a tangent without a word.
+    if q.device.type == "cuda" and not torch._C._dispatch_has_kernel_for_dispatch_key("longlora::s2attn_fwd", "CUDA"):
+        _check(False, "this build of longlora_ext has no CUDA kernels; use attn_implementation='sdpa' or the CPU")
     if forward_ad._current_level >= 0:
         tangents = [forward_ad.unpack_dual(x).tangent for x in (q, k, v)]
         _check(all(tangent is None for tangent in tangents), "cannot be differentiated in forward mode")

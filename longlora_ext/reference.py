@@ -11,7 +11,7 @@ def s2attn_mask(
     doc_start: Tensor | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Which keys each query row of a head sees: bool [seqlen, seqlen]; [B, seqlen, seqlen] with `doc_start` [B, seqlen].
+    """Which keys each query row of a head sees: bool [seqlen, seqlen], [B, seqlen, seqlen] with `doc_start`.
 
     Row i sees itself and what precedes it in its group. Groups are cut every `group_size` tokens from the start of
     the document; in a shifted head the first cut comes after half a group.

@@ -115,8 +115,11 @@ def build_wheel(sources: Path) -> tuple[Path, str]:
 
 @pytest.mark.full
 def test_isolated_wheel(sources: Path, tmp_path: Path) -> None:
-    """One py3-none wheel with the library in it, which computes."""
-    wheel, _ = build_wheel(sources)
+    """From a source distribution: one py3-none wheel with the library in it, which computes."""
+    command = [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=sources, check=True, capture_output=True)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    wheel, _ = build_wheel(sdist)
     assert re.fullmatch(r"longlora_ext-[\d.]+-py3-none-linux_\w+\.whl", wheel.name)
     with zipfile.ZipFile(wheel) as archive:
         assert "longlora_ext/_C.so" in archive.namelist()

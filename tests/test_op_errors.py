@@ -90,6 +90,12 @@ def test_devices_must_agree() -> None:
         s2attn(q, k.to("meta"), v.to("meta"), 16)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA kernels to run")
+def test_cuda_without_kernels_says_what_to_use() -> None:
+    with torch._subclasses.FakeTensorMode(), pytest.raises(RuntimeError, match=r"no CUDA kernels; use .*sdpa"):
+        s2attn(*(torch.empty(1, 64, 2, 16, device="cuda") for _ in range(3)), 16)
+
+
 def test_unknown_device_is_named() -> None:
     """What has no kernel is torch's to refuse, naming the op and the backend."""
     q, k, v = (x.to_sparse() for x in Problem().tensors())
