@@ -87,6 +87,15 @@ def test_large_scores_stay_exact() -> None:
     assert_close_to_reference(s2attn(q, k, v, 400), plain, exact)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounds_to_nearest_even(dtype: torch.dtype) -> None:
+    """With q = 0 the second token gets the exact mean of two values, half of these a tie between two neighbours."""
+    v = torch.randn(1, 2, 4, 64).to(dtype)
+    v[:, 1, :2] = torch.nextafter(v[:, 0, :2], torch.tensor(torch.inf, dtype=dtype))
+    out = s2attn(torch.zeros_like(v), torch.randn(v.shape).to(dtype), v, 4, first_shifted_head=4)
+    assert torch.equal(out[:, 1], v.float().mean(dim=1).to(dtype))
+
+
 @pytest.mark.parametrize("group_size", [90, 1024, 2**62])
 def test_one_group_without_shift_is_dense_causal(group_size: int) -> None:
     q, k, v = Problem(batch=2, seqlen=90, heads=4, kv_heads=4, head_dim=32).tensors()
