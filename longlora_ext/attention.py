@@ -113,7 +113,7 @@ def s2attn_mask(
             "attn_implementation='s2attn' cannot express sliding-window or chunked attention (this model "
             f"asks for {local_size} tokens): set config.sliding_window=None, or use another one"
         )
-    # Before 5.2, transformers passed the positions of the queries in place of their number.
+    # Before 5.4, transformers passed the positions of the queries in place of their number.
     positions = kwargs.get("cache_position")
     q_length = kwargs["q_length"] if positions is None else positions.shape[0]
     device = kwargs.get("device") if positions is None else positions.device

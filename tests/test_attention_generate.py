@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from test_attention import CLOSE, pad, positions_of
 from tiny_models import CONFIGS, tiny_model, tokens
 from transformers import DynamicCache, PreTrainedModel, StaticCache
@@ -67,7 +69,9 @@ def test_a_second_prefill_is_that_of_sdpa(batch: int, padding: str, kind: str) -
         results.append((first.logits[mask.bool()], second.logits))
     torch.testing.assert_close(results[0][0], results[1][0], **CLOSE)
     torch.testing.assert_close(results[0][1], results[1][1], **CLOSE)
-    # and both are what one prefill of everything gives
+    # and, where transformers' static cache is right, what one prefill of everything gives
+    if kind == "static" and Version(transformers.__version__) < Version("5.4"):
+        return  # sdpa itself is not
     model, _ = both()
     full = model(torch.cat([ids, more], dim=1), attention_mask=whole, position_ids=positions_of(whole)).logits
     torch.testing.assert_close(results[0][1], full[:, -6:], **CLOSE)
