@@ -155,8 +155,8 @@ def test_no_token_sees_the_future(seqlen: int) -> None:
     before = s2attn(q, k, v, 16)
     for j in range(seqlen):
         changed = [x.clone() for x in (q, k, v)]
-        for x in changed:
-            x[:, j] += 3
+        for x, amount in zip(changed, (3, 3, 1e38), strict=True):  # 1e38: a masked weight must be 0, not just tiny
+            x[:, j] += amount
         after = s2attn(*changed, 16)
         assert torch.equal(after[:, :j], before[:, :j]), f"token {j} changed an output before it"
         assert not torch.equal(after[:, j], before[:, j])
