@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from launch import BY_DEEPSPEED, RANK, WORLD_SIZE, fail, prepare_deepspeed
+from launch import BY_DEEPSPEED, RANK, USE_CONFIGURED_STATE, WORLD_SIZE, fail, prepare_deepspeed
 from transformers import HfArgumentParser, TrainingArguments
 
 HERE = Path(__file__).resolve().parent
@@ -25,9 +25,7 @@ TINY_LLAMA = HERE / "tiny_llama"
 
 #: transformers renamed this option in 5.23.
 CHECKPOINTING = next(
-    name
-    for name in ("activation_checkpointing", "gradient_checkpointing")
-    if hasattr(TrainingArguments, name)
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
 )
 
 #: The recipe of the LongLoRA paper. Its global batch of 64 sequences is made up by accumulation.
@@ -50,11 +48,14 @@ GLOBAL_BATCH = 64
 
 #: What is different for the tiny Llama, so that it is done in minutes on two CPU cores.
 TINY_RECIPE: dict[str, Any] = RECIPE | {
-    "max_steps": 150,
-    "learning_rate": 1e-3,
+    "max_steps": 100,
+    "learning_rate": 2e-3,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 10,
     "gradient_accumulation_steps": 1,
     "per_device_train_batch_size": 4,
     CHECKPOINTING: False,
+    "logging_steps": 5,
     "save_steps": 50,
     "eval_tokens": 16384,
 }
@@ -103,15 +104,11 @@ class ModelOptions:
     )
     context_length: int | None = field(
         default=None,
-        metadata={
-            "help": "Tokens of the new context, and of a training sequence. Default: four times the model's."
-        },
+        metadata={"help": "Tokens of the new context, and of a training sequence. Default: four times the model's."},
     )
     rope_type: str = field(
         default="linear",
-        metadata={
-            "help": "How positions are scaled to the new context: any RoPE type of transformers (yarn, ...)."
-        },
+        metadata={"help": "How positions are scaled to the new context: any RoPE type of transformers (yarn, ...)."},
     )
     rope_parameters: str | None = field(
         default=None,
@@ -149,9 +146,7 @@ class DataOptions:
         default=None,
         metadata={"help": "Text to measure on, given likewise. Default: every 20th document is held out."},
     )
-    text_column: str = field(
-        default="text", metadata={"help": "Column that holds the text of JSON and Parquet."}
-    )
+    text_column: str = field(default="text", metadata={"help": "Column that holds the text of JSON and Parquet."})
     eval_tokens: int = field(
         default=65536,
         metadata={"help": "Held-out tokens to measure perplexity on, before and after; 0: do not."},
@@ -229,6 +224,7 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingArgum
     with one_clear_error():
         if asked.deepspeed:
             prepare_deepspeed()
+            parser.set_defaults(accelerator_config=USE_CONFIGURED_STATE)
         model, data, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     if os.path.isdir(model.model_name_or_path):
         model.model_name_or_path = os.path.abspath(model.model_name_or_path)
@@ -259,7 +255,13 @@ def _check(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None:
         parser.error(f"--group_ratio must be above 0 and at most 1, got {asked.group_ratio}")
     if asked.group_size is not None and (asked.group_size < 2 or asked.group_size % 2):
         parser.error(f"--group_size must be even and at least 2, got {asked.group_size}")
-    for option in ("lora_r", "lora_alpha", "per_device_train_batch_size", "per_device_eval_batch_size"):
+    for option in (
+        "lora_r",
+        "lora_alpha",
+        "gradient_accumulation_steps",
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+    ):
         if getattr(asked, option) < 1:
             parser.error(f"--{option} must be 1 or more, got {getattr(asked, option)}")
     if asked.eval_tokens < 0:
@@ -277,9 +279,5 @@ def _check(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None:
             parsed = None
         if not isinstance(parsed, dict):
             parser.error(f"--rope_parameters must be a JSON object, got {asked.rope_parameters!r}")
-    if (
-        isinstance(asked.deepspeed, str)
-        and not asked.deepspeed.startswith("{")
-        and not Path(asked.deepspeed).is_file()
-    ):
+    if isinstance(asked.deepspeed, str) and not asked.deepspeed.startswith("{") and not Path(asked.deepspeed).is_file():
         parser.error(f"--deepspeed {asked.deepspeed}: no such file; ours are in {HERE / 'ds_configs'}")

@@ -3,6 +3,7 @@ starts."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import socket
@@ -15,6 +16,9 @@ import torch
 
 RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+
+#: The option of TrainingArguments that goes with `prepare_deepspeed`.
+USE_CONFIGURED_STATE = {"use_configured_state": not torch.accelerator.is_available()}
 
 #: The deepspeed launcher sets these.
 BY_DEEPSPEED = "CROSS_RANK" in os.environ and "CROSS_SIZE" in os.environ
@@ -42,34 +46,74 @@ def fail(message: str) -> NoReturn:
 
 
 def prepare_deepspeed() -> None:
-    """Make sure that DeepSpeed can start, and say what it is going to do.
+    """Make sure that DeepSpeed can start.
 
-    On a CPU it compiles its communication op at first use, which takes half a minute, a C++ compiler and
-    ninja. Without a launcher it needs the environment of a group of one process.
+    On a CPU it compiles its communication op at first use, which takes half a minute, a C++ compiler and ninja. Without
+    a launcher it needs the environment of a group of one process.
 
     Raises:
-        ImportError: DeepSpeed, a compiler or ninja is missing.
+        ImportError: DeepSpeed, a compiler or ninja is missing, or the op cannot be compiled.
     """
     try:
         import deepspeed  # noqa: F401
     except ImportError as error:
         raise ImportError(f"DeepSpeed is asked for, but it cannot be imported: {error}") from error
-    if not torch.accelerator.is_available():
-        # A console script of a virtual environment runs without that environment's programs on the path.
-        os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-        compiler = os.environ.get("CXX", "c++")
-        missing = [name for name in (compiler, "ninja") if shutil.which(name) is None]
-        if missing:
-            raise ImportError(
-                f"{' and '.join(missing)} not found: on a CPU DeepSpeed compiles its communication op at "
-                "first use. Install them, or start the program with python instead of deepspeed"
-            )
-        say(
-            "starting DeepSpeed (at its first start on a CPU it compiles its communication op: half a minute)"
-        )
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in alone.items()})
+    if not torch.accelerator.is_available():
+        _compile_communication_op()
+        _join_on_cpu()
+
+
+def _join_on_cpu() -> None:
+    """Bring the process group up, which accelerate takes as it finds it (`USE_CONFIGURED_STATE`).
+
+    Left to itself accelerate knows no backend for DeepSpeed on CPUs, and takes each of several processes for a run of
+    its own.
+    """
+    from accelerate import PartialState
+
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(backend="gloo")
+    del os.environ["ACCELERATE_USE_DEEPSPEED"]
+
+
+def _compile_communication_op() -> None:
+    """Load DeepSpeed's op for CPUs, compiling it if need be, from a folder that belongs to these very versions.
+
+    In the folder that torch takes by default, the op of one DeepSpeed is mistaken for that of another, and a process
+    that is killed while it compiles leaves a lock that all later ones wait for. Here the processes take turns by a lock
+    that ends with its owner, so who has the turn knows such a leftover for what it is.
+    """
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is None or not builder.is_compatible():
+        return
+    # A console script of a virtual environment runs without that environment's programs on the path.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    missing = [name for name in (os.environ.get("CXX", "c++"), "ninja") if shutil.which(name) is None]
+    if missing:
+        raise ImportError(
+            f"{' and '.join(missing)} not found: on a CPU DeepSpeed compiles its communication op at first use. "
+            "Install them, or start the program with python instead of deepspeed"
+        )
+    versions = f"deepspeed-{deepspeed.__version__}-torch-{torch.__version__}-{sys.implementation.cache_tag}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longlora_ext" / versions
+    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache)))
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "turn", "w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        for leftover in folder.glob("*/lock"):
+            leftover.unlink()
+        if not list(folder.glob("*/*.so")):
+            say("compiling DeepSpeed's communication op for CPUs: half a minute, this once")
+        try:
+            builder.load(verbose=False)
+        except RuntimeError as error:
+            raise ImportError(f"DeepSpeed's communication op for CPUs cannot be compiled: {error}") from error

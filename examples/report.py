@@ -33,15 +33,11 @@ def banner(
     trainable, total = sum(n for n, trained in weights if trained), sum(n for n, _ in weights)
     trained = "all weights" if options.full_finetune else f"LoRA r={options.lora_r}, embedding and norms"
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * WORLD_SIZE
-    steps = (
-        f"{args.max_steps:,}" if args.max_steps > 0 else f"{args.num_train_epochs:g} passes over the text,"
-    )
+    steps = f"{args.max_steps:,}" if args.max_steps > 0 else f"{args.num_train_epochs:g} passes over the text,"
     zero = f"ZeRO-{args.deepspeed_plugin.zero_stage}" if args.deepspeed_plugin else "no DeepSpeed"
     rows = {
         "model": f"{options.model_name_or_path} ({type(config).__name__.removesuffix('Config')})",
-        "context": f"{old:,} -> {new:,} tokens"
-        if new > old
-        else f"{new:,} tokens; the model's own is {old:,}",
+        "context": f"{old:,} -> {new:,} tokens" if new > old else f"{new:,} tokens; the model's own is {old:,}",
         "RoPE": ", ".join(f"{key}={value}" for key, value in rope.items()) if new > old else "as it is",
         "attention": f"groups of {config.s2attn_group_size:,} tokens in training, dense in use",
         "training": f"{trained}: {trainable:,} of {total:,} weights, {'bf16' if args.bf16 else 'fp32'}",
@@ -60,7 +56,8 @@ def results(folder: Path, adapter: Path, measurement: Measurement | None, full_f
     lines = ["", measurement.table()] if measurement else [""]
     lines += [f"loss curve: {folder / 'loss.png'}", f"{adapter.name + ':':<12}{adapter}"]
     if not full_finetune:
-        script = os.path.relpath(Path(__file__).with_name("merge_adapter.py"))
+        script = str(Path(__file__).with_name("merge_adapter.py"))
+        script = min(script, os.path.relpath(script), key=len)
         command = shlex.join(["python", script, str(adapter), str(folder / "merged")])
         lines += [
             "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ def claim(args: TrainingArguments, default_name: str, settings: dict[str, Any]) 
     state.wait_for_everyone()  # nobody touches the folder before all have seen the same
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".*.unfinished*"):  # folders that were to appear when complete
+            shutil.rmtree(leftover)
         for name in remove_incomplete(folder):
             say(f"removed {name}: the run was stopped while it wrote it")
         write_json(folder / RUN_FILE, settings)
