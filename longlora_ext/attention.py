@@ -80,9 +80,7 @@ def _config(module: torch.nn.Module) -> Any:
 def _wants_s2(module: torch.nn.Module) -> bool:
     mode = getattr(_config(module), "s2attn_mode", None) or "auto"
     if mode not in MODES:
-        raise ValueError(
-            f"config.s2attn_mode must be one of {', '.join(map(repr, MODES))}, but it is {mode!r}"
-        )
+        raise ValueError(f"config.s2attn_mode must be one of {', '.join(map(repr, MODES))}, but it is {mode!r}")
     return mode == "s2" or (mode == "auto" and module.training)
 
 
@@ -266,21 +264,14 @@ def _own_mask(attention_mask: torch.Tensor | None, query: torch.Tensor) -> torch
     return attention_mask[:, 0, 0]
 
 
-def _documents(
-    position_ids: torch.Tensor | None, kwargs: dict[str, Any], query: torch.Tensor
-) -> torch.Tensor | None:
+def _documents(position_ids: torch.Tensor | None, kwargs: dict[str, Any], query: torch.Tensor) -> torch.Tensor | None:
     """The packed documents, int32 `[batch, tokens]`, or `None` if the call says nothing about them."""
     batch, _, tokens, _ = query.shape
     documents = None
     if position_ids is not None:
-        if (
-            position_ids.ndim != 2
-            or position_ids.shape[0] not in (1, batch)
-            or position_ids.shape[1] != tokens
-        ):
+        if position_ids.ndim != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != tokens:
             raise ValueError(
-                f"position_ids must be [{batch}, {tokens}] or [1, {tokens}], but they are "
-                f"{list(position_ids.shape)}"
+                f"position_ids must be [{batch}, {tokens}] or [1, {tokens}], but they are {list(position_ids.shape)}"
             )
         documents = doc_start_from_position_ids(position_ids).expand(batch, -1)
     cu_seqlens = kwargs.get("cu_seq_lens_q")
@@ -353,16 +344,13 @@ def _dense_mask(padding: torch.Tensor, documents: torch.Tensor | None) -> torch.
     The boolean mask `[batch, 1, tokens, tokens]` of a padded batch in eval mode.
 
     `generate` reads the row of the last token even where that is padding, so rows of padding see the real
-    tokens before them, as with `sdpa`. Positions say nothing at padding: a document starts between two real
-    tokens only.
+    tokens before them, as with `sdpa`. Positions say nothing at padding: a document starts at a real token.
     """
     real = padding >= 0
     index = torch.arange(padding.shape[1], device=padding.device)
     allowed = (index[None, :] <= index[:, None]) & real[:, None, :]
     if documents is not None:
-        starts = (documents == index) & real
-        starts[:, 1:] &= real[:, :-1]
-        first = torch.where(starts, index, 0).cummax(dim=1).values
+        first = torch.where((documents == index) & real, index, 0).cummax(dim=1).values
         allowed = allowed & (index >= first[:, :, None])
     return allowed[:, None]
 

@@ -1,9 +1,12 @@
 """attn_implementation="s2attn": what it attends to, against eager attention with the mask spelled out."""
 
+import inspect
+
 import pytest
 import torch
 from tiny_models import CONFIGS, tiny_config, tiny_model, tokens
 from transformers import DataCollatorWithFlattening, Gemma2Config, GemmaConfig, LlamaConfig, MistralConfig
+from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import longlora_ext.attention as attention
@@ -158,6 +161,20 @@ def test_group_size_comes_from_the_config() -> None:
     torch.testing.assert_close(model(ids).logits, logits, **CLOSE)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_the_scale_of_the_layer_is_used(training: bool) -> None:
+    batch, documents = packed([9, 15])
+    model, eager = tiny_model().train(training), tiny_model("llama", "eager")
+    for layer in (*model.model.layers, *eager.model.layers):
+        layer.self_attn.scaling = 1.5
+    if training:
+        mask = additive(s2_mask([9, 15], 8, 4, 2))[None]
+        theirs = eager(batch["input_ids"], attention_mask=mask, position_ids=batch["position_ids"]).logits[0]
+    else:
+        theirs = torch.cat([eager(document).logits[0] for document in documents])
+    torch.testing.assert_close(model(**batch).logits[0], theirs, **CLOSE)
+
+
 @pytest.mark.parametrize("context, size", [(64, 16), (70, 16), (4, 2), (8192, 2048)])
 def test_group_size_is_a_quarter_of_the_context_without_a_field(context: int, size: int) -> None:
     assert attention.group_size(LlamaConfig(max_position_embeddings=context)) == size
@@ -277,6 +294,37 @@ def test_masks_of_four_dimensions_are_refused_by_the_whole_model(training: bool)
     causal = torch.ones(9, 9, dtype=torch.bool).tril().expand(1, 1, 9, 9)
     with pytest.raises(ValueError, match="4-D mask"):
         tiny_model().train(training)(tokens(1, 9), attention_mask=causal)
+
+
+def mask_of(**arguments: object) -> torch.Tensor | None:
+    """What a model's mask preparation gives for a batch of [2, 12]."""
+    inputs = {"attention_mask": None, "past_key_values": None}
+    known = inspect.signature(create_causal_mask).parameters  # some were renamed or went, up to transformers 5.4
+    inputs["inputs_embeds" if "inputs_embeds" in known else "input_embeds"] = torch.zeros(2, 12, 1)
+    if "cache_position" in known:
+        inputs["cache_position"] = torch.arange(12)
+    config = tiny_config(attn_implementation="s2attn")
+    return create_causal_mask(**{"config": config, **inputs, **arguments})
+
+
+def test_a_layer_that_gets_no_position_ids_is_told_the_documents_by_the_mask() -> None:
+    assert mask_of(position_ids=torch.arange(12)[None]) is None
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    assert mask_of(position_ids=positions).tolist() == [[[[0] * 5 + [5] * 7]]] * 2
+
+
+def test_mask_functions_of_a_model_s_own_are_refused() -> None:
+    def image(batch: object, head: object, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return (query < 4) & (key < 4)
+
+    def near(batch: object, head: object, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return key > query - 4
+
+    for own in ({"or_mask_function": image}, {"and_mask_function": near}):
+        with pytest.raises(ValueError, match="a mask function of its own"):
+            mask_of(**own)
+    with pytest.raises(ValueError, match="bidirectional attention"):
+        attention.s2attn_mask(batch_size=1, q_length=12, kv_length=12, mask_function=image, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("training", [True, False])
