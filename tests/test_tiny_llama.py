@@ -129,7 +129,9 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 def test_the_script_writes_a_folder_like_the_shipped_one(run: Path) -> None:
     assert {path.name for path in run.iterdir()} == {path.name for path in FOLDER.iterdir()}
-    assert len(AutoTokenizer.from_pretrained(run)) == 400
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    assert len(tokenizer) == 400
+    assert tokenizer.decode(tokenizer("def f(x):\n\treturn x\n").input_ids) == "def f(x):\n\treturn x\n"
     assert AutoModelForCausalLM.from_pretrained(run).config.vocab_size == 400
     log = json.loads((run / "training_log.json").read_text())
     assert log.keys() == LOG.keys()
