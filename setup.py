@@ -39,9 +39,11 @@ class CMakeBuild(build_ext):
         subprocess.run(configure, check=True)
         subprocess.run([cmake, "--build", build], check=True)
         # Into the wheel, and beside the sources, so that a Python started in the checkout finds it there too.
+        # Renamed into place: a process that has the old library mapped keeps it.
         for folder in {target.parent, ROOT / "longlora_ext"}:
             folder.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(build / "_C.so", folder / target.name)
+            copied = shutil.copy2(build / "_C.so", folder / "_C.so.new")
+            os.replace(copied, folder / target.name)
 
 
 class AnyPythonWheel(bdist_wheel):

@@ -1,0 +1,45 @@
+"""The lower bounds in pyproject.toml hold: the oldest versions are installed, all at once, and pass the tests."""
+
+import os
+import subprocess
+import sys
+from importlib.metadata import requires
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = ["test_attention.py", "test_attention_generate.py", "test_context.py", "test_adapter.py", "test_adapter_zero.py"]
+TESTS += ["test_data.py", "test_finetune.py", "test_finetune_resume.py", "test_merge_adapter.py"]
+
+
+def oldest() -> list[str]:
+    """Every dependency at its lower bound, but torch at the version of this environment: an older one for a CPU is
+    rarely at hand, and the library is built on an ABI that does not change from the oldest on."""
+    pins = [f"torch=={torch.__version__.partition('+')[0]}"]
+    for line in requires("longlora-ext") or []:
+        requirement = Requirement(line)
+        bounds = {specifier.operator: specifier.version for specifier in requirement.specifier}
+        if requirement.name != "torch" and ">=" in bounds:
+            pins.append(f"{requirement.name}=={bounds['>=']}")
+    return pins
+
+
+@pytest.mark.full
+def test_oldest_versions(tmp_path: Path) -> None:
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+    environment = os.environ | {"PATH": f"{venv / 'bin'}:{os.environ['PATH']}", "DS_BUILD_OPS": "0"}
+    pip = [venv / "bin" / "pip", "install", "-q"]
+    pins = oldest()
+    subprocess.run([*pip, *pins], check=True, env=environment)
+    subprocess.run([*pip, "--no-deps", ROOT], check=True, env=environment)
+    installed = subprocess.run([venv / "bin" / "pip", "check"], env=environment, capture_output=True, text=True)
+    assert installed.returncode == 0, installed.stdout
+    present = [str(ROOT / "tests" / name) for name in TESTS if (ROOT / "tests" / name).exists()]
+    command = [venv / "bin" / "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", *present]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    print(" ".join(pins), result.stdout[-3000:], sep="\n")
+    assert result.returncode == 0, result.stdout[-10000:]
