@@ -155,7 +155,7 @@ def save_adapter(
 
     Args:
         model (`torch.nn.Module`):
-            What [`prepare_model`] returned, or the DDP or DeepSpeed wrapper of it.
+            What [`prepare_model`] returned, or a wrapper of it (torch.compile, DDP, DeepSpeed).
         folder (`str` or `os.PathLike`):
             Must not exist, or be empty. It receives `adapter_model.safetensors` (LoRA, embedding, norms),
             `adapter_config.json` and `longlora.json`; after full fine-tuning it becomes a plain model folder.
@@ -166,16 +166,13 @@ def save_adapter(
         `FileExistsError`: the folder holds something.
         `ValueError`: the model is not one to save here.
     """
-    if not isinstance(model, (PeftModel, PreTrainedModel)):
-        model = getattr(model, "module", model)
+    model = _unwrapped(model)
     if not isinstance(model, (PeftModel, PreTrainedModel)):
         raise ValueError(
             f"model must be what prepare_model returned, or its wrapper, but it is a {type(model).__name__}"
         )
     if isinstance(model, PeftModel) and list(model.peft_config) != [_ADAPTER]:
-        raise ValueError(
-            f"the model must have the one adapter of prepare_model, but it has {list(model.peft_config)}"
-        )
+        raise ValueError(f"the model must have the one adapter of prepare_model, but it has {list(model.peft_config)}")
     target = Path(folder)
     on_first_process(lambda: refuse_to_overwrite(target))
     state = fp32_state(model, only_trainable=isinstance(model, PeftModel))
@@ -191,6 +188,16 @@ def save_adapter(
                 tokenizer.save_pretrained(unfinished)
 
     on_first_process(write)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model without the wrappers of torch.compile, DDP and DeepSpeed."""
+    while not isinstance(model, (PeftModel, PreTrainedModel)):
+        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+        if not isinstance(inner, nn.Module):
+            break
+        model = inner
+    return model
 
 
 def _fingerprint(model: nn.Module) -> dict[str, list[float]]:
@@ -218,9 +225,7 @@ def _write_adapter(
     tensors = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
     # PEFT reads a tied weight under all its names, and safetensors wants no two names for the same memory.
     first = {id(tensor): name for name, tensor in reversed(tensors.items())}
-    tensors = {
-        name: tensor if first[id(tensor)] == name else tensor.clone() for name, tensor in tensors.items()
-    }
+    tensors = {name: tensor if first[id(tensor)] == name else tensor.clone() for name, tensor in tensors.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     peft_config = model.peft_config[_ADAPTER]
     was = peft_config.inference_mode
@@ -308,9 +313,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
         )
     record: dict[str, Any] = json.loads(path.read_text())
     if record.get("format") != _FORMAT:
-        raise ValueError(
-            f"{path} has format {record.get('format')!r}, but this version reads format {_FORMAT}"
-        )
+        raise ValueError(f"{path} has format {record.get('format')!r}, but this version reads format {_FORMAT}")
     return record
 
 
@@ -319,9 +322,7 @@ def _base_of(folder: Path, base_model: str | None) -> str:
     if not base:
         raise ValueError(f"{folder} does not say which base model it was trained on: pass base_model")
     if os.path.isabs(base) and not os.path.isdir(base):
-        raise FileNotFoundError(
-            f"the base model is no longer at {base}: pass base_model with where it is now"
-        )
+        raise FileNotFoundError(f"the base model is no longer at {base}: pass base_model with where it is now")
     return base
 
 
@@ -332,9 +333,7 @@ def _hub_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
 def _check_shape(config: PreTrainedConfig, record: dict[str, Any], base: str) -> None:
     here = _base_shape(config)
     differ = [
-        f"{name} {here[name]} instead of {want}"
-        for name, want in record["base_shape"].items()
-        if here[name] != want
+        f"{name} {here[name]} instead of {want}" for name, want in record["base_shape"].items() if here[name] != want
     ]
     if differ:
         raise ValueError(f"{base} is not the base model of this adapter: it has {', '.join(differ)}")
@@ -383,9 +382,7 @@ def merge(
     refuse_to_overwrite(target)
     if (folder / "config.json").is_file():
         raise ValueError(f"{folder} is a plain model folder already: there is nothing to merge")
-    model: Any = load(
-        folder, base_model=base_model, **{"attn_implementation": "sdpa", **from_pretrained_kwargs}
-    )
+    model: Any = load(folder, base_model=base_model, **{"attn_implementation": "sdpa", **from_pretrained_kwargs})
     merged = model.merge_and_unload(safe_merge=True)
     for name in CONFIG_FIELDS:
         if hasattr(merged.config, name):
