@@ -48,16 +48,15 @@ GLOBAL_BATCH = 64
 
 #: What is different for the tiny Llama, so that it is done in minutes on two CPU cores.
 TINY_RECIPE: dict[str, Any] = RECIPE | {
-    "max_steps": 100,
+    "max_steps": 200,
     "learning_rate": 2e-3,
     "lr_scheduler_type": "linear",
     "warmup_steps": 10,
     "gradient_accumulation_steps": 1,
-    "per_device_train_batch_size": 4,
+    "per_device_train_batch_size": 2,
     CHECKPOINTING: False,
-    "logging_steps": 5,
-    "save_steps": 50,
-    "eval_tokens": 16384,
+    "save_steps": 100,
+    "eval_tokens": 12288,
 }
 
 DESCRIPTION = """\
@@ -67,6 +66,9 @@ Without arguments it extends the tiny Llama that ships with the project fourfold
 standard library, and shows what that changed; a few minutes on two CPU cores. Started by `deepspeed`, it
 trains under ZeRO-2 unless --deepspeed names another configuration (examples/ds_configs/: zero2, zero3,
 zero3_offload).
+
+Below are all options: first those of transformers' TrainingArguments, then this program's own, then examples. The
+defaults are those for the tiny Llama; with --model_name_or_path MODEL, --help shows those for a model of your own.
 """
 
 EXAMPLES = """\
@@ -197,6 +199,7 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingArgum
     parser = _Parser(
         kinds,
         prog="finetune_llama.py",
+        usage="deepspeed examples/finetune_llama.py [OPTIONS]   (or python, or torchrun, in place of deepspeed)",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=_HelpFormatter,
@@ -226,6 +229,11 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingArgum
             prepare_deepspeed()
             parser.set_defaults(accelerator_config=USE_CONFIGURED_STATE)
         model, data, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    if training.n_gpu > 1:
+        fail(
+            f"one process sees {training.n_gpu} GPUs: start it with deepspeed to use them all, or set "
+            "CUDA_VISIBLE_DEVICES=0 to use one"
+        )
     if os.path.isdir(model.model_name_or_path):
         model.model_name_or_path = os.path.abspath(model.model_name_or_path)
     return model, data, training

@@ -59,6 +59,10 @@ def choose_documents(held_out: Tokenised, tokens: int, longest: int) -> list[np.
             break
         chosen.append(held_out.ids(document)[:take])
         tokens -= take
+    if not chosen and tokens:
+        say("no held-out document is long enough to measure perplexity on")
+    elif chosen and len(chosen[0]) < longest:
+        say(f"note: no held-out document of {longest:,} tokens is measured: the longest context is not put to the test")
     return chosen
 
 

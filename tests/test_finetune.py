@@ -276,7 +276,7 @@ def test_a_context_within_the_models_own_leaves_rope_alone(inputs: tuple[Path, P
 def test_deepspeed_configurations_train_what_one_process_trains(
     inputs: tuple[Path, Path], tmp_path: Path, config: str
 ) -> None:
-    """Two processes of half the accumulation do the same steps on the same sequences, in another order within a step."""
+    """Two processes of half the accumulation do the same steps on the same sequences, in another order."""
     model, text = inputs
     alone = run(*small_run(model, text, tmp_path / "alone"))
     assert alone.returncode == 0, alone.stderr
