@@ -36,9 +36,7 @@ def on_first_process(action: Callable[[], None]) -> None:
 def refuse_to_overwrite(folder: Path) -> None:
     """Raise `FileExistsError` if there is anything but an empty folder."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(
-            f"{folder} exists and is not an empty folder: nothing is overwritten, choose another one"
-        )
+        raise FileExistsError(f"{folder} exists and is not an empty folder: nothing is overwritten, choose another one")
 
 
 @contextmanager
@@ -47,9 +45,7 @@ def appearing(folder: Path) -> Iterator[Path]:
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
-    shutil.rmtree(
-        unfinished, ignore_errors=True
-    )  # of a process that was killed, in a container with this number
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed, in a container with this number
     unfinished.mkdir()
     try:
         yield unfinished

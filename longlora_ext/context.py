@@ -102,9 +102,7 @@ def _is_int(value: Any) -> bool:
 
 
 def _present_length(config: PreTrainedConfig) -> int:
-    if not _is_int(getattr(config, "max_position_embeddings", None)) or not getattr(
-        config, "rope_parameters", None
-    ):
+    if not _is_int(getattr(config, "max_position_embeddings", None)) or not getattr(config, "rope_parameters", None):
         raise ValueError(
             f"{type(config).__name__} has no max_position_embeddings with rope_parameters: only decoders "
             "with rotary position embeddings can be extended"
@@ -124,9 +122,7 @@ def _group_size(context: int, ratio: float, size: int | None) -> int:
     return even_group_size(context * ratio)
 
 
-def _extended_rope(
-    config: PreTrainedConfig, context: int, rope_type: str, given: dict[str, Any]
-) -> dict[str, Any]:
+def _extended_rope(config: PreTrainedConfig, context: int, rope_type: str, given: dict[str, Any]) -> dict[str, Any]:
     """The new `rope_parameters`: those that stay, the factor, and over both what the caller gave."""
     present = dict(config.rope_parameters)
     if any(isinstance(value, dict) for value in present.values()):
@@ -135,13 +131,9 @@ def _extended_rope(
             f"this model has different RoPE parameters for different layers ({layers}): it cannot be extended"
         )
     if rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS:
-        raise ValueError(
-            f"rope_type must be one of default, {', '.join(ROPE_INIT_FUNCTIONS)}, but it is {rope_type!r}"
-        )
+        raise ValueError(f"rope_type must be one of default, {', '.join(ROPE_INIT_FUNCTIONS)}, but it is {rope_type!r}")
     if given.get("rope_type", rope_type) != rope_type:
-        raise ValueError(
-            f"rope_parameters say rope_type {given['rope_type']!r}, but rope_type is {rope_type!r}"
-        )
+        raise ValueError(f"rope_parameters say rope_type {given['rope_type']!r}, but rope_type is {rope_type!r}")
     if rope_type == "longrope" and not {"short_factor", "long_factor"} <= given.keys():
         raise ValueError(
             "rope_type 'longrope' needs rope_parameters with short_factor and long_factor: they are found by "
@@ -184,6 +176,4 @@ def _check_rope(config: PreTrainedConfig, rope_type: str) -> None:
             f"rope_parameters {config.rope_parameters} do not fit rope_type {rope_type!r}: {error}"
         ) from error
     if not bool(frequencies.isfinite().all()) or not bool((frequencies >= 0).all()):
-        raise ValueError(
-            f"rope_parameters {config.rope_parameters} give frequencies that are not finite and positive"
-        )
+        raise ValueError(f"rope_parameters {config.rope_parameters} give frequencies that are not finite and positive")
