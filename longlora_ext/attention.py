@@ -276,12 +276,9 @@ def _documents(position_ids: torch.Tensor | None, kwargs: dict[str, Any], query:
         documents = doc_start_from_position_ids(position_ids).expand(batch, -1)
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is not None:
-        packed = doc_start_from_cu_seqlens(cu_seqlens).to(query.device)
-        if packed.shape != (batch, tokens):
-            raise ValueError(
-                f"cu_seq_lens_q must describe one row of {tokens} tokens, but it describes {packed.shape[1]} "
-                f"tokens and the batch has {batch} rows"
-            )
+        if batch != 1:
+            raise ValueError(f"cu_seq_lens_q describes one packed row, but the batch has {batch}")
+        packed = doc_start_from_cu_seqlens(cu_seqlens, tokens).to(query.device)
         documents = packed if documents is None else torch.maximum(packed, documents)
     return documents
 

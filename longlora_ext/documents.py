@@ -71,21 +71,30 @@ def doc_start_from_mask(attention_mask: Tensor) -> Tensor:
     return _from_begins(_begins_where(changed))
 
 
-def doc_start_from_cu_seqlens(cu_seqlens: Tensor) -> Tensor:
+def doc_start_from_cu_seqlens(cu_seqlens: Tensor, seqlen: int) -> Tensor:
     """Documents from FlashAttention's cumulative lengths, for one packed row.
 
     Args:
-        cu_seqlens (`Tensor`): int32 [documents + 1]: 0, then the end of each document; the last is the row's length.
+        cu_seqlens (`Tensor`): integers [documents + 1]: 0, then the end of each document.
+        seqlen (`int`): N, the row's length, at which the last document ends.
 
     Returns:
         `Tensor`: int32 [1, N].
 
     Raises:
-        ValueError: if `cu_seqlens` is not one-dimensional, or does not begin with 0 and increase.
+        ValueError: if `cu_seqlens` is not one-dimensional, or (on a CPU, where looking costs nothing) does not begin
+            with 0, decreases, or does not end at `seqlen`. On a GPU this stops the next synchronisation with a
+            device-side assertion.
     """
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
         raise ValueError(f"cu_seqlens must have shape [documents + 1], but is {list(cu_seqlens.shape)}")
-    lengths = cu_seqlens.diff()
-    if cu_seqlens[0] != 0 or (lengths < 0).any():
-        raise ValueError(f"cu_seqlens must begin with 0 and never decrease, but is {cu_seqlens.tolist()}")
-    return torch.repeat_interleave(cu_seqlens[:-1].to(torch.int32), lengths)[None]
+    right = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == seqlen) & (cu_seqlens.diff() >= 0).all()
+    wrong = f"cu_seqlens must begin with 0, never decrease and end at the row's length {seqlen}"
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not right:
+            raise ValueError(f"{wrong}, but is {cu_seqlens.tolist()}")
+    else:
+        torch._assert_async(right, wrong)
+    token = torch.arange(seqlen, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    document = torch.searchsorted(cu_seqlens, token, right=True) - 1
+    return cu_seqlens[document].to(torch.int32)[None]

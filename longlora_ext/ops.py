@@ -156,7 +156,7 @@ def _fake_bwd(dout, q, k, v, out, lse, group_size, first_shifted_head, doc_start
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx, inputs, output):
     q, k, v, ctx.group_size, ctx.first_shifted_head, doc_start, ctx.scale, ctx.deterministic = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)

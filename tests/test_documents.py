@@ -38,14 +38,27 @@ def test_mask_with_a_hole_is_refused_when_compiled() -> None:
 
 
 def test_cu_seqlens() -> None:
-    doc_start = doc_start_from_cu_seqlens(torch.tensor([0, 3, 3, 5, 9], dtype=torch.int32))
+    doc_start = doc_start_from_cu_seqlens(torch.tensor([0, 3, 3, 5, 9], dtype=torch.int32), 9)
     assert doc_start.dtype == torch.int32 and doc_start.tolist() == [[0, 0, 0, 3, 3, 5, 5, 5, 5]]
 
 
-def test_cu_seqlens_of_the_original_are_refused() -> None:
-    """The boundaries that the original makes of L = 4274 and G = 2048: they run back."""
-    with pytest.raises(ValueError, match="cu_seqlens must begin with 0 and never decrease"):
-        doc_start_from_cu_seqlens(torch.tensor([0, 2048, 4096, 4274, 5298, 7346, 9394, 8548]))
+@pytest.mark.parametrize(
+    ("cu_seqlens", "seqlen"),
+    [
+        # The boundaries that the original makes of L = 4274 and G = 2048: they run back.
+        ([0, 2048, 4096, 4274, 5298, 7346, 9394, 8548], 8548),
+        ([1, 5], 5),
+        ([0, 3, 5], 6),
+    ],
+)
+def test_wrong_cu_seqlens_are_refused(cu_seqlens: list[int], seqlen: int) -> None:
+    with pytest.raises(ValueError, match=rf"cu_seqlens must begin with 0, .* length {seqlen}, but is \[{cu_seqlens[0]}, "):
+        doc_start_from_cu_seqlens(torch.tensor(cu_seqlens), seqlen)
+
+
+def test_rank_of_cu_seqlens_is_checked() -> None:
+    with pytest.raises(ValueError, match=r"cu_seqlens must have shape \[documents \+ 1\], but is \[1, 2\]"):
+        doc_start_from_cu_seqlens(torch.tensor([[0, 5]]), 5)
 
 
 @pytest.mark.parametrize("function", [doc_start_from_position_ids, doc_start_from_mask])
