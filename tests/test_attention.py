@@ -276,7 +276,10 @@ def test_bidirectional_attention_is_refused() -> None:
         ({"attention_mask": torch.zeros(1, 1, 9, 9)}, "takes a 2-D attention_mask .* but it got a 4-D mask"),
         ({"attention_mask": torch.ones(1, 9, dtype=torch.bool)}, "but it got a 2-D mask"),
         ({"position_ids": torch.zeros(3, 1, 9, dtype=torch.long)}, r"position_ids must be \[1, 9\]"),
-        ({"cu_seq_lens_q": torch.tensor([0, 4, 8], dtype=torch.int32)}, r"end at the row's length 9, but is \[0, 4, 8\]"),
+        (
+            {"cu_seq_lens_q": torch.tensor([0, 4, 8], dtype=torch.int32)},
+            r"end at the row's length 9, but is \[0, 4, 8\]",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )

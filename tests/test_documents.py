@@ -52,7 +52,9 @@ def test_cu_seqlens() -> None:
     ],
 )
 def test_wrong_cu_seqlens_are_refused(cu_seqlens: list[int], seqlen: int) -> None:
-    with pytest.raises(ValueError, match=rf"cu_seqlens must begin with 0, .* length {seqlen}, but is \[{cu_seqlens[0]}, "):
+    with pytest.raises(
+        ValueError, match=rf"cu_seqlens must begin with 0, .* length {seqlen}, but is \[{cu_seqlens[0]}, "
+    ):
         doc_start_from_cu_seqlens(torch.tensor(cu_seqlens), seqlen)
 
 
