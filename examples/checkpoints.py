@@ -46,9 +46,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def checkpoints(folder: Path) -> dict[int, Path]:
     """All checkpoint folders of a run by step, ascending, complete or not."""
-    found = {
-        int(m[1]): path for path in folder.glob("checkpoint-*") if (m := CHECKPOINT.fullmatch(path.name))
-    }
+    found = {int(m[1]): path for path in folder.glob("checkpoint-*") if (m := CHECKPOINT.fullmatch(path.name))}
     return dict(sorted(found.items()))
 
 
@@ -64,6 +62,11 @@ def mark(checkpoint: Path, content: dict[str, Any]) -> None:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
     write_json(checkpoint / MARKER, content)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a complete checkpoint was written, whatever its folder is called by now."""
+    return json.loads((checkpoint / MARKER).read_text())["step"]
 
 
 def remove(checkpoint: Path) -> None:
@@ -105,8 +108,7 @@ def find_resumable(resume_from: str, output_dir: Path) -> Path | None:
             f"complete in {output_dir}: {names}. 'latest' takes the newest of them"
         )
     if chosen.resolve().parent == output_dir.resolve():
-        step = next(step for step, path in complete.items() if path.name == chosen.name)
-        later = [path.name for number, path in complete.items() if number > step]
+        later = [path.name for step, path in complete.items() if step > step_of(chosen)]
         if later:
             raise ValueError(
                 f"--resume_from_checkpoint {resume_from}: {', '.join(later)} in {output_dir} would be "
@@ -129,9 +131,7 @@ class CompletionMarker(TrainerCallback):
         self.content = content
         args.save_total_limit = None
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Called on every process when its part of the checkpoint is written."""
         PartialState().wait_for_everyone()
         if args.should_save:

@@ -26,7 +26,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from arguments import DataOptions, ModelOptions, one_clear_error, parse
-from checkpoints import CompletionMarker
+from checkpoints import CompletionMarker, step_of
 from convert_gguf import convert_gguf
 from corpus import stdlib_documents
 from data import PackedSequences, Tokenised, hold_out, load_documents, tokenise
@@ -85,10 +85,12 @@ def main(argv: Sequence[str]) -> None:
     marker = CompletionMarker(args, {"resumable": not args.save_only_model, "settings": chosen})
     measured = choose_documents(held_out, text.eval_tokens, context)
     measurement = Measurement(folder, base_config, config, measured) if measured else None
+    # Resumed at its end, a run would do one step too many. Of one sequence an epoch is one step: all are over then.
+    is_over = checkpoint is not None and 0 < args.max_steps <= step_of(checkpoint)
     trainer = Trainer(
         model=model,
         args=args,
-        train_dataset=sequences,
+        train_dataset=torch.utils.data.Subset(sequences, [0]) if is_over else sequences,
         eval_dataset=PackedSequences(held_out, context, padding),
         data_collator=default_data_collator,
         callbacks=[marker, measurement] if measurement else [marker],
@@ -99,9 +101,8 @@ def main(argv: Sequence[str]) -> None:
     state = PartialState()
     adapter = folder / ("model" if options.full_finetune else "adapter")
     if state.is_main_process and checkpoint and adapter.exists():
-        shutil.rmtree(
-            adapter
-        )  # the run was at its end before, or was shorter then; its checkpoint is complete
+        # The run was at its end before, or was shorter then. The checkpoint it went on from has all that is needed.
+        shutil.rmtree(adapter)
     state.wait_for_everyone()
     save_adapter(model, adapter, tokenizer)
     if measurement:
@@ -140,9 +141,7 @@ def new_context(base_config: PreTrainedConfig, options: ModelOptions) -> PreTrai
             group_size=options.group_size,
         )
     if options.rope_parameters or options.rope_type != "linear":
-        raise ValueError(
-            f"--context_length {new} is not more than the model's own {old}: RoPE is not scaled for it"
-        )
+        raise ValueError(f"--context_length {new} is not more than the model's own {old}: RoPE is not scaled for it")
     if (options.group_size or 0) > new:
         raise ValueError(f"--group_size {options.group_size} is more than the context of {new}")
     config = copy.deepcopy(base_config)

@@ -62,9 +62,7 @@ def _free_folder(parent: Path, name: str) -> str:
 
 def _is_free(folder: Path) -> bool:
     """Whether a new run may write there: nothing, or what a run left that failed before it had begun."""
-    return not folder.exists() or (
-        folder.is_dir() and all(path.name == RUN_FILE for path in folder.iterdir())
-    )
+    return not folder.exists() or (folder.is_dir() and all(path.name.startswith(RUN_FILE) for path in folder.iterdir()))
 
 
 def _check(folder: Path, resume: str | None, settings: dict[str, Any]) -> Path | None:

@@ -192,6 +192,10 @@ def test_leftovers_of_a_kill_are_removed(tmp_path: Path) -> None:
     claim(tmp_path, "latest")
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
+    (tmp_path / "run.json").rename(tmp_path / "run.json.tmp")  # killed when it was about to be renamed
+    assert claim(tmp_path, "latest") == (tmp_path, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
 
 # --- runs -------------------------------------------------------------------------------------------------------
 
@@ -236,9 +240,11 @@ def test_miniature_of_the_demo_under_deepspeed(tmp_path: Path) -> None:
     check_demo(done, tmp_path)
 
 
-def test_an_error_under_deepspeed_ends_all_processes_with_one_message(inputs: tuple[Path, Path]) -> None:
-    model, _ = inputs
-    done = run("--model_name_or_path", model, "--train_file", "gone.txt", launcher=deepspeed(2))
+def test_an_error_under_deepspeed_ends_all_processes_with_one_message(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    given = ["--model_name_or_path", inputs[0], "--train_file", "gone.txt"]
+    done = run(*given, launcher=deepspeed(2), cwd=tmp_path)
     assert done.returncode != 0
     assert (done.stdout + done.stderr).count("finetune_llama.py: error: gone.txt: no such file") == 1
     assert "Traceback" not in done.stdout + done.stderr

@@ -53,8 +53,8 @@ def test_only_marked_checkpoints_count(tmp_path: Path) -> None:
 
 
 def test_a_path_must_be_a_complete_checkpoint_and_the_newest_of_its_run(tmp_path: Path) -> None:
-    mark(write_checkpoint(tmp_path, 10), {})
-    mark(write_checkpoint(tmp_path, 9), {})
+    mark(write_checkpoint(tmp_path, 10), {"step": 10})
+    mark(write_checkpoint(tmp_path, 9), {"step": 9})
     write_checkpoint(tmp_path, 20)
     with pytest.raises(ValueError, match=rf"no complete checkpoint \(it has no {MARKER}\).*checkpoint-10"):
         find_resumable(str(tmp_path / "checkpoint-20"), tmp_path)
@@ -257,6 +257,21 @@ def test_a_killed_run_goes_on_under_zero_2(inputs: tuple[Path, Path], tmp_path: 
     assert done.returncode == 0, done.stdout + done.stderr
     assert "going on from checkpoint-" in done.stdout
     assert_same_run(tmp_path / "out", tmp_path / "whole")
+
+
+def test_a_run_killed_at_its_very_end_trains_no_further(
+    undisturbed: Path, inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """All steps are done and in a checkpoint, the adapter is not: the state between the last save and the results."""
+    output = tmp_path / "out"
+    shutil.copytree(undisturbed, output)
+    shutil.rmtree(output / "adapter")
+    for name in ("loss.png", "perplexity.txt"):
+        (output / name).unlink()
+    done = run(*small_run(*inputs, output), "--resume_from_checkpoint", "latest")
+    assert done.returncode == 0, done.stderr
+    assert (output / "loss.png").is_file() and (output / "perplexity.txt").is_file()
+    assert_same_run(output, undisturbed)
 
 
 def test_a_finished_run_can_be_made_longer(inputs: tuple[Path, Path], undisturbed: Path, tmp_path: Path) -> None:
