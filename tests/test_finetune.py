@@ -311,8 +311,8 @@ def test_the_demo(tmp_path: Path) -> None:
     before, scaled, after = found["before"], found["scaling only"], found["after"]
     assert before[2] > before[0]  # the tiny Llama cannot read beyond its context,
     assert min(scaled) > before[0]  # scaling alone costs more than it gives,
-    assert after[2] < 0.9 * min(before[2], scaled[2])  # and training repairs it
-    assert after[2] < 1.1 * after[0]
+    assert all(trained < untrained for trained, untrained in zip(after, scaled, strict=True))  # and training repairs it
+    assert after[1] < 0.95 * before[1] and after[2] < 0.8 * before[2]
 
 
 @pytest.mark.full
