@@ -31,13 +31,17 @@ class CMakeBuild(build_ext):
         cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
         if not cmake or not ninja:
             sys.exit("longlora_ext: building needs cmake and ninja, and one is missing: pip install cmake ninja")
+        cache = build / "CMakeCache.txt"
+        if cache.is_file() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text():
+            shutil.rmtree(build)  # of a checkout that has moved since
         # Paths are set anew each time: those of an isolated build are gone by the next.
         configure = [
             cmake, "-S", ROOT, "-B", build, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
             f"-DTORCH_DIR={torch}", f"-DTORCH_FLOOR={torch_floor()}",
         ]  # fmt: skip
-        subprocess.run(configure, check=True)
-        subprocess.run([cmake, "--build", build], check=True)
+        for step in (configure, [cmake, "--build", build]):
+            if subprocess.run(step).returncode:
+                sys.exit("longlora_ext: the build of the C++ library failed; CMake or the compiler says why above")
         # Into the wheel, and beside the sources, so that a Python started in the checkout finds it there too.
         # Renamed into place: a process that has the old library mapped keeps it.
         for folder in {target.parent, ROOT / "longlora_ext"}:

@@ -1,11 +1,14 @@
 # cpu_kernels: csrc/cpu/kernels.cpp once per instruction set, and the choice among them at run time.
+if(CMAKE_CXX_COMPILER_ID STREQUAL GNU AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 11)
+  message(FATAL_ERROR "g++ ${CMAKE_CXX_COMPILER_VERSION} found, 11 or newer needed (-march=x86-64-v4)")
+endif()
 find_package(OpenMP REQUIRED COMPONENTS CXX)
 
 add_library(cpu_kernels STATIC csrc/cpu/dispatch.cpp)
 
 function(add_cpu_kernels isa vector_bytes)
   add_library(cpu_kernels_${isa} OBJECT csrc/cpu/kernels.cpp)
-  # -fno-math-errno and -ffp-contract change no result that is not inf or NaN, but let loops be vectorised.
+  # -ffp-contract: fused multiply-adds where the instruction set has them.
   target_compile_options(cpu_kernels_${isa} PRIVATE -O3 -Wall -Wextra -Wno-psabi -ffp-contract=fast
                                                     -fno-math-errno ${ARGN})
   target_compile_definitions(cpu_kernels_${isa} PRIVATE LONGLORA_ISA=${isa} LONGLORA_VECTOR_BYTES=${vector_bytes})

@@ -1,6 +1,6 @@
 // The one formula of S2-Attn: query row i attends to the keys first_key(i)..i.
 //
-// Shared by the CPU kernels, the CUDA kernels and the tests, so it includes nothing.
+// Shared by all kernels, CPU and CUDA, so it includes nothing.
 #pragma once
 
 #if defined(__CUDACC__)

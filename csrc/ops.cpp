@@ -117,7 +117,7 @@ Problem make_problem(const Tensor& q, const Tensor& k, const Tensor& v, int64_t 
         "k and v must have q's batch, seqlen and head_dim, but q is ", shape_of(q), " and k ", shape_of(k));
   check(q.size(1) >= 1, "seqlen must be at least 1, but q is ", shape_of(q));
   check(q.size(2) >= 1 && k.size(2) >= 1 && q.size(2) % k.size(2) == 0,
-        "the heads of q must be a multiple of those of k and v, but are ", q.size(2), " and ", k.size(2));
+        "the heads of q must be a positive multiple of those of k and v, but are ", q.size(2), " and ", k.size(2));
   check(q.size(3) >= 8 && q.size(3) <= 256 && q.size(3) % 8 == 0,
         "head_dim must be a multiple of 8 from 8 to 256, but is ", q.size(3));
   check(group_size > 0 && group_size % 2 == 0, "group_size must be a positive even number, but is ", group_size);
@@ -180,8 +180,10 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(Tensor dout, Tensor q, Tensor k,
   check(same_shape(out, q), "out must have q's shape ", shape_of(q), ", but is ", shape_of(out));
   check_like("dout", dout, "q", q);
   check_like("out", out, "q", q);
-  check(lse.dim() == 3 && lse.size(0) == q.size(0) && lse.size(1) == q.size(2) && lse.size(2) == q.size(1) &&
-            lse.scalar_type() == lse_dtype(q) && lse.device() == q.device(),
+  check(lse.scalar_type() == lse_dtype(q) && lse.device() == q.device(),
+        "lse must be the forward's: on q's device, float32 (float64 for float64 inputs), but is ",
+        torch::headeronly::toString(lse.scalar_type()));
+  check(lse.dim() == 3 && lse.size(0) == q.size(0) && lse.size(1) == q.size(2) && lse.size(2) == q.size(1),
         "lse must be the forward's, of shape [batch, heads, seqlen], but is ", shape_of(lse));
   // What autograd hands over may be expanded, as the gradient of sum() is.
   dout = dout.stride(3) == 1 ? dout : torch::stable::contiguous(dout);

@@ -23,7 +23,7 @@ def _begins_where(changed: Tensor) -> Tensor:
 
 
 def _check_2d(name: str, tensor: Tensor) -> None:
-    if tensor.dim() != 2:
+    if tensor.dim() != 2 or tensor.shape[1] == 0:
         raise ValueError(f"{name} must have shape [batch, seqlen], but is {list(tensor.shape)}")
 
 
@@ -38,9 +38,11 @@ def doc_start_from_position_ids(position_ids: Tensor) -> Tensor:
         `Tensor`: int32 [B, N].
 
     Raises:
-        ValueError: if `position_ids` is not two-dimensional.
+        ValueError: if `position_ids` is not two-dimensional, or not int32 or int64.
     """
     _check_2d("position_ids", position_ids)
+    if position_ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"position_ids must be int32 or int64, but is {position_ids.dtype}")
     return _from_begins(_begins_where(position_ids[:, 1:] != position_ids[:, :-1] + 1))
 
 
@@ -48,14 +50,15 @@ def doc_start_from_mask(attention_mask: Tensor) -> Tensor:
     """Documents from a padding mask: the tokens of a row are one, the padding before and after are others.
 
     Args:
-        attention_mask (`Tensor`): [B, N], bool or numbers; nonzero marks a token, zero padding, on either side.
+        attention_mask (`Tensor`): [B, N], bool or numbers; 1 marks a token, 0 padding, on either side.
 
     Returns:
         `Tensor`: int32 [B, N].
 
     Raises:
-        ValueError: if `attention_mask` is not two-dimensional, or (on a CPU, where looking costs nothing) has padding
-            between tokens. On a GPU such a hole stops the next synchronisation with a device-side assertion.
+        ValueError: if `attention_mask` is not two-dimensional, or (on a CPU, where looking costs nothing) holds other
+            values than 0 and 1, or has padding between tokens. On a GPU such a hole stops the next synchronisation
+            with a device-side assertion.
     """
     _check_2d("attention_mask", attention_mask)
     is_token = attention_mask != 0
@@ -63,6 +66,8 @@ def doc_start_from_mask(attention_mask: Tensor) -> Tensor:
     runs = is_token[:, 0] + (changed & is_token[:, 1:]).sum(dim=1)
     hole = "attention_mask must hold one unbroken run of tokens per row: padding between tokens is not supported"
     if is_token.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not ((attention_mask == 0) | (attention_mask == 1)).all():
+            raise ValueError(f"attention_mask must hold 0 and 1, but holds {attention_mask.unique()[:5].tolist()}")
         bad = (runs > 1).nonzero()
         if len(bad):
             raise ValueError(f"{hole}, but row {int(bad[0])} has {int(runs[bad[0]])} runs")

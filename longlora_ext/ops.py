@@ -34,7 +34,8 @@ def s2attn(
 
     Args:
         q (`Tensor`): [B, N, H, D] of float32, bfloat16, float16 or float64; any N, D a multiple of 8 up to 256. Any
-            strides whose last is 1.
+            strides whose last is 1. All inputs are finite: a NaN or infinity shows in the rows that see it, and may
+            show, by way of 0 * NaN, in others of its group.
         k (`Tensor`): [B, N, Hkv, D], dtype and device of `q`; Hkv divides H.
         v (`Tensor`): like `k`.
         group_size (`int`): G, tokens in a group, even. With G >= N and no shifted head this is dense causal attention.
@@ -88,17 +89,18 @@ def _s2attn(
     deterministic: bool = False,
 ) -> Tensor:
     _check(q.dim() == 4, f"q must have 4 dimensions [batch, seqlen, heads, head_dim], but is {list(q.shape)}")
-    # register_autograd knows reverse mode alone, and would drop a tangent without a word.
     if q.device.type == "cuda" and not torch._C._dispatch_has_kernel_for_dispatch_key("longlora::s2attn_fwd", "CUDA"):
         _check(False, "this build of longlora_ext has no CUDA kernels; use attn_implementation='sdpa' or the CPU")
+    # register_autograd knows reverse mode alone, and would drop a tangent without a word.
     if forward_ad._current_level >= 0:
         tangents = [forward_ad.unpack_dual(x).tangent for x in (q, k, v)]
         _check(all(tangent is None for tangent in tangents), "cannot be differentiated in forward mode")
     if torch.amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+        q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
     if first_shifted_head is None:
         first_shifted_head = q.shape[2] // 2
+    _check(q.shape[3] >= 8, f"head_dim must be a multiple of 8 from 8 to 256, but is {q.shape[3]}")
     if scale is None:
         scale = 1 / math.sqrt(q.shape[3])
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
@@ -131,6 +133,7 @@ def _wrapped(
         k.dim() == 4 and v.dim() == 4 and k.shape[2] >= 1 and heads % k.shape[2] == 0,
         f"k and v must be [batch, seqlen, kv_heads, head_dim] with kv_heads dividing {heads}, but k is {list(k.shape)}",
     )
+    _check(k.shape == v.shape, f"k and v must have the same shape, but are {list(k.shape)} and {list(v.shape)}")
     # One KV head for each query head: with GQA the boundary may fall between two heads of one KV head.
     k, v = (x.repeat_interleave(heads // k.shape[2], dim=2) for x in (k, v))
 

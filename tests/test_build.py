@@ -93,7 +93,14 @@ def test_library_is_tied_to_no_python() -> None:
     needed = subprocess.run(["ldd", str(library)], capture_output=True, text=True, check=True).stdout
     names = {line.split()[0] for line in needed.splitlines()}
     assert "libtorch.so" in names
-    assert not [name for name in names if "python" in name]
+    dynamic = subprocess.run(["objdump", "-p", str(library)], capture_output=True, text=True, check=True).stdout
+    linked = re.findall(r"NEEDED +(\S+)", dynamic)
+    assert not [name for name in linked if re.match(r"libpython|libc10|libtorch_", name)], linked
+    symbols = subprocess.run(["nm", "-D", "-u", str(library)], capture_output=True, text=True, check=True).stdout
+    foreign = [
+        line.split()[-1] for line in symbols.splitlines() if re.search(r" (Py|_Py|_ZN[0-9A-Z]*(2at|3c10|5torch))", line)
+    ]
+    assert not foreign, foreign
 
 
 @pytest.fixture

@@ -63,6 +63,17 @@ def test_rank_of_cu_seqlens_is_checked() -> None:
         doc_start_from_cu_seqlens(torch.tensor([[0, 5]]), 5)
 
 
+def test_additive_mask_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"attention_mask must hold 0 and 1, but holds \[-inf, 0.0\]"):
+        doc_start_from_mask(torch.tensor([[float("-inf"), 0.0, 0.0]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bool], ids=str)
+def test_dtype_of_position_ids_is_checked(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match="position_ids must be int32 or int64, but is"):
+        doc_start_from_position_ids(torch.zeros(1, 4, dtype=dtype))
+
+
 @pytest.mark.parametrize("function", [doc_start_from_position_ids, doc_start_from_mask])
 def test_rank_is_checked(function) -> None:
     with pytest.raises(ValueError, match=r"must have shape \[batch, seqlen\], but is \[5\]"):

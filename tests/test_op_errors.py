@@ -38,14 +38,16 @@ def with_value(tensor: torch.Tensor, index: int, value: int) -> torch.Tensor:
         ),
         (
             {"q": torch.randn(1, 64, 3, 16)},
-            r"heads of q must be a multiple of those of k and v, but are 3 and 2",
+            r"heads of q must be a positive multiple of those of k and v, but are 3 and 2",
         ),
-        ({"k": torch.randn(1, 64, 0, 16), "v": torch.randn(1, 64, 0, 16)}, r"heads of q must be a multiple"),
+        ({"k": torch.randn(1, 64, 0, 16), "v": torch.randn(1, 64, 0, 16)}, r"heads of q must be a positive multiple"),
         (
             {x: torch.randn(1, 64, 2, 12) for x in "qkv"},
             r"head_dim must be a multiple of 8 from 8 to 256, but is 12",
         ),
         ({x: torch.randn(1, 64, 2, 264) for x in "qkv"}, r"head_dim must be a multiple of 8 .* but is 264"),
+        ({x: torch.randn(1, 64, 2, 0) for x in "qkv"}, r"head_dim must be a multiple of 8 .* but is 0"),
+        ({"wrap": True, "v": torch.randn(1, 64, 1, 16)}, r"k and v must have the same shape, but are \[1, 64, 2, 16\]"),
         ({x: torch.randn(1, 0, 2, 16) for x in "qkv"}, r"seqlen must be at least 1"),
         (
             {"q": torch.randn(1, 64, 16, 2).transpose(2, 3)},
@@ -86,7 +88,7 @@ def test_bad_argument_is_named(change: dict, message: str) -> None:
 
 def test_devices_must_agree() -> None:
     q, k, v = Problem().tensors()
-    with pytest.raises(RuntimeError, match="device"):
+    with pytest.raises(RuntimeError, match="k must be on q's device"):
         s2attn(q, k.to("meta"), v.to("meta"), 16)
 
 

@@ -5,7 +5,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_checks import Problem, assert_close_to_reference, check_against_reference, outputs_and_grads
+from op_checks import (
+    Problem,
+    assert_close_to_reference,
+    assert_outputs_and_grads_close,
+    check_against_reference,
+    outputs_and_grads,
+)
 from torch import Tensor
 
 from longlora_ext import s2attn
@@ -60,8 +66,11 @@ def test_forward_and_backward(shape: dict, documents: bool, dtype: torch.dtype) 
     shifted=st.floats(0, 1),
     documents=st.booleans(),
     dtype=st.sampled_from(DTYPES),
+    scale=st.sampled_from([None, 1.0, 3.0, -0.5]),
+    seed=st.integers(0, 2**32 - 1),
 )
-def test_any_shape(kv_heads: int, heads_per_kv: int, shifted: float, **shape) -> None:
+def test_any_shape(kv_heads: int, heads_per_kv: int, shifted: float, seed: int, **shape) -> None:
+    torch.manual_seed(seed)
     heads = kv_heads * heads_per_kv
     check_against_reference(Problem(heads=heads, kv_heads=kv_heads, first_shifted_head=round(shifted * heads), **shape))
 
@@ -87,6 +96,26 @@ def test_large_scores_stay_exact() -> None:
     assert_close_to_reference(s2attn(q, k, v, 400), plain, exact)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_shows(value: float, dtype: torch.dtype) -> None:
+    """An overflow before attention must not vanish in it: the rows that see it become NaN, where the reference's do."""
+    q, k, v = Problem(seqlen=20, group_size=40, dtype=dtype).tensors()
+    k[:, 5] = value
+    out = s2attn(q.abs(), k, v, 40, first_shifted_head=2)
+    expected, _ = s2attn_reference(q.abs(), k, v, 40, first_shifted_head=2)
+    assert expected[:, 5:].isnan().all() and torch.equal(out.isnan(), expected.isnan())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_conversions(dtype: torch.dtype) -> None:
+    """Every value of 16 bits passes through a single-token row unchanged: subnormal numbers, infinities, NaN."""
+    v = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).reshape(-1, 1, 1, 256)
+    out = s2attn(torch.zeros_like(v), torch.zeros_like(v), v, 2)
+    assert torch.equal(out.isnan(), v.isnan())
+    assert torch.equal(out.nan_to_num(0), v.nan_to_num(0))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_rounds_to_nearest_even(dtype: torch.dtype) -> None:
     """With q = 0 the second token gets the exact mean of two values, half of these a tie between two neighbours."""
@@ -99,17 +128,15 @@ def test_rounds_to_nearest_even(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("group_size", [90, 1024, 2**62])
 def test_one_group_without_shift_is_dense_causal(group_size: int) -> None:
     q, k, v = Problem(batch=2, seqlen=90, heads=4, kv_heads=4, head_dim=32).tensors()
-    dout = torch.randn_like(q)
 
     def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         heads_first = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)
 
-    actual = outputs_and_grads(lambda *qkv: s2attn(*qkv, group_size, first_shifted_head=4), q, k, v, dout)
-    plain = outputs_and_grads(dense, q, k, v, dout)
-    exact = outputs_and_grads(dense, q.double(), k.double(), v.double(), dout.double())
-    for tensors in zip(actual, plain, exact, strict=True):
-        assert_close_to_reference(*tensors)
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return s2attn(q, k, v, group_size, first_shifted_head=4)
+
+    assert_outputs_and_grads_close(ours, dense, q, k, v, 32**-0.5)
 
 
 def algorithm_1(q: Tensor, k: Tensor, v: Tensor, group_size: int) -> Tensor:
@@ -132,20 +159,14 @@ def algorithm_1(q: Tensor, k: Tensor, v: Tensor, group_size: int) -> Tensor:
 @pytest.mark.parametrize("kv_heads", [6, 2, 1])
 def test_wrap_is_algorithm_1(kv_heads: int) -> None:
     q, k, v = Problem(batch=2, seqlen=96, heads=6, kv_heads=kv_heads).tensors()
-    dout = torch.randn_like(q)
 
     def paper(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return algorithm_1(q, *(x.repeat_interleave(6 // kv_heads, dim=2) for x in (k, v)), 24)
 
-    actual = outputs_and_grads(lambda *qkv: s2attn(*qkv, 24, wrap=True), q, k, v, dout)
-    plain = outputs_and_grads(paper, q, k, v, dout)
-    exact = outputs_and_grads(paper, q.double(), k.double(), v.double(), dout.double())
-    for tensors in zip(actual, plain, exact, strict=True):
-        assert_close_to_reference(*tensors)
-    leak_free = s2attn(q, k, v, 24)
-    assert (leak_free[:, :12, 3:] - actual[0][:, :12, 3:]).abs().max() > 0.1  # where wrapping leaks the future
-    unaffected = slice(12, None)
-    torch.testing.assert_close(leak_free[:, unaffected], actual[0][:, unaffected])
+    assert_outputs_and_grads_close(lambda *qkv: s2attn(*qkv, 24, wrap=True), paper, q, k, v, 16**-0.5)
+    leak_free, wrapped = s2attn(q, k, v, 24), s2attn(q, k, v, 24, wrap=True)
+    assert (leak_free[:, :12, 3:] - wrapped[:, :12, 3:]).abs().max() > 0.1  # where wrapping leaks the future
+    torch.testing.assert_close(leak_free[:, 12:], wrapped[:, 12:])
 
 
 @pytest.mark.parametrize("seqlen", [64, 77, 70, 5])

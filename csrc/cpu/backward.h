@@ -7,20 +7,49 @@
 
 namespace longlora::cpu::LONGLORA_ISA {
 
-// delta = rowsum(dout * out) of one row of one head.
-template <typename T>
-Accumulate<T> row_delta(const BackwardParams& p, int64_t batch, int64_t row, int64_t head) {
-  const T* dout = row_of<T>(p.dout, batch, row, head);
-  const T* out = row_of<T>(p.out, batch, row, head);
-  Accumulate<T> partial[8] = {};  // head_dim is a multiple of 8
-  for (int64_t d = 0; d < p.problem.head_dim; d += 8)
-    for (int lane = 0; lane < 8; ++lane) partial[lane] += widen(dout[d + lane]) * widen(out[d + lane]);
-  return ((partial[0] + partial[1]) + (partial[2] + partial[3])) +
-         ((partial[4] + partial[5]) + (partial[6] + partial[7]));
-}
-
 constexpr int kBackwardRows = 64;
 constexpr int kBackwardKeys = 64;
+
+// delta = rowsum(dout * out) of one block of query rows, lanes being rows, summed in gemm's order: in a row that sees
+// one key, where out = v, it then cancels dout * v to exactly nothing.
+template <typename T>
+struct DeltaTile {
+  using Acc = Accumulate<T>;
+
+  static int64_t scratch_size(int64_t head_dim) { return 2 * head_dim * kBackwardRows + kBackwardRows; }
+
+  DeltaTile(const BackwardParams& params, Acc* scratch)
+      : p(params),
+        head_dim(static_cast<int>(params.problem.head_dim)),
+        dout_t(scratch),
+        out_t(dout_t + head_dim * kBackwardRows),
+        delta(out_t + head_dim * kBackwardRows) {}
+
+  void run(int64_t batch, int64_t head, int64_t m0) {
+    const int rows = static_cast<int>(lesser<int64_t>(kBackwardRows, p.problem.seqlen - m0));
+    load_transposed<T>(p.dout, batch, m0, head, rows, head_dim, kBackwardRows, 1, dout_t);
+    load_transposed<T>(p.out, batch, m0, head, rows, head_dim, kBackwardRows, 1, out_t);
+    for (int r = 0; r < kBackwardRows; r += kLanes<Acc>) {
+      Vector<Acc> sum = {};
+      for (int begin = 0; begin < head_dim; begin += kChain) {
+        Vector<Acc> chain = {};
+        for (int d = begin; d < lesser(begin + kChain, head_dim); ++d)
+          chain += as_vector(dout_t + d * kBackwardRows + r) * as_vector(out_t + d * kBackwardRows + r);
+        sum += chain;
+      }
+      as_vector(delta + r) = sum;
+    }
+    const int64_t row_stats = (batch * p.problem.heads + head) * p.problem.seqlen + m0;
+    std::memcpy(static_cast<Acc*>(p.delta) + row_stats, delta, sizeof(Acc) * rows);
+  }
+
+ private:
+  const BackwardParams& p;
+  const int head_dim;
+  Acc* const dout_t;  // [head_dim, rows]
+  Acc* const out_t;
+  Acc* const delta;
+};
 
 // dK and dV of one block of keys, over every query head of its group (GQA is reduced here, in registers and
 // scratch) and every query block from the diagonal up to the first whose keys all lie past this block.
@@ -49,8 +78,7 @@ struct KeyGradientTile {
   void run(int64_t batch, int64_t kv_head, int64_t n0) {
     const Problem& problem = p.problem;
     const int keys = static_cast<int>(lesser<int64_t>(kBackwardKeys, problem.seqlen - n0));
-    const Acc scale_log2 = static_cast<Acc>(problem.scale * M_LOG2E);
-    load_transposed<T>(p.k, batch, n0, kv_head, keys, head_dim, kBackwardKeys, scale_log2, k_t);
+    load_transposed<T>(p.k, batch, n0, kv_head, keys, head_dim, kBackwardKeys, 1, k_t);
     load_transposed<T>(p.v, batch, n0, kv_head, keys, head_dim, kBackwardKeys, 1, v_t);
     std::memset(dk, 0, sizeof(Acc) * kBackwardKeys * pitch);
     std::memset(dv, 0, sizeof(Acc) * kBackwardKeys * pitch);
@@ -64,17 +92,18 @@ struct KeyGradientTile {
         step(block, batch, head, n0, keys, rows);
       }
     }
-    const Acc scale = static_cast<Acc>(problem.scale);
     for (int j = 0; j < keys; ++j) {
-      store_row<T>(dk + j * pitch, scale, head_dim, row_of<T>(p.dk, batch, n0 + j, kv_head));
+      store_row<T>(dk + j * pitch, static_cast<Acc>(M_LN2), head_dim, row_of<T>(p.dk, batch, n0 + j, kv_head));
       store_row<T>(dv + j * pitch, 1, head_dim, row_of<T>(p.dv, batch, n0 + j, kv_head));
     }
   }
 
  private:
   void step(const QueryBlock<kBackwardRows>& block, int64_t batch, int64_t head, int64_t n0, int keys, int rows) {
-    load_rows<T>(p.q, batch, block.m0, head, rows, head_dim, pitch, q);
-    load_rows<T>(p.dout, batch, block.m0, head, rows, head_dim, pitch, dout);
+    // The same products in the same order as in the forward: scores that match lse to the bit.
+    const Acc scale_log2 = static_cast<Acc>(p.problem.scale * M_LOG2E);
+    load_rows<T>(p.q, batch, block.m0, head, rows, head_dim, pitch, scale_log2, q);
+    load_rows<T>(p.dout, batch, block.m0, head, rows, head_dim, pitch, 1, dout);
     std::memset(probs, 0, sizeof(Acc) * rows * kBackwardKeys);
     std::memset(dscores, 0, sizeof(Acc) * rows * kBackwardKeys);
     gemm<Operand::kPlain>(rows, kBackwardKeys, head_dim, q, pitch, k_t, kBackwardKeys, probs, kBackwardKeys);
@@ -104,11 +133,11 @@ struct KeyGradientTile {
   const BackwardParams& p;
   const int head_dim;
   const int pitch;
-  Acc* const k_t;  // [head_dim, keys], times scale * log2(e)
-  Acc* const v_t;  // [head_dim, keys]
-  Acc* const dk;   // [keys, pitch], not yet times scale
+  Acc* const k_t;  // [head_dim, keys]
+  Acc* const v_t;
+  Acc* const dk;  // [keys, pitch], times log2(e) too much, as q is
   Acc* const dv;
-  Acc* const q;  // [rows, pitch]
+  Acc* const q;  // [rows, pitch], times scale * log2(e)
   Acc* const dout;
   Acc* const probs;  // [rows, keys]
   Acc* const dscores;
@@ -156,8 +185,8 @@ struct QueryGradientTile {
       const int keys = static_cast<int>(lesser<int64_t>(kBackwardKeys, block.end_key() - n0));
       const RowRun<Acc, kBackwardRows> run(block, n0, keys);
       if (run.size() <= 0) continue;
-      load_rows<T>(p.k, batch, n0, kv_head, keys, head_dim, pitch, k);
-      load_rows<T>(p.v, batch, n0, kv_head, keys, head_dim, pitch, v);
+      load_rows<T>(p.k, batch, n0, kv_head, keys, head_dim, pitch, 1, k);
+      load_rows<T>(p.v, batch, n0, kv_head, keys, head_dim, pitch, 1, v);
       step(block, run, n0, keys);
     }
     for (int r = 0; r < block.rows; ++r)

@@ -49,8 +49,8 @@ struct ForwardTile {
       const int keys = static_cast<int>(lesser<int64_t>(kForwardKeys, block.end_key() - n0));
       const RowRun<Acc, kForwardRows> run(block, n0, keys);
       if (run.size() <= 0) continue;  // the end of a document that this block does not reach back to
-      load_rows<T>(p.k, batch, n0, kv_head, keys, head_dim, pitch, k);
-      load_rows<T>(p.v, batch, n0, kv_head, keys, head_dim, pitch, v);
+      load_rows<T>(p.k, batch, n0, kv_head, keys, head_dim, pitch, 1, k);
+      load_rows<T>(p.v, batch, n0, kv_head, keys, head_dim, pitch, 1, v);
       step(block, run, n0, keys);
     }
     finish(block, batch, head);

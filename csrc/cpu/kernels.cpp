@@ -54,11 +54,7 @@ void forward(const ForwardParams& params) {
 template <typename T>
 void backward(const BackwardParams& params) {
   const Problem& p = params.problem;
-  Accumulate<T>* delta = static_cast<Accumulate<T>*>(params.delta);
-  const int64_t rows = p.batch * p.heads * p.seqlen;
-#pragma omp parallel for
-  for (int64_t i = 0; i < rows; ++i)
-    delta[i] = row_delta<T>(params, i / (p.heads * p.seqlen), i % p.seqlen, i / p.seqlen % p.heads);
+  for_each_block<DeltaTile<T>>(params, p.heads, kBackwardRows);
   for_each_block<KeyGradientTile<T>>(params, p.kv_heads, kBackwardKeys);
   for_each_block<QueryGradientTile<T>>(params, p.heads, kBackwardRows);
 }
