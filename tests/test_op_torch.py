@@ -182,9 +182,8 @@ def test_memory_grows_with_the_length_alone(head_dim: int, group_size: int) -> N
     """131,072 tokens: a G x G buffer would take up to 4 GiB, an N x N one 64 GiB, a copy of q, k or v one tensor."""
     seqlen = 131_072
     tensor, row_stats = seqlen * head_dim * 4, seqlen * 4
-    outputs = (
-        5 * tensor + 2 * row_stats
-    )  # out, dout (that of sum() is expanded, and made whole), dq, dk, dv; lse, delta
+    # out, dout (that of sum() is expanded, and made whole), dq, dk, dv; lse, delta
+    outputs = 5 * tensor + 2 * row_stats
     assert extra_memory(seqlen, head_dim, group_size) <= outputs + max(tensor // 2, 20 * 2**20)
 
 
@@ -200,17 +199,8 @@ def other_instruction_sets() -> list[str]:
 def test_other_instruction_sets() -> None:
     """Forward and backward of every shape and dtype, with the kernels that this processor would not choose."""
     tests = Path(__file__).with_name("test_op_numerics.py")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        str(tests),
-        "-k",
-        "forward_and or rounds or conversions",
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
+    command += ["-k", "forward_and or rounds or conversions"]
     for isa in other_instruction_sets():
         environment = os.environ | {"LONGLORA_CPU_ISA": isa}
         result = subprocess.run(command, env=environment, cwd=tests.parent, capture_output=True, text=True)
