@@ -34,6 +34,9 @@ def write_checkpoint(folder: Path, step: int, files: int = len(FILES)) -> Path:
 
 
 def is_whole(checkpoint: Path) -> bool:
+    """A checkpoint with all its files, whose marker, if it has one, can be read."""
+    marker = checkpoint / MARKER
+    assert not marker.is_file() or isinstance(json.loads(marker.read_text()), dict)
     return all((checkpoint / name).is_file() for name in FILES)
 
 
@@ -203,6 +206,7 @@ def test_a_killed_run_goes_on_with_the_losses_of_an_undisturbed_one(
     done = run(*arguments)
     assert done.returncode == 0, done.stderr
     assert "going on from checkpoint-2" in done.stdout
+    assert done.stdout.count("'loss':") == 4  # of the steps 3 to 6: it did not begin anew
     assert_same_run(tmp_path / "out", undisturbed)
 
 
