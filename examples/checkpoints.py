@@ -139,6 +139,13 @@ class CompletionMarker(TrainerCallback):
             mark(folder / f"checkpoint-{state.global_step}", {"step": state.global_step, **self.content})
             self._rotate(folder, state.best_model_checkpoint)
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Called on every process: what a kill between marking and deleting left is deleted now."""
+        if args.should_save:
+            self._rotate(Path(str(args.output_dir)), state.best_model_checkpoint)
+
     def _rotate(self, folder: Path, best: str | None) -> None:
         complete = list(complete_checkpoints(folder).values())
         spare = [path for path in complete[:-1] if best is None or path != Path(best)]

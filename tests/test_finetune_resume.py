@@ -137,6 +137,14 @@ def test_rotation_is_taken_from_the_trainer_and_spares_the_best(tmp_path: Path) 
     assert json.loads((tmp_path / "checkpoint-4" / MARKER).read_text()) == {"step": 4, "settings": {"seed": 1}}
 
 
+def test_checkpoints_over_the_limit_go_at_the_end_at_the_latest(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        mark(write_checkpoint(tmp_path, step), {"step": step})
+    args = TrainingArguments(str(tmp_path), save_total_limit=1, report_to="none", use_cpu=True)
+    CompletionMarker(args, {}).on_train_end(args, TrainerState(global_step=3), TrainerControl())
+    assert list(complete_checkpoints(tmp_path)) == [3]
+
+
 def test_without_a_limit_all_checkpoints_stay(tmp_path: Path) -> None:
     args = TrainingArguments(str(tmp_path), save_total_limit=None, report_to="none", use_cpu=True)
     callback = CompletionMarker(args, {})
