@@ -83,9 +83,7 @@ def sliding_window_perplexity(
     Raises:
         ValueError: A window or stride outside its range, or no document with a token to score.
     """
-    batches = _batches(
-        list(windows([len(d) for d in documents], window, stride)), max(1, batch_tokens // window)
-    )
+    batches = _batches(list(windows([len(d) for d in documents], window, stride)), max(1, batch_tokens // window))
     if not batches:
         raise ValueError("no document has the 2 tokens that are needed to score one")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -118,9 +116,7 @@ def _score(
     model: torch.nn.Module, batch: list[Window], documents: Sequence[np.ndarray], device: torch.device | str
 ) -> torch.Tensor:
     """Sum of the negative log-likelihoods of the scored tokens of windows of one shape, float64 scalar."""
-    ids = torch.stack(
-        [torch.as_tensor(documents[w.document][w.begin : w.end], dtype=torch.long) for w in batch]
-    )
+    ids = torch.stack([torch.as_tensor(documents[w.document][w.begin : w.end], dtype=torch.long) for w in batch])
     ids = ids.to(device)
     scored = batch[0].scored
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=scored + 1).logits
