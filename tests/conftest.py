@@ -7,6 +7,7 @@ from pathlib import Path
 # Nothing here may reach for a hub, and two test processes must not fight over the cores.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin for work keep other processes from it
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import pytest
