@@ -20,9 +20,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-import transformers
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
@@ -30,34 +28,20 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from longlora_ext._folders import appearing, on_first_process, refuse_to_overwrite
-from longlora_ext._precision import fp32_state, fp32_weight, train_in_fp32, whole_shape
+from longlora_ext._precision import fp32_state, train_in_fp32
+from longlora_ext._record import apply_record, check_shape, check_weights, fingerprint_of, read_record, write_record
 from longlora_ext.attention import NAME
-from longlora_ext.context import CONFIG_FIELDS, context_length
+from longlora_ext.context import CONFIG_FIELDS
 
-RECORD = "longlora.json"
-_FORMAT = 1
 _ADAPTER = "default"
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-_SHAPE_FIELDS = (
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "tie_word_embeddings",
-)
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token", "trust_remote_code")
-_SAMPLES = 16  # weights a tensor in the fingerprint of the base model
-_SAME = 0.01  # relative distance of two fingerprints: rounding to bf16 makes 0.002
 
 
 def lora_config(model: PreTrainedModel, **overrides: Any) -> LoraConfig:
@@ -176,7 +160,7 @@ def save_adapter(
     target = Path(folder)
     on_first_process(lambda: refuse_to_overwrite(target))
     state = fp32_state(model, only_trainable=isinstance(model, PeftModel))
-    fingerprint = _fingerprint(model) if isinstance(model, PeftModel) else {}
+    fingerprint = fingerprint_of(model) if isinstance(model, PeftModel) else {}
 
     def write() -> None:
         with appearing(target) as unfinished:
@@ -200,25 +184,6 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def _fingerprint(model: nn.Module) -> dict[str, list[float]]:
-    """A few weights of the first and the last frozen matrix, under their names in the base model."""
-    frozen = {
-        name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter
-        for name, parameter in model.named_parameters()
-        if not parameter.requires_grad
-        and len(whole_shape(parameter)) == 2
-        and parameter.is_floating_point()
-        and ".original_module." not in name
-    }
-    names = list(frozen)
-    return {name: _sample(frozen[name]) for name in dict.fromkeys(names[:1] + names[-1:])}
-
-
-def _sample(parameter: nn.Parameter) -> list[float]:
-    flat = fp32_weight(parameter).flatten()
-    return flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].tolist()
-
-
 def _write_adapter(
     model: PeftModel, state: dict[str, torch.Tensor], fingerprint: dict[str, list[float]], folder: Path
 ) -> None:
@@ -232,18 +197,7 @@ def _write_adapter(
     peft_config.inference_mode = True
     peft_config.save_pretrained(str(folder))
     peft_config.inference_mode = was
-    config: Any = model.get_base_model().config
-    record = {
-        "format": _FORMAT,
-        "context_length": context_length(config),
-        "max_position_embeddings": config.max_position_embeddings,
-        "rope_parameters": config.rope_parameters,
-        "config": {name: getattr(config, name) for name in CONFIG_FIELDS if hasattr(config, name)},
-        "base_shape": _base_shape(config),
-        "base_weights": fingerprint,
-        "versions": {"transformers": transformers.__version__, "peft": peft.__version__},
-    }
-    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    write_record(folder, model.get_base_model().config, fingerprint)
 
 
 def _write_model(model: PreTrainedModel, state: dict[str, torch.Tensor], folder: Path) -> None:
@@ -255,10 +209,6 @@ def _write_model(model: PreTrainedModel, state: dict[str, torch.Tensor], folder:
     config = json.loads(path.read_text())
     config["dtype"] = "float32"
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def _base_shape(config: PreTrainedConfig) -> dict[str, Any]:
-    return {name: getattr(config, name, None) for name in _SHAPE_FIELDS}
 
 
 def load(
@@ -291,30 +241,14 @@ def load(
                 f"{folder} holds neither adapter_config.json nor config.json: it is no folder of save_adapter"
             )
         return AutoModelForCausalLM.from_pretrained(folder, **from_pretrained_kwargs)
-    record = _read_record(folder)
+    record = read_record(folder)
     base, hub = _base_of(folder, base_model), _hub_arguments(from_pretrained_kwargs)
     config = AutoConfig.from_pretrained(base, **hub)
-    _check_shape(config, record, base)
-    for name in ("max_position_embeddings", "rope_parameters"):
-        setattr(config, name, record[name])
-    for name, value in record["config"].items():
-        setattr(config, name, value)
+    check_shape(config, record, base)
+    apply_record(config, record)
     model = AutoModelForCausalLM.from_pretrained(base, config=config, **from_pretrained_kwargs)
-    _check_weights(model, record, base)
+    check_weights(model, record, base)
     return PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False).eval()
-
-
-def _read_record(folder: Path) -> dict[str, Any]:
-    path = folder / RECORD
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} holds an adapter but no {RECORD}: without it the RoPE parameters that the adapter was "
-            "trained with are not known; save it with longlora_ext.adapter.save_adapter"
-        )
-    record: dict[str, Any] = json.loads(path.read_text())
-    if record.get("format") != _FORMAT:
-        raise ValueError(f"{path} has format {record.get('format')!r}, but this version reads format {_FORMAT}")
-    return record
 
 
 def _base_of(folder: Path, base_model: str | None) -> str:
@@ -328,30 +262,6 @@ def _base_of(folder: Path, base_model: str | None) -> str:
 
 def _hub_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: arguments[name] for name in _HUB_ARGUMENTS if name in arguments}
-
-
-def _check_shape(config: PreTrainedConfig, record: dict[str, Any], base: str) -> None:
-    here = _base_shape(config)
-    differ = [
-        f"{name} {here[name]} instead of {want}" for name, want in record["base_shape"].items() if here[name] != want
-    ]
-    if differ:
-        raise ValueError(f"{base} is not the base model of this adapter: it has {', '.join(differ)}")
-
-
-def _check_weights(model: PreTrainedModel, record: dict[str, Any], base: str) -> None:
-    parameters = dict(model.named_parameters())
-    for name, values in record["base_weights"].items():
-        parameter = parameters.get(name)
-        if parameter is not None and (parameter.is_meta or not parameter.is_floating_point()):
-            continue  # on disk, or quantised to other numbers
-        want = torch.tensor(values)
-        have = torch.tensor([] if parameter is None else _sample(parameter))
-        if have.shape != want.shape or not (have - want).norm() <= _SAME * want.norm():
-            raise ValueError(
-                f"{base} is not the base model of this adapter: it has the same shape but other weights "
-                f"({name}). Pass the model that the adapter was trained on as base_model"
-            )
 
 
 def merge(

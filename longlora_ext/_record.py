@@ -1,0 +1,115 @@
+"""longlora.json: what an adapter folder says of the context extension, and of the base model that it is for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from longlora_ext._precision import fp32_weight, whole_shape
+from longlora_ext.context import CONFIG_FIELDS, context_length
+
+RECORD = "longlora.json"
+_FORMAT = 1
+_SHAPE_FIELDS = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "tie_word_embeddings",
+)
+_SAMPLES = 16  # weights a tensor in the fingerprint of the base model
+_SAME = 0.01  # relative distance of two fingerprints: rounding to bf16 makes 0.002
+
+
+def write_record(folder: Path, config: Any, fingerprint: dict[str, list[float]]) -> None:
+    """Write what `load` needs beside the adapter: the extended context of `config`, the base model's shape and
+    `fingerprint`."""
+    record = {
+        "format": _FORMAT,
+        "context_length": context_length(config),
+        "max_position_embeddings": config.max_position_embeddings,
+        "rope_parameters": config.rope_parameters,
+        "config": {name: getattr(config, name) for name in CONFIG_FIELDS if hasattr(config, name)},
+        "base_shape": _base_shape(config),
+        "base_weights": fingerprint,
+        "versions": {"transformers": transformers.__version__, "peft": peft.__version__},
+    }
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    path = folder / RECORD
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds an adapter but no {RECORD}: without it the RoPE parameters that the adapter was "
+            "trained with are not known; save it with longlora_ext.adapter.save_adapter"
+        )
+    record: dict[str, Any] = json.loads(path.read_text())
+    if record.get("format") != _FORMAT:
+        raise ValueError(f"{path} has format {record.get('format')!r}, but this version reads format {_FORMAT}")
+    return record
+
+
+def apply_record(config: PreTrainedConfig, record: dict[str, Any]) -> None:
+    """Give the base model's config the extended context."""
+    for name in ("max_position_embeddings", "rope_parameters"):
+        setattr(config, name, record[name])
+    for name, value in record["config"].items():
+        setattr(config, name, value)
+
+
+def fingerprint_of(model: nn.Module) -> dict[str, list[float]]:
+    """A few weights of the first and the last frozen matrix, under their names in the base model."""
+    frozen = {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if not parameter.requires_grad
+        and len(whole_shape(parameter)) == 2
+        and parameter.is_floating_point()
+        and ".original_module." not in name
+    }
+    names = list(frozen)
+    return {name: _sample(frozen[name]) for name in dict.fromkeys(names[:1] + names[-1:])}
+
+
+def _sample(parameter: nn.Parameter) -> list[float]:
+    flat = fp32_weight(parameter).flatten()
+    return flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].tolist()
+
+
+def _base_shape(config: PreTrainedConfig) -> dict[str, Any]:
+    return {name: getattr(config, name, None) for name in _SHAPE_FIELDS}
+
+
+def check_shape(config: PreTrainedConfig, record: dict[str, Any], base: str) -> None:
+    here = _base_shape(config)
+    differ = [
+        f"{name} {here[name]} instead of {want}" for name, want in record["base_shape"].items() if here[name] != want
+    ]
+    if differ:
+        raise ValueError(f"{base} is not the base model of this adapter: it has {', '.join(differ)}")
+
+
+def check_weights(model: PreTrainedModel, record: dict[str, Any], base: str) -> None:
+    parameters = dict(model.named_parameters())
+    for name, values in record["base_weights"].items():
+        parameter = parameters.get(name)
+        if parameter is not None and (parameter.is_meta or not parameter.is_floating_point()):
+            continue  # on disk, or quantised to other numbers
+        want = torch.tensor(values)
+        have = torch.tensor([] if parameter is None else _sample(parameter))
+        if have.shape != want.shape or not (have - want).norm() <= _SAME * want.norm():
+            raise ValueError(
+                f"{base} is not the base model of this adapter: it has the same shape but other weights "
+                f"({name}). Pass the model that the adapter was trained on as base_model"
+            )
