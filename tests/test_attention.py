@@ -10,6 +10,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import longlora_ext.attention as attention
+from longlora_ext._mask import s2attn_mask
 
 # The models normalise in fp32 inside, so fp64 weights give results good to about 1e-6.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -327,7 +328,7 @@ def test_mask_functions_of_a_model_s_own_are_refused() -> None:
         with pytest.raises(ValueError, match="a mask function of its own"):
             mask_of(**own)
     with pytest.raises(ValueError, match="bidirectional attention"):
-        attention.s2attn_mask(batch_size=1, q_length=12, kv_length=12, mask_function=image, device=torch.device("cpu"))
+        s2attn_mask(batch_size=1, q_length=12, kv_length=12, mask_function=image, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("training", [True, False])
