@@ -34,9 +34,9 @@ class CMakeBuild(build_ext):
         cache = build / "CMakeCache.txt"
         if cache.is_file() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text():
             shutil.rmtree(build)  # of a checkout that has moved since
-        # Paths are set anew each time: those of an isolated build are gone by the next.
+        # Paths are set anew or looked up anew each time: those of an isolated build are gone by the next.
         configure = [
-            cmake, "-S", ROOT, "-B", build, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
+            cmake, "-S", ROOT, "-B", build, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", "-UNVCC",
             f"-DTORCH_DIR={torch}", f"-DTORCH_FLOOR={torch_floor()}",
         ]  # fmt: skip
         for step in (configure, [cmake, "--build", build]):
