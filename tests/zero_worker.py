@@ -5,14 +5,13 @@
 A case is the name of a base model in FOLDER, with ".full" behind it for full fine-tuning.
 """
 
-import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 import torch
 import torch.distributed as dist
+from launch import prepare_deepspeed
 from safetensors.torch import save_file
 from tiny_training import LEARNING_RATE, batches, extended_model, lora_a
 
@@ -61,6 +60,7 @@ def start(kind: str):
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
 
+    prepare_deepspeed()
     deepspeed.init_distributed()
     return HfDeepSpeedConfig(
         {
