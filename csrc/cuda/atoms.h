@@ -40,7 +40,7 @@ struct Mma16816 : CuteMma16816<Element> {};
 struct CpAsync16 : cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t> {
   // The global side is read here and not in the emulator, for the sanitizers to see it.
   static void copy(const cute::uint128_t& source, cute::uint128_t& target, bool pred) {
-    const cute::uint128_t value = pred ? source : cute::uint128_t(0);
+    const cute::uint128_t value = pred ? source : cute::uint128_t();
     simt::copy_async(&target, &value);
   }
 };

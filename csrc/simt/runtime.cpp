@@ -1,0 +1,101 @@
+// What simt.h and control.h promise, but for the collectives.
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+
+#include "block.h"
+#include "control.h"
+#include "error.h"
+#include "sites.h"
+
+longlora::simt::Index threadIdx, blockIdx, blockDim, gridDim;
+
+namespace longlora::simt {
+namespace {
+
+constexpr int kMostThreads = 1024;
+
+uint64_t seed = 0;
+Sites all_sites;
+
+// Notes that the running thread has come to a site; false: it is to ignore it.
+bool pass(SiteKind kind, Site site) {
+  if (all_sites.dropped(kind, site)) return false;
+  block->running().last_kind = kind;
+  block->running().last_site = site;
+  return true;
+}
+
+}  // namespace
+
+void configure(uint64_t new_seed, const std::string& drop) {
+  seed = new_seed;
+  all_sites.reset(drop);
+  statistics = Counters();
+}
+
+const Counters& counters() { return statistics; }
+
+std::set<std::string> sites() { return all_sites.met(); }
+
+void sync_block(Site site) {
+  if (pass(SiteKind::kSync, site)) block->wait_at_barrier();
+}
+
+void copy_async(void* target, const void* value) {
+  const int offset = block->shared().start_copy(target, block->accessor());
+  block->running().copies.add(offset, value);
+  block->warp().accesses.record(AccessLog::kCpAsync, block->running().lane(), offset, 16);
+}
+
+void commit_copies(Site site) {
+  if (pass(SiteKind::kCommit, site)) block->running().copies.commit();
+}
+
+void wait_copies(int groups_in_flight, Site site) {
+  if (!pass(SiteKind::kWait, site)) return;
+  const auto land = [](const AsyncCopy& copy) {
+    block->shared().land_copy(copy.offset, copy.bytes, block->accessor());
+  };
+  block->running().copies.wait(groups_in_flight, land);
+}
+
+void* shared_memory() { return block->shared().data(); }
+
+bool is_shared(const void* address) { return block->shared().contains(address); }
+
+void load_shared(void* value, const void* source, int bytes) {
+  const int offset = block->shared().read(source, bytes, block->accessor());
+  std::memcpy(value, source, bytes);
+  block->warp().accesses.record(AccessLog::kLoad, block->running().lane(), offset, bytes);
+}
+
+void store_shared(void* target, const void* value, int bytes) {
+  const int offset = block->shared().write(target, bytes, block->accessor());
+  std::memcpy(target, value, bytes);
+  block->warp().accesses.record(AccessLog::kStore, block->running().lane(), offset, bytes);
+}
+
+void launch(Index grid, int threads, int shared_bytes, Block::Body body, const void* params) {
+  if (threads < kLanes || threads > kMostThreads || threads % kLanes)
+    throw Error("a block has whole warps, up to 1024 threads, not " + std::to_string(threads));
+  if (shared_bytes < 0 || shared_bytes > SharedMemory::kMostBytes)
+    throw Error("a block has up to " + std::to_string(SharedMemory::kMostBytes) + " bytes of shared memory, not " +
+                std::to_string(shared_bytes));
+  if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
+    throw Error("a grid's sides are 1 to 2^31 - 1, 65535 and 65535");
+  gridDim = grid;
+  blockDim = {static_cast<unsigned>(threads), 1, 1};
+  Block machine(threads, seed, body, params);
+  block = &machine;
+
+  std::vector<uint64_t> order(uint64_t{grid.x} * grid.y * grid.z);
+  std::iota(order.begin(), order.end(), 0);
+  std::shuffle(order.begin(), order.end(), std::mt19937_64(seed));
+  release(block);
+  for (const uint64_t i : order)
+    machine.run({unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / grid.x / grid.y)}, shared_bytes);
+  acquire(block);
+}
+
+}  // namespace longlora::simt

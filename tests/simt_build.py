@@ -1,0 +1,145 @@
+"""Builds modules of emulated kernels: CUDA sources compiled by g++ against the SIMT emulator of csrc/simt.
+
+Objects and modules stay in build/simt and are made anew when the compiler, its flags, or a file of the checkout that they
+were made from has changed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import pybind11
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNTIME = ROOT / "csrc" / "simt"
+BUILD = ROOT / "build" / "simt"
+CXX = shlex.split(os.environ.get("CXX", "g++"))
+JOBS = 2  # a CuTe kernel takes the compiler 1 GB
+
+COMMON_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# -O1: -O0 runs 60 times slower, -O2 no faster. CuTe reads registers as other types than they were written as.
+KERNEL_FLAGS = [*COMMON_FLAGS, "-O1", "-fno-strict-aliasing"]
+# Never instrumented: what it does to a thread's memory is that thread's doing, and it tells the sanitizers of fibers.
+RUNTIME_FLAGS = [*COMMON_FLAGS, "-O3"]
+SANITIZER_FLAGS: dict[str | None, list[str]] = {
+    None: [],
+    "address": ["-fsanitize=address", "-g1"],
+    "thread": ["-fsanitize=thread", "-g1"],
+}
+WANTED_HEADERS = {
+    "cuda_bf16.h": "nvidia-cuda-runtime",
+    "cuda/std/utility": "nvidia-cuda-cccl",
+    "crt/host_defines.h": "nvidia-cuda-crt",
+}
+
+
+@cache
+def include_flags() -> list[str]:
+    """Of CUTLASS, of CUDA (a toolkit, or else PyPI's packages of its headers), and of Python and pybind11."""
+    cutlass = importlib.util.find_spec("cutlass_library")
+    if cutlass is None or cutlass.origin is None:
+        raise RuntimeError("the emulated kernels need CUTLASS's headers: pip install nvidia-cutlass")
+    folders = [Path(cutlass.origin).parent / "source" / "include", *cuda_includes()]
+    folders += [Path(pybind11.get_include()), Path(sysconfig.get_paths()["include"])]
+    return [flag for folder in folders for flag in ("-isystem", str(folder))]
+
+
+def cuda_includes() -> list[Path]:
+    toolkits = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")), Path("/usr/local/cuda")]
+    nvidia = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
+    includes = [[toolkit / "include"] for toolkit in toolkits] + [sorted(nvidia.glob("*/include"))]
+    missing: list[str] = []
+    for group in includes:
+        folders = [folder for include in group for folder in (include, include / "cccl") if folder.is_dir()]
+        missing = [package for header, package in WANTED_HEADERS.items() if not any((f / header).is_file() for f in folders)]
+        if not missing:
+            return folders
+    raise RuntimeError(
+        "the emulated kernels need CUDA's headers: set CUDA_HOME to a toolkit, or pip install " + " ".join(missing)
+    )
+
+
+@contextmanager
+def locked() -> Iterator[None]:
+    """One process builds at a time."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def run(command: Sequence[str | Path]) -> None:
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{shlex.join(map(str, command))}\n{result.stdout}{result.stderr}")
+
+
+def digest(*parts: str | bytes) -> str:
+    state = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        state.update(len(data).to_bytes(8, "little") + data)
+    return state.hexdigest()[:16]
+
+
+@cache
+def compiler_version() -> str:
+    return subprocess.run([*CXX, "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def compile_unit(source: Path, flags: list[str]) -> tuple[Path, str]:
+    """The object, and a digest of all that went into it."""
+    command = [*CXX, *flags, "-x", "c++", "-c", str(source)]
+    stem = BUILD / f"{source.name.split('.')[0]}-{digest(*command)}"
+    target, depends, stamp = (stem.with_suffix(suffix) for suffix in (".o", ".d", ".stamp"))
+
+    def inputs() -> str:
+        files = depends.read_text().replace("\\\n", " ").split()[1:]
+        return digest(*command, compiler_version(), *(Path(file).read_bytes() for file in files if Path(file).is_file()))
+
+    if not (target.is_file() and stamp.is_file() and depends.is_file() and stamp.read_text() == inputs()):
+        stamp.unlink(missing_ok=True)
+        run([*command, "-MMD", "-MF", depends, "-o", target])
+        stamp.write_text(inputs())
+    return target, stamp.read_text()
+
+
+def build(name: str, units: Sequence[Path], sanitizer: str | None = None) -> Path:
+    """The extension module `name` from the emulator and `units`, one of which has PYBIND11_MODULE(name, ...)."""
+    instrument = SANITIZER_FLAGS[sanitizer]
+    runtime = sorted(RUNTIME.glob("*.cpp"))
+    jobs = [(unit, RUNTIME_FLAGS) for unit in runtime]
+    jobs += [(unit, [*KERNEL_FLAGS, *instrument, *include_flags()]) for unit in units]
+    with locked(), ThreadPoolExecutor(JOBS) as pool:
+        objects = list(pool.map(lambda job: compile_unit(*job), jobs))
+        stem = "-".join(filter(None, (name, sanitizer)))
+        target = BUILD / f"{stem}-{digest(*(inputs for _, inputs in objects))}" / f"{name}.so"
+        if not target.is_file():
+            for old in BUILD.glob(f"{stem}-{'[0-9a-f]' * 16}"):
+                shutil.rmtree(old)
+            target.parent.mkdir()
+            linked = target.with_suffix(".new")
+            run([*CXX, "-shared", *instrument, "-o", linked, *(path for path, _ in objects)])
+            linked.rename(target)
+    return target
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
