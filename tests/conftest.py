@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Nothing here may reach for a hub, and two test processes must not fight over the cores.
@@ -9,17 +10,47 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin for work keep other processes from it
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import pytest
 import torch
+
+import longlora_ext  # noqa: F401  (registers the kernels)
+
+HAS_CUDA = torch.cuda.is_available() and torch._C._dispatch_has_kernel_for_dispatch_key("longlora::s2attn_fwd", "CUDA")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the slow tier as well")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "only(device, reason): the test runs on this device alone")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that asks for `device` runs on the CPU and, where there are one and its kernels, on a GPU.
+
+    `@pytest.mark.only("cpu", reason)` keeps it to one; without a GPU a test of CUDA alone is skipped, and says so.
+    """
+    if "device" not in metafunc.fixturenames:
+        return
+    only = metafunc.definition.get_closest_marker("only")
+    devices: list = [only.args[0]] if only else ["cpu", *(["cuda"] if HAS_CUDA else [])]
+    if devices == ["cuda"] and not HAS_CUDA:
+        devices = [pytest.param("cuda", marks=pytest.mark.skip(reason="no GPU, or no CUDA kernels in this build"))]
+    metafunc.parametrize("device", devices, indirect=True)
+
+
+def has_kernel(item: pytest.Item) -> bool:
+    """Whether a test's device has kernels for its dtype: on CUDA those of 16 bits alone."""
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    return parameters.get("device") != "cuda" or parameters.get("dtype") not in (torch.float32, torch.float64)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Without --full the slow tier is deselected, not skipped: a skip means that something could not be checked."""
+    items[:] = filter(has_kernel, items)
     if config.getoption("--full"):
         return
     full = [item for item in items if item.get_closest_marker("full")]
@@ -31,3 +62,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where the test's tensors are made, without its saying so."""
+    with torch.device(request.param):
+        yield request.param

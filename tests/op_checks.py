@@ -1,13 +1,21 @@
 """What the op's tests share: random problems, and the error bound against the reference."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from longlora_ext import s2attn
 from longlora_ext.reference import s2attn_reference
+
+HALVES = [torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, *HALVES, torch.float64]  # conftest.py leaves those of 16 bits on CUDA
+
+
+def default_dtype() -> torch.dtype:
+    """What a test uses that is not about dtypes: the plainest that the test's device has kernels for."""
+    return torch.bfloat16 if torch.get_default_device().type == "cuda" else torch.float32
 
 
 @dataclass
@@ -21,7 +29,7 @@ class Problem:
     first_shifted_head: int | None = None
     documents: bool = False
     scale: float | None = None
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype = field(default_factory=default_dtype)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         def random(heads: int) -> Tensor:
@@ -48,6 +56,13 @@ def outputs_and_grads(function, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -
     out = function(*inputs)
     out.backward(dout)
     return (out.detach(), *(x.grad for x in inputs))
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    """Two ways of ours to one result: rounding in another order, 8 ulp at the largest value."""
+    assert actual.dtype == expected.dtype
+    bound = 8 * torch.finfo(expected.dtype).eps * expected.abs().max().item()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=bound)
 
 
 def assert_close_to_reference(

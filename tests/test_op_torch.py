@@ -9,14 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo.testing
-from op_checks import Problem, outputs_and_grads
+from op_checks import DTYPES, HALVES, Problem, assert_same, outputs_and_grads
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from longlora_ext import s2attn
 
+pytestmark = pytest.mark.usefixtures("device")
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("documents", [False, True])
 def test_opcheck(documents: bool, dtype: torch.dtype) -> None:
     problem = Problem(batch=2, seqlen=40, heads=4, kv_heads=2, documents=documents, dtype=dtype)
@@ -30,6 +32,7 @@ def test_opcheck(documents: bool, dtype: torch.dtype) -> None:
     torch.library.opcheck(torch.ops.longlora.s2attn_bwd.default, (*backward_args, 16, 2, doc_start, 0.25, False))
 
 
+@pytest.mark.only("cpu", "needs float64")
 @pytest.mark.parametrize("wrap", [False, True])
 def test_gradcheck(wrap: bool) -> None:
     problem = Problem(seqlen=8, heads=4, kv_heads=2, head_dim=8, dtype=torch.float64)
@@ -37,6 +40,7 @@ def test_gradcheck(wrap: bool) -> None:
     assert torch.autograd.gradcheck(lambda q, k, v: s2attn(q, k, v, 4, wrap=wrap), inputs)
 
 
+@pytest.mark.only("cpu", "needs float64")
 def test_gradcheck_with_documents() -> None:
     problem = Problem(seqlen=14, head_dim=8, documents=True, dtype=torch.float64)
     doc_start = problem.doc_start()
@@ -79,7 +83,7 @@ def test_compile_makes_one_graph_for_every_length(backend: str) -> None:
         q, k, v = Problem(seqlen=seqlen).tensors()
         expected = outputs_and_grads(attention_layer, q, k, v, q)
         for a, b in zip(outputs_and_grads(compiled, q, k, v, q), expected, strict=True):
-            torch.testing.assert_close(a, b)
+            assert_same(a, b)
     assert counter.frame_count == 1
 
 
@@ -98,7 +102,7 @@ def test_compile_with_documents_and_marked_length() -> None:
         position_ids = torch.cat([torch.arange(20), torch.arange(seqlen - 20)])[None]
         for x in (q, k, v, position_ids):
             torch._dynamo.mark_dynamic(x, 1)
-        torch.testing.assert_close(compiled(q, k, v, position_ids), layer(q, k, v, position_ids))
+        assert_same(compiled(q, k, v, position_ids), layer(q, k, v, position_ids))
     assert counter.frame_count == 1
 
 
@@ -108,7 +112,7 @@ def test_activation_checkpointing(use_reentrant: bool) -> None:
     q, k, v = Problem(seqlen=50).tensors()
 
     def block(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return s2attn(s2attn(q, k, v, 16), k, v, 8)
+        return s2attn(s2attn(q, k, v, 16, deterministic=True), k, v, 8, deterministic=True)
 
     def checkpointed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return checkpoint(block, q, k, v, use_reentrant=use_reentrant)
@@ -118,16 +122,17 @@ def test_activation_checkpointing(use_reentrant: bool) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast(dtype: torch.dtype) -> None:
-    q, k, v = Problem().tensors()
-    with torch.autocast("cpu", dtype=dtype):
-        actual = outputs_and_grads(lambda *qkv: s2attn(*qkv, 16), q, k.to(dtype), v, q.to(dtype))
-        with pytest.raises(RuntimeError, match=r"q must be float32.* but is Int"):
+@pytest.mark.parametrize("half", HALVES, ids=str)
+def test_autocast(device: str, half: torch.dtype) -> None:
+    q, k, v = Problem(dtype=torch.float32).tensors()
+    with torch.autocast(device, dtype=half):
+        actual = outputs_and_grads(lambda *qkv: s2attn(*qkv, 16), q, k.to(half), v, q.to(half))
+        with pytest.raises(RuntimeError, match=r"q must be .* but is Int"):
             s2attn(q.int(), k.int(), v.int(), 16)
-        assert s2attn(q.double(), k.double(), v.double(), 16).dtype == torch.float64  # as torch's own autocast
-    assert actual[0].dtype == dtype and actual[1].dtype == torch.float32
-    assert torch.equal(actual[0], s2attn(q.to(dtype), k.to(dtype), v.to(dtype), 16))
+        if device == "cpu":
+            assert s2attn(q.double(), k.double(), v.double(), 16).dtype == torch.float64  # as torch's own autocast
+    assert actual[0].dtype == half and actual[1].dtype == torch.float32
+    assert torch.equal(actual[0], s2attn(q.to(half), k.to(half), v.to(half), 16))
 
 
 def test_deterministic_follows_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,6 +156,7 @@ def test_deterministic_follows_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [False, True, True]
 
 
+@pytest.mark.only("cpu", "meta tensors are on no device")
 def test_meta_tensors() -> None:
     q, k, v = (x.to("meta") for x in Problem().tensors())
     out = s2attn(q, k, v, 16)
@@ -175,6 +181,7 @@ def extra_memory(seqlen: int, head_dim: int, group_size: int) -> int:
     return int(result.stdout)
 
 
+@pytest.mark.only("cpu", "measures a process; tests/test_op_cuda.py asks torch's allocator")
 @pytest.mark.parametrize(
     ("head_dim", "group_size"), [(64, 512), (8, 32_768), pytest.param(128, 32_768, marks=pytest.mark.full)]
 )
@@ -196,11 +203,12 @@ def other_instruction_sets() -> list[str]:
     return result.stderr.strip().rsplit(": ", 1)[1].split(", ")[1:]
 
 
+@pytest.mark.only("cpu", "a GPU has no LONGLORA_CPU_ISA")
 def test_other_instruction_sets() -> None:
     """Forward and backward of every shape and dtype, with the kernels that this processor would not choose."""
     tests = Path(__file__).with_name("test_op_numerics.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
-    command += ["-k", "forward_and or rounds or conversions"]
+    command += ["-k", "cpu and (forward_and or rounds or conversions)"]
     for isa in other_instruction_sets():
         environment = os.environ | {"LONGLORA_CPU_ISA": isa}
         result = subprocess.run(command, env=environment, cwd=tests.parent, capture_output=True, text=True)
