@@ -1,7 +1,7 @@
 """Builds modules of emulated kernels: CUDA sources compiled by g++ against the SIMT emulator of csrc/simt.
 
-Objects and modules stay in build/simt and are made anew when the compiler, its flags, or a file of the checkout that they
-were made from has changed.
+Objects and modules stay in build/simt. They are made anew when the compiler, its flags, or a file that they were made
+from has changed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sysconfig
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -64,7 +65,9 @@ def cuda_includes() -> list[Path]:
     missing: list[str] = []
     for group in includes:
         folders = [folder for include in group for folder in (include, include / "cccl") if folder.is_dir()]
-        missing = [package for header, package in WANTED_HEADERS.items() if not any((f / header).is_file() for f in folders)]
+        missing = [
+            package for header, package in WANTED_HEADERS.items() if not any((f / header).is_file() for f in folders)
+        ]
         if not missing:
             return folders
     raise RuntimeError(
@@ -106,15 +109,22 @@ def compile_unit(source: Path, flags: list[str]) -> tuple[Path, str]:
     stem = BUILD / f"{source.name.split('.')[0]}-{digest(*command)}"
     target, depends, stamp = (stem.with_suffix(suffix) for suffix in (".o", ".d", ".stamp"))
 
-    def inputs() -> str:
-        files = depends.read_text().replace("\\\n", " ").split()[1:]
-        return digest(*command, compiler_version(), *(Path(file).read_bytes() for file in files if Path(file).is_file()))
+    def inputs() -> list[Path]:
+        return [Path(file) for file in depends.read_text().replace("\\\n", " ").split()[1:]]
 
-    if not (target.is_file() and stamp.is_file() and depends.is_file() and stamp.read_text() == inputs()):
-        stamp.unlink(missing_ok=True)
-        run([*command, "-MMD", "-MF", depends, "-o", target])
-        stamp.write_text(inputs())
-    return target, stamp.read_text()
+    def state() -> str:
+        contents = [file.read_bytes() if file.is_file() else b"" for file in inputs()]
+        return digest(*command, compiler_version(), *contents)
+
+    if target.is_file() and stamp.is_file() and stamp.read_text() == (now := state()):
+        return target, now
+    stamp.unlink(missing_ok=True)
+    started = time.time()
+    run([*command, "-MD", "-MF", depends, "-o", target])
+    now = state()
+    if all(file.stat().st_mtime < started for file in inputs()):  # edited meanwhile: good for this once
+        stamp.write_text(now)
+    return target, now
 
 
 def build(name: str, units: Sequence[Path], sanitizer: str | None = None) -> Path:

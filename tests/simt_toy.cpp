@@ -119,9 +119,7 @@ __global__ void add_without_atomic(const ProbeParams params) {
 __global__ void read_global_at(const ProbeParams params) {
   if (threadIdx.x == 0) copy_at({params.out, 0}), params.out[0] = params.out[params.argument];
 }
-__global__ void copy_global_at(const ProbeParams params) {
-  copy_own({params.out + params.argument, 0});
-}
+__global__ void copy_global_at(const ProbeParams params) { copy_own({params.out + params.argument, 0}); }
 
 __global__ void take_turns(const ProbeParams params) {
   const auto note = [&] { params.out[int(params.out[0] += 1)] = blockIdx.x * kProbeThreads + threadIdx.x; };
@@ -172,8 +170,8 @@ T* pointer(uintptr_t address) {
 
 void run_gemm(bool bfloat16, bool swizzled, uintptr_t a, uintptr_t b, uintptr_t c, uintptr_t row_sums, int rows,
               int columns, int depth) {
-  const Params params = {pointer<void>(a), pointer<void>(b), pointer<void>(c), pointer<float>(row_sums),
-                         rows,             columns,          depth};
+  const Params params = {
+      pointer<void>(a), pointer<void>(b), pointer<void>(c), pointer<float>(row_sums), rows, columns, depth};
   if (bfloat16)
     swizzled ? launch_gemm<bfloat16_t, true>(params) : launch_gemm<bfloat16_t, false>(params);
   else
@@ -189,8 +187,8 @@ PYBIND11_MODULE(simt_toy, module) {
     kProbes.at(name)(blocks, kProbeThreads, kProbeBytes, nullptr, {pointer<float>(out), argument});
   });
   module.def("round_trip", [](bool bfloat16, float low, float high) {
-    const float2 pair = bfloat16 ? unpack2<bfloat16_t>(pack2<bfloat16_t>(low, high))
-                                 : unpack2<half_t>(pack2<half_t>(low, high));
+    const float2 pair =
+        bfloat16 ? unpack2<bfloat16_t>(pack2<bfloat16_t>(low, high)) : unpack2<half_t>(pack2<half_t>(low, high));
     return std::pair(pair.x, pair.y);
   });
 }

@@ -114,13 +114,13 @@ void Block::come_together(Warp& warp) {
 
 // All threads have stopped, and not all have returned.
 void Block::pass_barrier() {
-  const Thread& first = threads_.front();
+  const auto waits = [](const Thread& thread) { return thread.state == Thread::kAtBarrier; };
+  const Thread& one = *std::find_if(threads_.begin(), threads_.end(), waits);
   for (Thread& thread : threads_) {
-    const bool same_line = thread.last_site.line == first.last_site.line;
-    const bool together = thread.state == Thread::kAtBarrier && first.state == Thread::kAtBarrier && same_line &&
-                          std::strcmp(thread.last_site.file, first.last_site.file) == 0;
+    const bool together = waits(thread) && thread.last_site.line == one.last_site.line &&
+                          std::strcmp(thread.last_site.file, one.last_site.file) == 0;
     run_as(thread);
-    if (!together) fail("divergent barrier: " + describe(first) + ", but " + describe(thread));
+    if (!together) fail("divergent barrier: " + describe(one) + ", but " + describe(thread));
   }
   ++epoch_;
   statistics.barriers += 1;

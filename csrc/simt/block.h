@@ -86,7 +86,7 @@ class Block {
   Warp* last_ = nullptr;
 };
 
-extern Block* block;        // the one in execution
+extern Block* block;         // the one in execution
 extern Counters statistics;  // of all launches since `configure`
 
 }  // namespace longlora::simt

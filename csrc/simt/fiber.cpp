@@ -128,7 +128,8 @@ void Fiber::suspend() {
 void Fiber::enter() {
   Fiber* const fiber = running;
   fiber->arrive_from_scheduler();
-  // Nothing unwinds past here, and the handler is left before the switch: what is being caught belongs to the OS thread.
+  // Nothing unwinds past here, and the handler is left before the switch: what is being caught belongs to the OS
+  // thread.
   try {
     fiber->body_(fiber->argument_);
   } catch (...) {

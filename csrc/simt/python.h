@@ -19,9 +19,9 @@ inline void bind_control(pybind11::module_& module) {
       "configure", [](uint64_t seed, std::optional<std::string> drop) { configure(seed, drop.value_or("")); },
       "seed"_a = 0, "drop"_a = pybind11::none(),
       "Order blocks, warps and lanes by `seed`, leave out the site named `drop`, clear counters and sites.");
-  module.def(
-      "counters", [] { return counters().named(); }, "What was issued since `configure`, counted once a warp.");
-  module.def("sites", &sites, "The barriers, commits and waits met since `configure`, like 'mainloop.h:12 sync_block'.");
+  module.def("counters", [] { return counters().named(); }, "What was issued since `configure`, counted once a warp.");
+  module.def("sites", &sites,
+             "The barriers, commits and waits met since `configure`, like 'mainloop.h:12 sync_block'.");
 }
 
 }  // namespace longlora::simt

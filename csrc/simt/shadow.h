@@ -26,9 +26,7 @@ class SharedMemory {
   unsigned char* data() const { return begin_; }
 
   // Whether the address is here or so near that it was meant to be.
-  bool contains(const void* address) const {
-    return size_t(static_cast<const char*>(address) - arena_) < kArenaBytes;
-  }
+  bool contains(const void* address) const { return size_t(static_cast<const char*>(address) - arena_) < kArenaBytes; }
 
   // These check the access, fail if it is out of bounds, misaligned or a race, and return the offset of the bytes.
   int read(const void* source, int bytes, Accessor who);
