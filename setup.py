@@ -12,7 +12,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "cmake"))
-from backend import check_torch, find_torch, torch_floor  # noqa: E402
+from backend import CUTLASS, check_torch, find_cutlass, find_nvcc, find_torch, torch_floor  # noqa: E402
 
 
 class CMakeBuild(build_ext):
@@ -26,6 +26,13 @@ class CMakeBuild(build_ext):
         if torch is None:
             sys.exit(f"longlora_ext: no torch found; install torch {torch_floor()} or newer first")
         check_torch(torch)
+        nvcc = find_nvcc()
+        cutlass = find_cutlass() if nvcc else None
+        if nvcc and not cutlass:
+            sys.exit(
+                f"longlora_ext: {nvcc} needs CUTLASS' headers: pip install '{CUTLASS}', or name their folder in "
+                "CUTLASS_INCLUDE; or set CUDACXX to nothing, to build the CPU kernels only"
+            )
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = ROOT / "build" / "cmake"
         cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
@@ -34,10 +41,11 @@ class CMakeBuild(build_ext):
         cache = build / "CMakeCache.txt"
         if cache.is_file() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text():
             shutil.rmtree(build)  # of a checkout that has moved since
-        # Paths are set anew or looked up anew each time: those of an isolated build are gone by the next.
+        # Paths are set anew each time: those of an isolated build are gone by the next.
         configure = [
-            cmake, "-S", ROOT, "-B", build, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", "-UNVCC",
+            cmake, "-S", ROOT, "-B", build, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
             f"-DTORCH_DIR={torch}", f"-DTORCH_FLOOR={torch_floor()}",
+            *([f"-DNVCC={nvcc}", f"-DCUTLASS_INCLUDE={cutlass}"] if nvcc else ["-DNVCC="]),
         ]  # fmt: skip
         for step in (configure, [cmake, "--build", build]):
             if subprocess.run(step).returncode:

@@ -1,29 +1,56 @@
-# cuda_kernels: the CUDA sources, where there are any and an nvcc that can compile them.
-set(NVCC_FLOOR 12.0) # the first with C++17 device code and sm_80 to sm_90 together
-
-file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/cuda/*.cu)
-find_program(NVCC nvcc HINTS $ENV{CUDA_HOME}/bin /usr/local/cuda/bin)
+# cuda_kernels: the CUDA kernels, where NVCC names a compiler. It and CUTLASS_INCLUDE are what cmake/backend.py found.
 if(NOT NVCC)
   message(STATUS "nvcc not found: building the CPU kernels only")
   return()
 endif()
-execute_process(COMMAND ${NVCC} --version OUTPUT_VARIABLE nvcc_says)
-string(REGEX MATCH "release ([0-9.]+)" _ "${nvcc_says}")
-set(nvcc_version ${CMAKE_MATCH_1})
-if(NOT nvcc_version)
-  set(nvcc_version unknown)
+if(NOT EXISTS ${CMAKE_SOURCE_DIR}/csrc/cuda/instantiate.cu.in)
+  message(STATUS "no CUDA kernels in csrc/cuda yet: building the CPU kernels only")
+  return()
 endif()
-if("${nvcc_version}" VERSION_LESS ${NVCC_FLOOR})
-  message(STATUS "${NVCC} is version ${nvcc_version}, ${NVCC_FLOOR} or newer needed: building the CPU kernels only")
-elseif(NOT cuda_sources)
-  message(STATUS "nvcc ${nvcc_version} found, but there are no CUDA sources: building the CPU kernels only")
-else()
-  message(STATUS "nvcc ${nvcc_version} found: building the CUDA kernels as well")
-  # sm_80 code, and compute_80 PTX that newer GPUs compile when it is loaded.
-  set(CMAKE_CUDA_ARCHITECTURES 80 CACHE STRING "GPU architectures to compile for")
-  set(CMAKE_CUDA_COMPILER ${NVCC})
-  set(CMAKE_CUDA_STANDARD 17)
-  set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
-  enable_language(CUDA)
-  add_library(cuda_kernels STATIC ${cuda_sources})
+if(NOT EXISTS ${CUTLASS_INCLUDE}/cute/tensor.hpp)
+  message(FATAL_ERROR "CUTLASS_INCLUDE must be the folder of CUTLASS' headers, but is '${CUTLASS_INCLUDE}'")
 endif()
+message(STATUS "${NVCC}: building the CUDA kernels as well")
+
+# 80: sm_80 code, and compute_80 PTX that newer GPUs compile when it is loaded.
+set(CMAKE_CUDA_ARCHITECTURES 80 CACHE STRING "GPU architectures to compile for")
+set(CMAKE_CUDA_COMPILER ${NVCC})
+set(CMAKE_CUDA_STANDARD 17)
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
+set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+if(NOT NVCC STREQUAL CONFIGURED_NVCC) # of an earlier build in this folder, which CMake would go on using
+  file(REMOVE ${CMAKE_BINARY_DIR}/CMakeFiles/${CMAKE_VERSION}/CMakeCUDACompiler.cmake)
+  set(CONFIGURED_NVCC ${NVCC} CACHE INTERNAL "")
+endif()
+enable_language(CUDA)
+
+add_library(cuda_kernels STATIC csrc/cuda/dispatch.cu)
+set(elements bf16 fp16)
+set(bf16 cute::bfloat16_t)
+set(fp16 cute::half_t)
+foreach(DIRECTION backward forward) # the longest to compile first
+  foreach(HEAD_DIM 256 128 64)
+    foreach(element ${elements})
+      set(ELEMENT ${${element}})
+      set(unit ${CMAKE_BINARY_DIR}/cuda/${DIRECTION}_${element}_${HEAD_DIM}.cu)
+      configure_file(csrc/cuda/instantiate.cu.in ${unit} @ONLY)
+      target_sources(cuda_kernels PRIVATE ${unit})
+    endforeach()
+  endforeach()
+endforeach()
+
+target_include_directories(cuda_kernels PRIVATE csrc/cuda)
+target_include_directories(cuda_kernels SYSTEM PRIVATE ${CUTLASS_INCLUDE})
+target_compile_definitions(cuda_kernels INTERFACE LONGLORA_CUDA)
+target_compile_options(cuda_kernels PRIVATE --expt-relaxed-constexpr -Xptxas=-v)
+# The library's own CUDA runtime must neither be seen by torch's nor see it.
+target_link_options(cuda_kernels INTERFACE -Wl,--exclude-libs,ALL)
+
+# What ptxas says of registers and spills is kept beside each object, for benchmarks/resources.py. No more units at once
+# than there are cores: one takes its core, and gigabytes.
+include(ProcessorCount)
+ProcessorCount(cores)
+set_property(GLOBAL APPEND PROPERTY JOB_POOLS nvcc=${cores})
+set_target_properties(cuda_kernels PROPERTIES CUDA_COMPILER_LAUNCHER "sh;${CMAKE_SOURCE_DIR}/cmake/keep_log.sh"
+                                              JOB_POOL_COMPILE nvcc)

@@ -1,5 +1,6 @@
 // The operators as torch sees them: schemas, checks, allocation, dispatch. The only file that knows torch,
 // through its stable ABI, so that one library loads under every torch from TORCH_TARGET_VERSION on.
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -13,6 +14,7 @@
 #include <tuple>
 
 #include "cpu/kernels.h"
+#include "cuda/kernels.h"
 #include "groups.h"
 #include "params.h"
 
@@ -41,8 +43,6 @@ std::string shape_of(const Tensor& tensor) {
 
 Dtype dtype_of(const Tensor& q) {
   switch (q.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::kFloat32;
     case ScalarType::Double:
       return Dtype::kFloat64;
     case ScalarType::BFloat16:
@@ -50,8 +50,6 @@ Dtype dtype_of(const Tensor& q) {
     case ScalarType::Half:
       return Dtype::kFloat16;
     default:
-      check(false, "q must be float32, float64, bfloat16 or float16, but is ",
-            torch::headeronly::toString(q.scalar_type()));
       return Dtype::kFloat32;
   }
 }
@@ -88,12 +86,13 @@ void check_doc_start(const Tensor& doc_start, const Tensor& q) {
         "doc_start must have shape [batch, seqlen] = [", q.size(0), ", ", q.size(1), "], but is ", shape_of(doc_start));
 }
 
-// Values, which only a CPU can afford to look at: a document begins at its first token, and each of its
-// tokens names it. (This implies 0 <= doc_start[n] <= n and never decreasing.)
-void check_doc_start_values(const int32_t* doc_start, int64_t batch, int64_t seqlen) {
-  for (int64_t b = 0; b < batch; ++b) {
-    const int32_t* row = doc_start + b * seqlen;
-    for (int64_t n = 0; n < seqlen; ++n) {
+// A document begins at its first token, and each of its tokens names it. (This implies 0 <= doc_start[n] <= n
+// and never decreasing.)
+void check_doc_start_values(const Problem& problem) {
+  if (!problem.doc_start) return;
+  for (int64_t b = 0; b < problem.batch; ++b) {
+    const int32_t* row = problem.doc_start + b * problem.seqlen;
+    for (int64_t n = 0; n < problem.seqlen; ++n) {
       const bool begins = row[n] == n;
       const bool continues = n > 0 && row[n] == row[n - 1];
       check(begins || continues, "doc_start[", b, ", ", n, "] is ", row[n], ", but must be ", n,
@@ -109,7 +108,6 @@ Problem make_problem(const Tensor& q, const Tensor& k, const Tensor& v, int64_t 
   check_heads_tensor("q", q);
   check_heads_tensor("k", k);
   check_heads_tensor("v", v);
-  dtype_of(q);
   check_like("k", k, "q", q);
   check_like("v", v, "q", q);
   check(same_shape(k, v), "k and v must have the same shape, but are ", shape_of(k), " and ", shape_of(v));
@@ -155,27 +153,118 @@ Tensor empty_row_stats(const Tensor& q) {
   return torch::stable::new_empty(q, {sizes, 3}, lse_dtype(q));
 }
 
-std::tuple<Tensor, Tensor> forward_cpu(Tensor q, Tensor k, Tensor v, int64_t group_size, int64_t first_shifted_head,
-                                       std::optional<Tensor> doc_start, double scale,
-                                       bool /*deterministic: always is*/) {
+Tensor empty_floats(const Tensor& q, int64_t count) {
+  return torch::stable::new_empty(q, {&count, 1}, ScalarType::Float);
+}
+
+// The tensor, or a copy of it where its last stride is not 1 (autograd may hand over an expanded dout, as the gradient
+// of sum() is) or some row does not begin at a multiple of `alignment` bytes.
+Tensor readable(const Tensor& tensor, size_t alignment) {
+  bool as_it_is = tensor.stride(3) == 1 && reinterpret_cast<uintptr_t>(tensor.data_ptr()) % alignment == 0;
+  for (int64_t i = 0; i < 3; ++i)
+    as_it_is = as_it_is && (tensor.size(i) == 1 || tensor.stride(i) * tensor.element_size() % alignment == 0);
+  if (as_it_is) return tensor;
+  // Not contiguous(), which leaves a contiguous tensor where it is, aligned or not.
+  Tensor copy = empty_contiguous_like(tensor);
+  return torch::stable::copy_(copy, tensor);
+}
+
+// What differs between the devices:
+//   kAlignment                     what a row must begin at, in bytes
+//   check_dtype, check_values      the dtypes that there are kernels for; what doc_start says
+//   dq_scratch_floats              fp32 scratch for backward
+//   forward, backward              the launch
+struct Cpu {
+  static constexpr size_t kAlignment = 1;
+
+  static void check_dtype(const Tensor& q) {
+    const ScalarType dtype = q.scalar_type();
+    check(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
+              dtype == ScalarType::Half,
+          "q must be float32, float64, bfloat16 or float16, but is ", torch::headeronly::toString(dtype));
+  }
+
+  static void check_values(const Problem& problem) { check_doc_start_values(problem); }
+
+  static int64_t dq_scratch_floats(const Problem&, bool /*deterministic*/) { return 0; }
+
+  static void forward(const ForwardParams& params, const Tensor& q) {
+    cpu::best_kernels().forward[static_cast<int>(dtype_of(q))](params);
+  }
+
+  static void backward(const BackwardParams& params, const Tensor& q, bool /*deterministic: always is*/) {
+    cpu::best_kernels().backward[static_cast<int>(dtype_of(q))](params);
+  }
+};
+
+#ifdef LONGLORA_CUDA
+
+// Weak: null under a CPU build of torch, where this library must load as well.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+
+struct Cuda {
+  static constexpr size_t kAlignment = 16;  // one cp.async, one vector store
+
+  static void check_dtype(const Tensor& q) {
+    const ScalarType dtype = q.scalar_type();
+    check(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, "q must be bfloat16 or float16 on CUDA, but is ",
+          torch::headeronly::toString(dtype), "; cast it, or use attn_implementation='sdpa'");
+  }
+
+  // To look would be to wait for the stream. Kernels clamp: a wrong value gives a wrong number, never a wild access.
+  static void check_values(const Problem&) {}
+
+  static int64_t dq_scratch_floats(const Problem& problem, bool deterministic) {
+    return cuda::dq_scratch_floats(problem, deterministic);
+  }
+
+  static void forward(const ForwardParams& params, const Tensor& q) {
+    on_current_stream(q, [&](void* stream) { cuda::forward(params, dtype_of(q), stream); });
+  }
+
+  static void backward(const BackwardParams& params, const Tensor& q, bool deterministic) {
+    on_current_stream(q, [&](void* stream) { cuda::backward(params, dtype_of(q), deterministic, stream); });
+  }
+
+ private:
+  template <typename Launch>
+  static void on_current_stream(const Tensor& q, Launch launch) {
+    check(aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA");
+    const int32_t device = q.get_device_index();
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    launch(stream);
+  }
+};
+
+#endif  // LONGLORA_CUDA
+
+template <typename Device>
+std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, int64_t group_size, int64_t first_shifted_head,
+                                   std::optional<Tensor> doc_start, double scale, bool /*deterministic: always is*/) {
+  Device::check_dtype(q);
   doc_start = contiguous(doc_start);
   const Problem problem = make_problem(q, k, v, group_size, first_shifted_head, doc_start, scale);
-  if (problem.doc_start) check_doc_start_values(problem.doc_start, problem.batch, problem.seqlen);
+  Device::check_values(problem);
+  q = readable(q, Device::kAlignment);
+  k = readable(k, Device::kAlignment);
+  v = readable(v, Device::kAlignment);
 
   Tensor out = empty_contiguous_like(q);
   Tensor lse = empty_row_stats(q);
-  ForwardParams params = {problem, view_of(q), view_of(k), view_of(v), view_of(out), lse.data_ptr()};
-  cpu::best_kernels().forward[static_cast<int>(dtype_of(q))](params);
+  Device::forward({problem, view_of(q), view_of(k), view_of(v), view_of(out), lse.data_ptr()}, q);
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward_cpu(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
-                                                int64_t group_size, int64_t first_shifted_head,
-                                                std::optional<Tensor> doc_start, double scale,
-                                                bool /*deterministic: always is*/) {
+template <typename Device>
+std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+                                            int64_t group_size, int64_t first_shifted_head,
+                                            std::optional<Tensor> doc_start, double scale, bool deterministic) {
+  Device::check_dtype(q);
   doc_start = contiguous(doc_start);
   const Problem problem = make_problem(q, k, v, group_size, first_shifted_head, doc_start, scale);
-  if (problem.doc_start) check_doc_start_values(problem.doc_start, problem.batch, problem.seqlen);
+  Device::check_values(problem);
   check(same_shape(dout, q), "dout must have q's shape ", shape_of(q), ", but is ", shape_of(dout));
   check(same_shape(out, q), "out must have q's shape ", shape_of(q), ", but is ", shape_of(out));
   check_like("dout", dout, "q", q);
@@ -185,18 +274,21 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(Tensor dout, Tensor q, Tensor k,
         torch::headeronly::toString(lse.scalar_type()));
   check(lse.dim() == 3 && lse.size(0) == q.size(0) && lse.size(1) == q.size(2) && lse.size(2) == q.size(1),
         "lse must be the forward's, of shape [batch, heads, seqlen], but is ", shape_of(lse));
-  // What autograd hands over may be expanded, as the gradient of sum() is.
-  dout = dout.stride(3) == 1 ? dout : torch::stable::contiguous(dout);
-  out = torch::stable::contiguous(out);
+  dout = readable(dout, Device::kAlignment);
+  q = readable(q, Device::kAlignment);
+  k = readable(k, Device::kAlignment);
+  v = readable(v, Device::kAlignment);
+  out = readable(out, Device::kAlignment);
   lse = torch::stable::contiguous(lse);
 
   Tensor dq = empty_contiguous_like(q);
   Tensor dk = empty_contiguous_like(k);
   Tensor dv = empty_contiguous_like(v);
   Tensor delta = empty_row_stats(q);
-  BackwardParams params = {problem,     view_of(dout), view_of(q),  view_of(k),     view_of(v),      view_of(out),
-                           view_of(dq), view_of(dk),   view_of(dv), lse.data_ptr(), delta.data_ptr()};
-  cpu::best_kernels().backward[static_cast<int>(dtype_of(q))](params);
+  Tensor dq_scratch = empty_floats(q, Device::dq_scratch_floats(problem, deterministic));
+  Device::backward({problem, view_of(dout), view_of(q), view_of(k), view_of(v), view_of(out), view_of(dq), view_of(dk),
+                    view_of(dv), lse.data_ptr(), delta.data_ptr(), static_cast<float*>(dq_scratch.data_ptr())},
+                   q, deterministic);
   return {dq, dk, dv};
 }
 
@@ -217,6 +309,13 @@ STABLE_TORCH_LIBRARY(longlora, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(longlora, CPU, m) {
-  m.impl("s2attn_fwd", TORCH_BOX(&longlora::forward_cpu));
-  m.impl("s2attn_bwd", TORCH_BOX(&longlora::backward_cpu));
+  m.impl("s2attn_fwd", TORCH_BOX(&longlora::forward<longlora::Cpu>));
+  m.impl("s2attn_bwd", TORCH_BOX(&longlora::backward<longlora::Cpu>));
 }
+
+#ifdef LONGLORA_CUDA
+STABLE_TORCH_LIBRARY_IMPL(longlora, CUDA, m) {
+  m.impl("s2attn_fwd", TORCH_BOX(&longlora::forward<longlora::Cuda>));
+  m.impl("s2attn_bwd", TORCH_BOX(&longlora::backward<longlora::Cuda>));
+}
+#endif

@@ -37,7 +37,8 @@ struct BackwardParams {
   Problem problem;
   TensorView dout, q, k, v, out, dq, dk, dv;
   const void* lse;
-  void* delta;  // scratch like lse: rowsum(dout * out)
+  void* delta;        // scratch like lse: rowsum(dout * out)
+  float* dq_scratch;  // CUDA: as many as cuda::dq_scratch_floats says
 };
 
 }  // namespace longlora

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import zipfile
@@ -17,16 +18,27 @@ import longlora_ext
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = Path(torch.__file__).parent
+LIBRARY = Path(longlora_ext.__file__).with_name("_C.so")
 
 
-@pytest.fixture
-def backend(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def load_backend() -> ModuleType:
     spec = importlib.util.spec_from_file_location("backend", ROOT / "cmake" / "backend.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.delenv("LONGLORA_TORCH_DIR", raising=False)
     return module
+
+
+NVCC = load_backend().find_nvcc()
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Looking around without an environment variable to tell it where, and without nvcc."""
+    for name in ("LONGLORA_TORCH_DIR", "CUDA_HOME", "CUTLASS_INCLUDE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CUDACXX", "")
+    return load_backend()
 
 
 def test_installed_torch_is_found(backend: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,6 +70,63 @@ def test_wrong_torch_folder_is_named(backend: ModuleType, monkeypatch: pytest.Mo
         backend.find_torch()
 
 
+def make_nvcc(folder: Path, release: str = "12.4") -> Path:
+    folder.mkdir(parents=True)
+    nvcc = folder / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.152'\n")
+    nvcc.chmod(0o755)
+    return nvcc
+
+
+def test_nvcc_is_found(backend: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """CUDACXX before CUDA_HOME before PATH; CUDACXX empty, as the fixture has it, is none."""
+    named, home, path = (make_nvcc(tmp_path / name / "bin") for name in ("named", "home", "path"))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PATH", str(tmp_path / "path" / "bin"), prepend=os.pathsep)
+    assert backend.find_nvcc() is None
+    monkeypatch.delenv("CUDACXX")
+    assert backend.find_nvcc() == home
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert backend.find_nvcc() == path
+    monkeypatch.setenv("CUDACXX", str(named))
+    assert backend.find_nvcc() == named
+    monkeypatch.setenv("CUDACXX", str(tmp_path / "none"))
+    with pytest.raises(SystemExit, match=f"CUDACXX is {tmp_path / 'none'}, but must be an nvcc, or empty"):
+        backend.find_nvcc()
+
+
+def test_old_nvcc_is_named(
+    backend: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for release, shown in (("11.8", "11.8"), ("of another kind", "unknown")):
+        nvcc = make_nvcc(tmp_path / release, release)
+        monkeypatch.setenv("CUDACXX", str(nvcc))
+        assert backend.find_nvcc() is None
+        says = f"{nvcc} is version {shown}, 12.0 or newer needed: building the CPU kernels only"
+        assert says in capsys.readouterr().out
+
+
+def test_cutlass_is_asked_for_where_nvcc_is(
+    backend: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(backend, "find_torch", lambda: TORCH)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(backend.sysconfig, "get_path", lambda key: str(tmp_path))
+    assert backend._requires() == []  # no nvcc
+    monkeypatch.setenv("CUDACXX", str(make_nvcc(tmp_path / "bin")))
+    assert backend._requires() == [backend.CUTLASS]
+    headers = tmp_path / "cutlass_library" / "source" / "include"  # as nvidia-cutlass lays them out
+    (headers / "cute").mkdir(parents=True)
+    monkeypatch.setenv("CUTLASS_INCLUDE", str(headers))
+    with pytest.raises(SystemExit, match=f"CUTLASS_INCLUDE is {headers}, but must be the folder of CUTLASS' headers"):
+        backend._requires()
+    (headers / "cute" / "tensor.hpp").touch()
+    assert backend._requires() == []
+    monkeypatch.delenv("CUTLASS_INCLUDE")
+    assert backend._requires() == []
+    assert backend.find_cutlass() == headers
+
+
 def test_lower_bounds_are_stated_once() -> None:
     """pyproject.toml alone knows the oldest torch: no other file of the build repeats it."""
     for path in [ROOT / "setup.py", ROOT / "CMakeLists.txt", *(ROOT / "cmake").iterdir()]:
@@ -78,29 +147,98 @@ needs_cmake = pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("ni
 @needs_cmake
 def test_configure_says_what_is_missing(tmp_path: Path) -> None:
     assert "-- nvcc not found: building the CPU kernels only" in configure(tmp_path / "none", "-DNVCC=")
-    nvcc = tmp_path / "nvcc"
-    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 11.2, V11.2.152'\n")
-    nvcc.chmod(0o755)
-    says = configure(tmp_path / "old", f"-DNVCC={nvcc}")
-    assert f"{nvcc} is version 11.2, 12.0 or newer needed: building the CPU kernels only" in says
+    says = configure(tmp_path / "cutlass", f"-DNVCC={make_nvcc(tmp_path / 'bin')}", f"-DCUTLASS_INCLUDE={tmp_path}")
+    assert "CUTLASS_INCLUDE must be the folder of CUTLASS' headers" in says
     says = configure(tmp_path / "torch", f"-DTORCH_DIR={tmp_path}")
     assert "TORCH_DIR must be the folder of a torch" in says
 
 
+def test_build_without_isolation_says_how_to_get_cutlass(sources: Path, tmp_path: Path) -> None:
+    """Where no backend could ask for it."""
+    nvcc = make_nvcc(tmp_path / "bin")
+    script = """
+import runpy, sys
+sys.path.insert(0, "cmake")
+import backend
+backend.find_cutlass = lambda: None
+sys.argv = ["setup.py", "-q", "build_ext"]
+runpy.run_path("setup.py")
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=sources, env=os.environ | {"CUDACXX": str(nvcc)}, capture_output=True, text=True,
+    )  # fmt: skip
+    (line,) = result.stderr.splitlines()
+    assert result.returncode and f"{nvcc} needs CUTLASS' headers: pip install 'nvidia-cutlass>=4.2,<5', or" in line
+
+
 def test_library_is_tied_to_no_python() -> None:
     """Loaded by torch under any CPython: nothing of Python's, and only libtorch of torch's, is linked."""
-    library = Path(longlora_ext.__file__).with_name("_C.so")
-    needed = subprocess.run(["ldd", str(library)], capture_output=True, text=True, check=True).stdout
+    needed = subprocess.run(["ldd", str(LIBRARY)], capture_output=True, text=True, check=True).stdout
     names = {line.split()[0] for line in needed.splitlines()}
     assert "libtorch.so" in names
-    dynamic = subprocess.run(["objdump", "-p", str(library)], capture_output=True, text=True, check=True).stdout
+    dynamic = subprocess.run(["objdump", "-p", str(LIBRARY)], capture_output=True, text=True, check=True).stdout
     linked = re.findall(r"NEEDED +(\S+)", dynamic)
     assert not [name for name in linked if re.match(r"libpython|libc10|libtorch_", name)], linked
-    symbols = subprocess.run(["nm", "-D", "-u", str(library)], capture_output=True, text=True, check=True).stdout
+    symbols = subprocess.run(["nm", "-D", "-u", str(LIBRARY)], capture_output=True, text=True, check=True).stdout
     foreign = [
         line.split()[-1] for line in symbols.splitlines() if re.search(r" (Py|_Py|_ZN[0-9A-Z]*(2at|3c10|5torch))", line)
     ]
     assert not foreign, foreign
+
+
+def device_code(library: Path) -> set[tuple[str, int]]:
+    """What the library holds for GPUs: ("code", 80) is sm_80's machine code, ("ptx", 80) what newer ones compile.
+
+    nvcc's fat binaries: a magic number, sizes, then entries with kind, sizes and architecture."""
+    binary, found, at = library.read_bytes(), set(), 0
+    while (at := binary.find(struct.pack("<I", 0xBA55ED50), at)) >= 0:
+        _, _, header, size = struct.unpack_from("<IHHQ", binary, at)
+        at += header
+        end = at + size
+        while at < end:
+            kind, _, header, size, _, _, architecture = struct.unpack_from("<HHIQQII", binary, at)
+            found.add(({1: "ptx", 2: "code"}.get(kind, f"kind {kind}"), architecture))
+            at += header + size
+    return found
+
+
+def has_cuda_kernels() -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key("longlora::s2attn_fwd", "CUDA")
+
+
+def test_library_has_cuda_kernels_for_both_directions_or_none() -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("longlora::s2attn_bwd", "CUDA") == has_cuda_kernels()
+    assert device_code(LIBRARY) == ({("code", 80), ("ptx", 80)} if has_cuda_kernels() else set())
+
+
+def test_library_loads_under_any_torch() -> None:
+    """What a torch without CUDA lacks is weak, and the CUDA runtime is linked in and not shown."""
+    symbols = subprocess.run(["nm", "-D", str(LIBRARY)], capture_output=True, text=True, check=True).stdout
+    kinds = dict(line.split()[-1:-3:-1] for line in symbols.splitlines())
+    assert kinds.get("aoti_torch_get_current_cuda_stream") == ("w" if has_cuda_kernels() else None)
+    assert not [name for name in kinds if re.match(r"cuda|__cuda|cu[A-Z]", name)]
+
+
+@pytest.mark.skipif(not has_cuda_kernels(), reason="built without nvcc")
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [
+        (torch.float32, "q must be bfloat16 or float16 on CUDA, but is Float; cast it, or use .*sdpa"),
+        (torch.float64, "q must be bfloat16 or float16 on CUDA, but is Double; cast it, or use .*sdpa"),
+        pytest.param(
+            torch.bfloat16,
+            "this torch was built without CUDA",
+            marks=pytest.mark.skipif(torch.version.cuda is not None, reason="this torch was built with CUDA"),
+        ),
+    ],
+)
+def test_cuda_kernel_refuses_before_it_starts(dtype: torch.dtype, message: str) -> None:
+    """No GPU is needed to call what is registered for CUDA: here it gets CPU tensors."""
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    q = torch.randn(1, 64, 2, 16, dtype=dtype)
+    with pytest.raises(RuntimeError, match=f"^s2attn: {message}"):
+        torch.ops.longlora.s2attn_fwd.default.redispatch(cuda, q, q, q, 16, 1, None, 0.25, False)
 
 
 @pytest.fixture
@@ -120,35 +258,47 @@ def build_wheel(sources: Path) -> tuple[Path, str]:
     return wheel, result.stdout + result.stderr
 
 
+def run_in_wheel(wheel: Path, folder: Path, script: str) -> str:
+    """What a script prints where the wheel's longlora_ext is the one that is imported."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    script = f"import torch, longlora_ext as l; assert l.__file__.startswith({str(folder)!r}), l.__file__; {script}"
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=folder, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+
+
 @pytest.mark.full
-def test_isolated_wheel(sources: Path, tmp_path: Path) -> None:
+def test_isolated_wheel(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a source distribution: one py3-none wheel with the library in it, which computes."""
+    monkeypatch.setenv("CUDACXX", "")
     command = [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)]
     subprocess.run(command, cwd=sources, check=True, capture_output=True)
     (sdist,) = tmp_path.glob("*.tar.gz")
-    wheel, _ = build_wheel(sdist)
+    wheel, output = build_wheel(sdist)
+    assert "building the CPU kernels only" in output
     assert re.fullmatch(r"longlora_ext-[\d.]+-py3-none-linux_\w+\.whl", wheel.name)
-    with zipfile.ZipFile(wheel) as archive:
-        assert "longlora_ext/_C.so" in archive.namelist()
-        archive.extractall(tmp_path / "site")
-    script = (
-        "import torch, longlora_ext as l; x = torch.randn(3, 1, 32, 2, 8); print(l.__file__, l.s2attn(*x, 8).shape)"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=tmp_path / "site", capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert str(tmp_path / "site") in result.stdout and "[1, 32, 2, 8]" in result.stdout
+    script = "x = torch.randn(3, 1, 32, 2, 8); print(l.s2attn(*x, 8).shape)"
+    assert "[1, 32, 2, 8]" in run_in_wheel(wheel, tmp_path / "site", script)
+    assert device_code(tmp_path / "site" / "longlora_ext" / "_C.so") == set()
 
 
 @pytest.mark.full
-@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
-def test_cuda_sources_are_compiled_where_nvcc_is(sources: Path) -> None:
-    """With any CPU torch: a CUDA source added to csrc/cuda ends up in the library."""
-    (sources / "csrc" / "cuda").mkdir(exist_ok=True)
-    (sources / "csrc" / "cuda" / "probe.cu").write_text("__global__ void longlora_probe(float* x) { *x = 1; }\n")
-    _, output = build_wheel(sources)
-    assert "building the CUDA kernels as well" in output and "probe.cu" in output
+@pytest.mark.skipif(not NVCC, reason="no nvcc")
+def test_wheel_has_cuda_kernels_where_nvcc_is(sources: Path, tmp_path: Path) -> None:
+    """Whatever torch is installed: one wheel for CUDA and CPU builds of torch."""
+    command = [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=sources, check=True, capture_output=True)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    wheel, output = build_wheel(sdist)
+    assert "building the CUDA kernels as well" in output and "backward_bf16_256.cu" in output
+    script = (
+        "print([torch._C._dispatch_has_kernel_for_dispatch_key('longlora::s2attn_' + x, 'CUDA') for x in ('fwd', 'bwd')]);"
+        "print(l.s2attn(*torch.randn(3, 1, 32, 2, 8), 8).shape)"
+    )
+    assert run_in_wheel(wheel, tmp_path / "site", script) == "[True, True]\ntorch.Size([1, 32, 2, 8])\n"
+    assert device_code(tmp_path / "site" / "longlora_ext" / "_C.so") == {("code", 80), ("ptx", 80)}
 
 
 @pytest.mark.full
@@ -162,6 +312,7 @@ def test_fresh_environment_then_editable(sources: Path, tmp_path: Path) -> None:
     constraint.write_text(f"torch=={version}\n")
     environment = os.environ | {
         "PATH": f"{venv / 'bin'}:{os.environ['PATH']}",
+        "CUDACXX": "",
         "PIP_CONSTRAINT": str(constraint),
         "PIP_BUILD_CONSTRAINT": str(constraint),  # what newer pips read for the build's environment
     }
