@@ -294,7 +294,8 @@ def test_wheel_has_cuda_kernels_where_nvcc_is(sources: Path, tmp_path: Path) -> 
     wheel, output = build_wheel(sdist)
     assert "building the CUDA kernels as well" in output and "backward_bf16_256.cu" in output
     script = (
-        "print([torch._C._dispatch_has_kernel_for_dispatch_key('longlora::s2attn_' + x, 'CUDA') for x in ('fwd', 'bwd')]);"
+        "has = torch._C._dispatch_has_kernel_for_dispatch_key;"
+        "print([has(f'longlora::s2attn_{x}', 'CUDA') for x in ('fwd', 'bwd')]);"
         "print(l.s2attn(*torch.randn(3, 1, 32, 2, 8), 8).shape)"
     )
     assert run_in_wheel(wheel, tmp_path / "site", script) == "[True, True]\ntorch.Size([1, 32, 2, 8])\n"
