@@ -100,7 +100,7 @@ def test_log_sum_exp(dtype: torch.dtype) -> None:
 def test_large_scores_stay_exact() -> None:
     """An online softmax must survive scores that overflow exp, rising and falling along the keys."""
     q, k, v = Problem(seqlen=400, group_size=400).tensors()
-    k = k * torch.linspace(-300, 300, 400)[None, :, None, None]
+    k = k * torch.linspace(-300, 300, 400, dtype=k.dtype)[None, :, None, None]
     exact, _ = s2attn_reference(q.double(), k.double(), v.double(), 400)
     plain, _ = s2attn_reference(q, k, v, 400)
     assert_close_to_reference(s2attn(q, k, v, 400), plain, exact)

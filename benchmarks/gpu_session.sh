@@ -1,0 +1,109 @@
+#!/usr/bin/env bash
+# Everything that a GPU can say about this checkout, in ten minutes: what the machine is, the operator's tests on CUDA,
+# the benchmark, compute-sanitizer, a profile. A step that fails or runs out of time stops none after it.
+#
+#   benchmarks/gpu_session.sh OUT           from a checkout, with a CUDA torch; the library is built if need be
+#   benchmarks/gpu_session.sh OUT --cpu     a rehearsal: the same steps, tiny and on the CPU, without the CUDA tools
+#
+# OUT gets a log of each step, the benchmark's JSON files, tables and plots, the profile, and summary.txt, which is
+# printed at the end. The exit status is 0 if every step passed. Where the checkout has no git, LONGLORA_COMMIT names
+# the commit; SESSION_SECONDS (570) is the time for all steps together.
+set -uo pipefail
+[[ $# -ge 1 ]] || { sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 2; }
+out=$(mkdir -p "$1" && cd "$1" && pwd)
+device=cuda
+[[ ${2:-} == --cpu ]] && device=cpu
+cd "$(dirname "$0")/.."
+deadline=$((SECONDS + ${SESSION_SECONDS:-570}))
+failures=0
+export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+: >"$out/summary.txt"
+
+note() { printf '%-12s %-8s %4ss  %s\n' "$@" >>"$out/summary.txt"; }
+
+# step NAME SECONDS COMMAND...: runs it for at most SECONDS, and what is left of the session.
+step() {
+  local name=$1 limit=$2 begin=$SECONDS status=0 verdict=passed
+  shift 2
+  ((limit > deadline - SECONDS)) && limit=$((deadline - SECONDS))
+  if ((limit < 5)); then
+    note "$name" "NOT RUN" 0 "no time left"
+    failures=$((failures + 1))
+    return
+  fi
+  printf '== %s: %s\n' "$name" "$*"
+  timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1 || status=$?
+  ((status)) && verdict=FAILED && failures=$((failures + 1))
+  ((status == 124 || status == 137)) && verdict="CUT OFF"
+  note "$name" "$verdict" $((SECONDS - begin)) "$(grep -v '^ *$' "$out/$name.log" | tail -n 1 | cut -c 1-150)"
+}
+
+# tool NAME PROGRAM SECONDS COMMAND...: a step for which a program must be there.
+tool() {
+  if command -v "$2" >/dev/null && [[ $device == cuda ]]; then
+    step "$1" "${@:3}"
+  else
+    note "$1" "NOT RUN" 0 "$([[ $device == cuda ]] && echo "no $2 here" || echo "rehearsal on the CPU")"
+    [[ $device == cuda ]] && failures=$((failures + 1))
+  fi
+}
+
+environment() {
+  date -u
+  uname -a
+  nvidia-smi
+  nvcc --version
+  python3 - <<'EOF'
+import torch
+print("torch", torch.__version__, "CUDA", torch.version.cuda, "cuDNN", torch.backends.cudnn.version())
+if torch.cuda.is_available():
+    print(torch.cuda.get_device_properties(0))
+EOF
+}
+
+# The library that is there if it loads and has kernels for the device, one built here if not.
+library() {
+  local loads="import torch, longlora_ext as l
+assert torch._C._dispatch_has_kernel_for_dispatch_key('longlora::s2attn_fwd', '${device^^}'), 'no kernels for $device'
+q, k, v = torch.randn(3, 1, 100, 2, 64, device='$device', dtype=torch.bfloat16)
+print(l.__file__, l.s2attn(q, k, v, 32).float().norm().item())"
+  python3 -c "$loads" && return
+  python3 setup.py -q build_ext && python3 -c "$loads"
+}
+
+export device
+export -f environment library
+step environment 30 bash -c environment
+step library 400 bash -c library
+
+if [[ $device == cuda ]]; then
+  step tests 150 python3 -m pytest -q --maxfail=20 -p no:cacheprovider -k cuda tests/test_op_cuda.py \
+    tests/test_op_numerics.py tests/test_op_errors.py tests/test_op_torch.py tests/test_documents.py
+  step benchmark 170 python3 benchmarks/attention.py --seqlen 4096 16384 65536 --rounds 10 --seconds 1.5 \
+    --providers dense_flash dense_cudnn rolled_flash rolled_cudnn original groups_flash \
+    --output "$out/attention_cuda.json"
+  # Compiling takes longer than running here, so only some points.
+  step flex 90 python3 benchmarks/attention.py --seqlen 4096 16384 --head_dim 64 128 --kv_heads 8 --rounds 10 \
+    --seconds 1 --providers flex --output "$out/attention_cuda_flex.json"
+else
+  step tests 100 python3 -m pytest -q -p no:cacheprovider tests/test_documents.py tests/test_op_errors.py
+  step benchmark 100 python3 benchmarks/attention.py --device cpu --seqlen 256 512 --head_dim 64 --rounds 3 \
+    --dtype float32 --output "$out/attention_cpu.json"
+fi
+# Without torch's caching each tensor is an allocation of its own, so that reading past one shows.
+tool memcheck compute-sanitizer 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 \
+  --tool memcheck python3 benchmarks/exercise.py
+tool racecheck compute-sanitizer 90 compute-sanitizer --error-exitcode 9 --tool racecheck \
+  python3 benchmarks/exercise.py
+# Mangled names carry the namespace. The clocks stay as they are.
+tool profile ncu 60 ncu --set full --clock-control none --kernel-name-base mangled --kernel-name regex:longlora \
+  --force-overwrite --export "$out/profile" python3 benchmarks/exercise.py --slowest_of "$out/attention_cuda.json"
+[[ -f $out/profile.ncu-rep ]] && ncu --import "$out/profile.ncu-rep" >"$out/profile.txt"
+
+printf '\n'
+for log in benchmark flex; do
+  [[ -f $out/$log.log ]] && cat "$out/$log.log"
+done
+printf '\n'
+cat "$out/summary.txt"
+((failures == 0))
