@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -102,24 +103,7 @@ def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProce
 
 def test_run_from_measurement_to_table(tmp_path: Path) -> None:
     file = tmp_path / "results" / "run.json"
-    size = [
-        "--device",
-        "cpu",
-        "--seqlen",
-        "48",
-        "30",
-        "--head_dim",
-        "16",
-        "--heads",
-        "4",
-        "--kv_heads",
-        "2",
-        "1",
-        "--dtype",
-        "float32",
-        "--rounds",
-        "3",
-    ]
+    size = shlex.split("--device cpu --seqlen 48 30 --head_dim 16 --heads 4 --kv_heads 2 1 --dtype float32 --rounds 3")
     result = run(sys.executable, "benchmarks/attention.py", *size, "--output", file, "--note", "A test.")
     assert result.returncode == 0, result.stderr
     measured = json.loads(file.read_text())
@@ -150,7 +134,8 @@ def made_up_run() -> dict:
 
     points = [
         {"device": "cuda", "dtype": "bfloat16", "head_dim": d, "heads": 4, "kv_heads": 2, "seqlen": 1024, "batch": 1}
-        | {"group_size": 256, "results": {"ours": result(d / 32), "flex": {"reason": "no compiler"}}}
+        | {"group_size": 256}
+        | {"results": {"ours": result(d / 32), "original": result(d / 8), "flex": {"reason": "no compiler"}}}
         for d in (64, 128)
     ]
     environment = {"device": "GPU X", "driver": "1.2", "torch": "9.9", "date": "2000-01-01 00:00 UTC", "commit": "abc"}
@@ -160,8 +145,8 @@ def made_up_run() -> dict:
 def test_tables_show_times_rates_memory_and_reasons() -> None:
     text = tables(made_up_run(), head_dim="64")
     assert "head dim 128" not in text
-    assert "| 1,024 | backward | 2 ms (4) | - |" in text
-    assert "| 1,024 | 3 | - |" in text
+    assert "| 1,024 | backward | 2 ms (4) | 4.00x (1) | - |" in text
+    assert "| 1,024 | 3 | 3 | - |" in text
     assert "- FlexAttention: no compiler (1,024 tokens)" in text
     assert text.endswith("GPU X, driver 1.2, torch 9.9, 2000-01-01, commit abc.")
 
