@@ -148,7 +148,9 @@ def prepare(point: Point, provider: Provider, tensors: tuple[Tensor, ...], check
             return attend, peak_memory(attend, tensors) if point.device == "cuda" else {}
         except torch.OutOfMemoryError:
             raise NotHere("out of memory") from None
-        except RuntimeError as error:  # torch says in warnings why none of its kernels would do
+        except NotHere:
+            raise
+        except Exception as error:  # of whatever kind: the others go on. torch says in warnings why no kernel would do
             said = [str(error), *(str(warning.message) for warning in caught)]
             raise NotHere("; ".join(dict.fromkeys(text.strip().split("\n")[0] for text in said if text))) from error
 
@@ -174,8 +176,12 @@ def measure(point: Point, names: list[str], clock: Clock, unfit: dict[str, str |
     for done in range(limits.rounds):
         if done >= FEWEST_ROUNDS and time.monotonic() - begin > limits.seconds:
             break
-        for name, attend in attends.items():
-            times[name].append(clock.forward_and_backward(attend, tensors))
+        for name, attend in list(attends.items()):
+            try:
+                times[name].append(clock.forward_and_backward(attend, tensors))
+            except torch.OutOfMemoryError:
+                results[name] = {"reason": "out of memory"}
+                del attends[name]
     for name in attends:
         pairs = PROVIDERS[name].pattern(point).pairs(point)
         results[name] |= {"pairs": pairs, "rounds": len(times[name])}
@@ -296,6 +302,8 @@ def main() -> None:
         print(f"measured {point}", file=sys.stderr, flush=True)
     draw(run, options.output.with_suffix(".png"))
     print(tables(run))
+    if failed := [point["results"]["ours"] for point in run["points"] if "reason" in point["results"]["ours"]]:
+        sys.exit(f"ours did not run at {len(failed)} points: {failed[0]['reason']}")
 
 
 if __name__ == "__main__":

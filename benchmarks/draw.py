@@ -40,11 +40,12 @@ def draw(run: dict[str, Any], path: Path) -> None:
         axes[0, column].set_title("{}, head dim {}, heads {}/{}".format(*shape), fontsize="medium")
         axes[1, column].set_xlabel("tokens")
     for axis, direction in zip(axes[:, 0], ("forward", "backward"), strict=True):
-        axis.set_ylabel(f"{direction}, {unit} over attended pairs")
+        axis.set_ylabel(f"{direction}, {unit}")
     handles: dict[str, Any] = {}
     for axis in axes.flat:
         handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize="small")
-    figure.suptitle(f"{run['environment']['device']}, torch {run['environment']['torch']}", fontsize="medium")
+    machine = f"{run['environment']['device']}, torch {run['environment']['torch']}"
+    figure.suptitle(f"rates over attended pairs; {machine}", fontsize="medium")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

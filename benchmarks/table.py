@@ -36,7 +36,7 @@ def row(cells: list[str]) -> str:
 
 
 def times(points: list[dict[str, Any]], names: list[str], unit: str) -> list[str]:
-    """Ours in milliseconds, the others as multiples of ours; in brackets the rate over attended pairs."""
+    """Ours in milliseconds, the others as multiples of ours where it ran; in brackets the rate over attended pairs."""
     scale = {"TFLOP/s": 1, "GFLOP/s": 1000}[unit]
     lines = [row(["tokens", "", *(PROVIDERS[name].label for name in names)]), "|---" * (len(names) + 2) + "|"]
     for point in points:
@@ -48,8 +48,9 @@ def times(points: list[dict[str, Any]], names: list[str], unit: str) -> list[str
                     cells.append("-")
                     continue
                 ms, rate = result[direction]["ms"], f"{result[direction]['tflops'] * scale:.0f}"
-                slower = ms / point["results"]["ours"][direction]["ms"] if name != "ours" else None
-                cells.append(f"{ms:.3g} ms ({rate})" if slower is None else f"{slower:.2f}x ({rate})")
+                ours = point["results"]["ours"].get(direction)
+                absolute = name == "ours" or ours is None
+                cells.append(f"{ms:.3g} ms ({rate})" if absolute else f"{ms / ours['ms']:.2f}x ({rate})")
             lines.append(row(cells))
     return lines
 

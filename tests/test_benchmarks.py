@@ -8,12 +8,13 @@ import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.attention.varlen
 import torch.nn.functional as F
-from attention import check
+from attention import Clock, check, measure
 from exercise import slowest
 from providers import PROVIDERS, Attention, NotHere, Pattern, Point, original, s2_pattern, s2_visible
 from table import ROOT, tables, with_tables
@@ -149,6 +150,21 @@ def test_tables_show_times_rates_memory_and_reasons() -> None:
     assert "| 1,024 | 3 | 3 | - |" in text
     assert "- FlexAttention: no compiler (1,024 tokens)" in text
     assert text.endswith("GPU X, driver 1.2, torch 9.9, 2000-01-01, commit abc.")
+
+
+def test_failing_provider_says_why_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(point: Point) -> Attention:
+        return lambda q, k, v: q[10**6]
+
+    monkeypatch.setitem(PROVIDERS, "dense", replace(PROVIDERS["dense"], make=broken))
+    monkeypatch.setitem(PROVIDERS, "rolled", replace(PROVIDERS["rolled"], make=lambda point: unshifted))
+    unfit: dict[str, str | None] = {}
+    for _ in range(2):  # what was found to differ is remembered
+        results = measure(POINT, ["ours", "dense", "rolled", "groups"], Clock("cpu"), unfit, SimpleNamespace(rounds=1))
+        assert "out of bounds" in results["results"]["dense"]["reason"]
+        assert "out differs from ours" in results["results"]["rolled"]["reason"]
+        assert results["results"]["ours"]["rounds"] == results["results"]["groups"]["rounds"] == 1
+    assert "out differs from ours" in str(unfit.pop("rolled")) and unfit == {"ours": None, "groups": None}
 
 
 def test_marked_tables_are_made_anew(tmp_path: Path) -> None:
