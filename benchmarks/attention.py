@@ -24,6 +24,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Callable
@@ -152,7 +153,7 @@ def prepare(point: Point, provider: Provider, tensors: tuple[Tensor, ...], check
             raise
         except Exception as error:  # of whatever kind: the others go on. torch says in warnings why no kernel would do
             said = [str(error), *(str(warning.message) for warning in caught)]
-            raise NotHere("; ".join(dict.fromkeys(text.strip().split("\n")[0] for text in said if text))) from error
+            raise NotHere("; ".join(dict.fromkeys(textwrap.shorten(text, 300) for text in said))) from error
 
 
 def measure(point: Point, names: list[str], clock: Clock, unfit: dict[str, str | None], limits: Any) -> dict[str, Any]:
