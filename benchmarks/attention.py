@@ -2,7 +2,7 @@
 
 On the GPU, where there is one, or on the CPU:
 
-    python benchmarks/attention.py                               all points; minutes on a GPU, half an hour on two cores
+    python benchmarks/attention.py                               all points
     python benchmarks/attention.py --seqlen 4096 --head_dim 64   one of them
 
 Each provider is first checked against ours, gradients too, where it computes the same. Then all take turns: a round
