@@ -157,12 +157,15 @@ Tensor empty_floats(const Tensor& q, int64_t count) {
   return torch::stable::new_empty(q, {&count, 1}, ScalarType::Float);
 }
 
-// The tensor, or a copy of it where its last stride is not 1 (autograd may hand over an expanded dout, as the gradient
-// of sum() is) or some row does not begin at a multiple of `alignment` bytes.
-Tensor readable(const Tensor& tensor, size_t alignment) {
-  bool as_it_is = tensor.stride(3) == 1 && reinterpret_cast<uintptr_t>(tensor.data_ptr()) % alignment == 0;
+// The tensor, or a copy of it where a kernel of the device could not read it: where its last stride is not 1 (autograd
+// may hand over an expanded dout, as the gradient of sum() is), a row does not begin at a multiple of kAlignment bytes,
+// or rows are too far apart.
+template <typename Device>
+Tensor readable(const Tensor& tensor) {
+  bool as_it_is = tensor.stride(3) == 1 && tensor.stride(1) < Device::kRowStrides &&
+                  reinterpret_cast<uintptr_t>(tensor.data_ptr()) % Device::kAlignment == 0;
   for (int64_t i = 0; i < 3; ++i)
-    as_it_is = as_it_is && (tensor.size(i) == 1 || tensor.stride(i) * tensor.element_size() % alignment == 0);
+    as_it_is = as_it_is && (tensor.size(i) == 1 || tensor.stride(i) * tensor.element_size() % Device::kAlignment == 0);
   if (as_it_is) return tensor;
   // Not contiguous(), which leaves a contiguous tensor where it is, aligned or not.
   Tensor copy = empty_contiguous_like(tensor);
@@ -170,12 +173,13 @@ Tensor readable(const Tensor& tensor, size_t alignment) {
 }
 
 // What differs between the devices:
-//   kAlignment                     what a row must begin at, in bytes
-//   check_dtype, check_values      the dtypes that there are kernels for; what doc_start says
+//   kAlignment, kRowStrides        what a row must begin at, in bytes; the bound of how many elements it is to the next
+//   check_dtype, check_problem     the dtypes that there are kernels for; what else a kernel relies on
 //   dq_scratch_floats              fp32 scratch for backward
 //   forward, backward              the launch
 struct Cpu {
   static constexpr size_t kAlignment = 1;
+  static constexpr int64_t kRowStrides = INT64_MAX;
 
   static void check_dtype(const Tensor& q) {
     const ScalarType dtype = q.scalar_type();
@@ -184,7 +188,7 @@ struct Cpu {
           "q must be float32, float64, bfloat16 or float16, but is ", torch::headeronly::toString(dtype));
   }
 
-  static void check_values(const Problem& problem) { check_doc_start_values(problem); }
+  static void check_problem(const Problem& problem) { check_doc_start_values(problem); }
 
   static int64_t dq_scratch_floats(const Problem&, bool /*deterministic*/) { return 0; }
 
@@ -203,7 +207,9 @@ struct Cpu {
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 struct Cuda {
-  static constexpr size_t kAlignment = 16;  // one cp.async, one vector store
+  static constexpr size_t kAlignment = 16;              // one cp.async, one vector store
+  static constexpr int64_t kRowStrides = 1 << 23;       // inside of a tile of 128 rows, 32 bits count
+  static constexpr int64_t kSequenceLengths = 1 << 30;  // as they do inside of a sequence
 
   static void check_dtype(const Tensor& q) {
     const ScalarType dtype = q.scalar_type();
@@ -211,8 +217,14 @@ struct Cuda {
           torch::headeronly::toString(dtype), "; cast it, or use attn_implementation='sdpa'");
   }
 
-  // To look would be to wait for the stream. Kernels clamp: a wrong value gives a wrong number, never a wild access.
-  static void check_values(const Problem&) {}
+  // Not what doc_start says: to look would be to wait for the stream. Kernels clamp it: a wrong value gives a wrong
+  // number, never a wild access.
+  static void check_problem(const Problem& problem) {
+    check(problem.seqlen < kSequenceLengths, "seqlen must be below ", kSequenceLengths, " on CUDA, but is ",
+          problem.seqlen);
+    check(problem.heads * problem.head_dim < kRowStrides, "heads * head_dim must be below ", kRowStrides,
+          " on CUDA, but is ", problem.heads * problem.head_dim);
+  }
 
   static int64_t dq_scratch_floats(const Problem& problem, bool deterministic) {
     return cuda::dq_scratch_floats(problem, deterministic);
@@ -246,10 +258,10 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, int64_t group_s
   Device::check_dtype(q);
   doc_start = contiguous(doc_start);
   const Problem problem = make_problem(q, k, v, group_size, first_shifted_head, doc_start, scale);
-  Device::check_values(problem);
-  q = readable(q, Device::kAlignment);
-  k = readable(k, Device::kAlignment);
-  v = readable(v, Device::kAlignment);
+  Device::check_problem(problem);
+  q = readable<Device>(q);
+  k = readable<Device>(k);
+  v = readable<Device>(v);
 
   Tensor out = empty_contiguous_like(q);
   Tensor lse = empty_row_stats(q);
@@ -264,7 +276,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, Tensor q, Tensor k, Ten
   Device::check_dtype(q);
   doc_start = contiguous(doc_start);
   const Problem problem = make_problem(q, k, v, group_size, first_shifted_head, doc_start, scale);
-  Device::check_values(problem);
+  Device::check_problem(problem);
   check(same_shape(dout, q), "dout must have q's shape ", shape_of(q), ", but is ", shape_of(dout));
   check(same_shape(out, q), "out must have q's shape ", shape_of(q), ", but is ", shape_of(out));
   check_like("dout", dout, "q", q);
@@ -274,11 +286,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, Tensor q, Tensor k, Ten
         torch::headeronly::toString(lse.scalar_type()));
   check(lse.dim() == 3 && lse.size(0) == q.size(0) && lse.size(1) == q.size(2) && lse.size(2) == q.size(1),
         "lse must be the forward's, of shape [batch, heads, seqlen], but is ", shape_of(lse));
-  dout = readable(dout, Device::kAlignment);
-  q = readable(q, Device::kAlignment);
-  k = readable(k, Device::kAlignment);
-  v = readable(v, Device::kAlignment);
-  out = readable(out, Device::kAlignment);
+  dout = readable<Device>(dout);
+  q = readable<Device>(q);
+  k = readable<Device>(k);
+  v = readable<Device>(v);
+  out = readable<Device>(out);
   lse = torch::stable::contiguous(lse);
 
   Tensor dq = empty_contiguous_like(q);

@@ -33,14 +33,16 @@ def s2attn(
     in a shifted one. Nothing sees the future, and memory grows with seqlen, not with its square.
 
     Args:
-        q (`Tensor`): [B, N, H, D] of float32, bfloat16, float16 or float64; any N, D a multiple of 8 up to 256. Any
-            strides whose last is 1. All inputs are finite: a NaN or infinity shows in the rows that see it, and may
-            show, by way of 0 * NaN, in others of its group.
+        q (`Tensor`): [B, N, H, D] of bfloat16 or float16, on a CPU float32 or float64 as well; any N, D a multiple of 8
+            up to 256. Any strides whose last is 1; on CUDA a tensor with rows that do not begin at multiples of 16
+            bytes is copied. All inputs are finite: a NaN or infinity shows in the rows that see it, and may show, by
+            way of 0 * NaN, in others of its group.
         k (`Tensor`): [B, N, Hkv, D], dtype and device of `q`; Hkv divides H.
         v (`Tensor`): like `k`.
         group_size (`int`): G, tokens in a group, even. With G >= N and no shifted head this is dense causal attention.
         doc_start (`Tensor`, *optional*): int32 [B, N]: for each token the index, within its row, of the first token of
-            its document. Groups restart there and nothing is seen across. `longlora_ext.documents` makes it.
+            its document. Groups restart there and nothing is seen across. `longlora_ext.documents` makes it. Checked
+            on a CPU; on CUDA, where to look would be to wait, a wrong one gives wrong numbers.
         first_shifted_head (`int`, *optional*): query heads from this one on are shifted; H // 2 by default. A rank that
             holds only some heads passes clamp(H_total // 2 - its_first_head, 0, H).
         wrap (`bool`): Algorithm 1 of the paper to the letter: shifted heads are rolled by G/2, so that the last half
