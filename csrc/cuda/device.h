@@ -10,9 +10,11 @@
 
 #if defined(__CUDACC__)
 #define DEVICE __device__ __forceinline__
+#define ALWAYS_INLINE __attribute__((always_inline))  // for lambdas: what they capture goes to registers
 #else
 #include "../simt/simt.h"
 #define DEVICE inline
+#define ALWAYS_INLINE
 #define __launch_bounds__(...)
 #endif
 
@@ -86,7 +88,8 @@ DEVICE float exp2_fast(float x) { return __builtin_exp2f(x); }
 DEVICE float shuffle_xor(float x, int lane_mask) { return simt::shuffle_xor(x, lane_mask); }
 
 DEVICE void atomic_add(float* address, float value) {
-  float old = *static_cast<volatile float*>(address), sum;
+  float old, sum;
+  __atomic_load(address, &old, __ATOMIC_RELAXED);
   do sum = old + value;
   while (!__atomic_compare_exchange(address, &old, &sum, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
 }

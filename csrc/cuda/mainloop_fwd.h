@@ -1,0 +1,78 @@
+// Forward: one tile of query rows against the keys they see, from right to left.
+#pragma once
+
+#include "copy.h"
+#include "gemm.h"
+#include "mask.h"
+#include "softmax.h"
+#include "tile_config.h"
+
+namespace longlora::cuda {
+
+template <typename Element, int kHeadDim>
+struct Forward {
+  static constexpr ForwardTile kTile = forward_tile(kHeadDim);
+  static constexpr int kRows = kTile.rows, kKeys = kTile.keys, kThreads = kTile.warps * 32;
+  using QueryTile = SharedTile<kRows, kHeadDim>;
+  using KeyTile = SharedTile<kKeys, kHeadDim>;
+  using Mma = WarpMma<Element, kTile.warps, kTile.warps>;
+  static constexpr int kSharedBytes = sizeof(Element) * (kRows + 2 * kKeys) * kHeadDim + sizeof(int) * kRows;
+
+  // `out` and `softmax` come back with the sums over all keys, not yet divided. The tile of queries is free after a
+  // barrier.
+  template <class Out, class Softmax>
+  DEVICE static void run(const ForwardParams& params, const Visibility& visible, int batch, int head, int row,
+                         Element* shared, int thread, Out& out, Softmax& softmax) {
+    const Problem& problem = params.problem;
+    const int seqlen = visible.seqlen, head_dim = static_cast<int>(problem.head_dim);
+    const int kv_head = static_cast<int>(head / (problem.heads / problem.kv_heads));
+
+    const Mma mma;
+    auto q_tile = make_tensor(make_smem_ptr(shared), QueryTile{});
+    auto k_tile = make_tensor(make_smem_ptr(shared + kRows * kHeadDim), KeyTile{});
+    auto v_tile = make_tensor(make_smem_ptr(shared + (kRows + kKeys) * kHeadDim), KeyTile{});
+    FirstKeys<kRows> first_keys{reinterpret_cast<int*>(shared + (kRows + 2 * kKeys) * kHeadDim)};
+    auto q = operand_a<Ldmatrix4>(mma, q_tile, thread);
+    auto k = operand_b<Ldmatrix4>(mma, k_tile, thread);
+    auto v = operand_b<Ldmatrix4T>(mma, transposed(v_tile), thread);
+
+    const auto load_keys = [&](const TensorView& from, auto& tile, int n) ALWAYS_INLINE {
+      load_tile<kThreads>(global_tile<Element, kKeys, kHeadDim>(from, batch, kv_head, n * kKeys), tile,
+                          seqlen - n * kKeys, head_dim, thread);
+      commit_copies();
+    };
+
+    const auto where = coordinates<kRows, kKeys>(mma, thread);
+    const RowTile rows(visible, row, kRows);
+    const int first_tile = rows.lowest / kKeys, last_tile = (cute::min(row + kRows, seqlen) - 1) / kKeys;
+
+    // K and V of a step are never needed at once: each is on its way while the other is multiplied. V is waited for after
+    // the softmax: its fragments, fetched among the exponentials, would be too much for the registers.
+    const auto step = [&](int n, auto masked) ALWAYS_INLINE {
+      wait_copies<0>();
+      sync_block();  // K has come, and nobody reads the last V any more
+      load_keys(params.v, v_tile, n);
+      auto scores = zeros<kRows, kKeys>(mma);
+      multiply(scores, mma, q, k);
+      auto score_matrix = as_matrix(scores);
+      if constexpr (masked) apply_mask(score_matrix, where, first_keys, row, n * kKeys);
+      softmax.add(score_matrix, as_matrix(out));
+      auto weights = operand_from<Element>(scores);
+      wait_copies<0>();
+      sync_block();  // V has come, and nobody reads this K any more
+      if (n > first_tile) load_keys(params.k, k_tile, n - 1);
+      multiply(out, mma, weights, v);
+    };
+
+    first_keys.fill(visible, row, thread);
+    load_tile<kThreads>(global_tile<Element, kRows, kHeadDim>(params.q, batch, head, row), q_tile, seqlen - row,
+                        head_dim, thread);
+    load_keys(params.k, k_tile, last_tile);
+    for (int n = last_tile; n >= first_tile;) {
+      for (; n >= first_tile && rows.masks(n * kKeys, kKeys); --n) step(n, std::true_type{});
+      for (; n >= first_tile && !rows.masks(n * kKeys, kKeys); --n) step(n, std::false_type{});
+    }
+  }
+};
+
+}  // namespace longlora::cuda

@@ -1,0 +1,81 @@
+// Who sees whom: the only place that knows of groups, shift and documents.
+#pragma once
+
+#include <cute/tensor.hpp>
+
+#include "../groups.h"
+#include "../params.h"
+#include "layouts.h"
+
+namespace longlora::cuda {
+
+// One head of one sequence: row i sees the keys first_key(i)..i.
+struct Visibility {
+  const int32_t* doc_start;  // of this sequence, or null
+  int seqlen;
+  int group_size;
+  bool shifted;
+
+  DEVICE Visibility(const Problem& problem, int64_t batch, int head)
+      : doc_start(problem.doc_start ? problem.doc_start + batch * problem.seqlen : nullptr),
+        seqlen(static_cast<int>(problem.seqlen)),
+        group_size(static_cast<int>(problem.group_size)),
+        shifted(head >= problem.first_shifted_head) {}
+
+  // A row past the end counts as the last one. What doc_start holds is clamped, so that whatever it is, no key
+  // outside the row is ever read.
+  DEVICE int first_key(int row) const {
+    row = cute::min(row, seqlen - 1);
+    const int start = doc_start ? cute::max(0, cute::min(doc_start[row], row)) : 0;
+    return longlora::first_key(row, start, group_size, shifted);
+  }
+};
+
+// A tile of query rows, by the first keys of its first and of its last row; those between lie between.
+struct RowTile {
+  int row;
+  int rows;
+  int lowest;
+  int highest;
+
+  DEVICE RowTile(const Visibility& visible, int row, int rows)
+      : row(row), rows(rows), lowest(visible.first_key(row)), highest(visible.first_key(row + rows - 1)) {}
+
+  // Whether some row does not see some of the keys.
+  DEVICE bool masks(int key, int keys) const { return key + keys - 1 > row || key < highest; }
+};
+
+// The first keys of a tile's rows, in shared memory: only the few tiles that are masked read them, and registers that
+// held them would be missing in all others (fetched or computed anew they still would: that is moved out of the loop).
+template <int kRows>
+struct FirstKeys {
+  int* shared;
+
+  // To be followed by a barrier.
+  DEVICE void fill(const Visibility& visible, int row, int thread) {
+    if (thread < kRows) Move<int>::copy(visible.first_key(row + thread), shared[thread]);
+  }
+  DEVICE int operator[](int i) const {
+    int key;
+    Move<int>::copy(shared[i], key);
+    return key;
+  }
+};
+
+// Writes -inf over what a thread's rows do not see of a tile of scores.
+template <int kRows, class Scores, class Where>
+DEVICE void apply_mask(Scores& scores, const Where& where, const FirstKeys<kRows>& first_keys, int row, int key) {
+  const int column = get<1>(where(0, 0));
+  CUTE_UNROLL
+  for (int m = 0; m < size<0>(scores); ++m) {
+    const int i = get<0>(where(m, 0));
+    const int first = first_keys[i] - key - column, last = row + i - key - column;
+    CUTE_UNROLL
+    for (int n = 0; n < size<1>(scores); ++n) {
+      const int j = get<1>(where(m, n)) - column;
+      if (j < first || j > last) scores(m, n) = -INFINITY;
+    }
+  }
+}
+
+}  // namespace longlora::cuda

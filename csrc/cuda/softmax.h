@@ -1,0 +1,76 @@
+// The online softmax, in base 2: exp(scale * (s - max)) = exp2(s * scale_log2 - max * scale_log2), one multiply-add
+// and one exp2 for each score.
+#pragma once
+
+#include "layouts.h"
+
+namespace longlora::cuda {
+
+constexpr float kLog2e = 1.44269504f;
+constexpr float kLn2 = 0.69314718f;
+
+// The four neighbours in a warp that share a row.
+DEVICE float row_max_of_four(float x) {
+  x = cute::max(x, shuffle_xor(x, 1));
+  return cute::max(x, shuffle_xor(x, 2));
+}
+DEVICE float row_sum_of_four(float x) {
+  x += shuffle_xor(x, 1);
+  return x + shuffle_xor(x, 2);
+}
+
+// kRows are those of one thread. `scale_log2` is positive.
+template <int kRows>
+struct OnlineSoftmax {
+  float scale_log2;
+  float maximum[kRows];
+  float sum[kRows];  // over this thread's columns, until `finish`
+
+  DEVICE explicit OnlineSoftmax(float scale_log2) : scale_log2(scale_log2) {
+    CUTE_UNROLL
+    for (int m = 0; m < kRows; ++m) {
+      maximum[m] = -INFINITY;
+      sum[m] = 0;
+    }
+  }
+
+  // Turns a tile of scores into weights and takes it into the sums; `out`, what earlier tiles have brought, is
+  // rescaled to the new maximum.
+  template <class Scores, class Out>
+  DEVICE void add(Scores&& scores, Out&& out) {
+    CUTE_UNROLL
+    for (int m = 0; m < kRows; ++m) {
+      float highest = maximum[m];
+      CUTE_UNROLL
+      for (int n = 0; n < size<1>(scores); ++n) highest = cute::max(highest, scores(m, n));
+      highest = row_max_of_four(highest);
+      // A row that has seen nothing yet: any finite number gives the weights 0.
+      const float origin = (highest == -INFINITY ? 0.0f : highest) * scale_log2;
+      const float shrink = exp2_fast(maximum[m] * scale_log2 - origin);
+      sum[m] *= shrink;
+      CUTE_UNROLL
+      for (int n = 0; n < size<1>(out); ++n) out(m, n) *= shrink;
+      maximum[m] = highest;
+      CUTE_UNROLL
+      for (int n = 0; n < size<1>(scores); ++n) {
+        scores(m, n) = exp2_fast(scores(m, n) * scale_log2 - origin);
+        sum[m] += scores(m, n);
+      }
+    }
+  }
+
+  // Divides by the sums and returns the log-sum-exp of row m in lse[m], natural logarithm.
+  template <class Out, class Lse>
+  DEVICE void finish(Out&& out, Lse&& lse) {
+    CUTE_UNROLL
+    for (int m = 0; m < kRows; ++m) {
+      const float total = row_sum_of_four(sum[m]);
+      const float inverse = 1.0f / total;
+      CUTE_UNROLL
+      for (int n = 0; n < size<1>(out); ++n) out(m, n) *= inverse;
+      lse[m] = maximum[m] * scale_log2 * kLn2 + logf(total);
+    }
+  }
+};
+
+}  // namespace longlora::cuda
