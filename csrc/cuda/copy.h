@@ -12,14 +12,14 @@ template <typename Element, int kRows, int kHeadDim>
 DEVICE auto global_tile(const TensorView& view, int64_t batch, int64_t head, int64_t first_row) {
   Element* data = static_cast<Element*>(view.data) + batch * view.batch_stride + head * view.head_stride +
                   first_row * view.row_stride;
-  return make_tensor(make_gmem_ptr(data),
-                     make_layout(Shape<Int<kRows>, Int<kHeadDim>>{}, make_stride(static_cast<int>(view.row_stride), _1{})));
+  return make_tensor(make_gmem_ptr(data), make_layout(Shape<Int<kRows>, Int<kHeadDim>>{},
+                                                      make_stride(static_cast<int>(view.row_stride), _1{})));
 }
 
 template <class Instruction, typename Element, int kThreads>
-using TileCopy = decltype(make_tiled_copy(Copy_Atom<Instruction, Element>{},
-                                          Layout<Shape<Int<kThreads / 8>, _8>, Stride<_8, _1>>{},
-                                          Layout<Shape<_1, _8>>{}));
+using TileCopy =
+    decltype(make_tiled_copy(Copy_Atom<Instruction, Element>{}, Layout<Shape<Int<kThreads / 8>, _8>, Stride<_8, _1>>{},
+                             Layout<Shape<_1, _8>>{}));
 
 // Starts to copy a tile to shared memory. Past the last row and column come zeros.
 template <int kThreads, class Global, class Shared>

@@ -57,8 +57,8 @@ template <typename Element, class Accumulator>
 DEVICE auto operand_from(const Accumulator& acc) {
   const auto fragment = rounded<Element>(acc);
   const auto pairs = logical_divide(fragment.layout(), Shape<Underscore, Underscore, _2>{});  // ((2,2),M,(2,N/2))
-  const auto layout = make_layout(make_layout(get<0, 0>(pairs), get<0, 1>(pairs), get<2, 0>(pairs)), get<1>(pairs),
-                                  get<2, 1>(pairs));
+  const auto layout =
+      make_layout(make_layout(get<0, 0>(pairs), get<0, 1>(pairs), get<2, 0>(pairs)), get<1>(pairs), get<2, 1>(pairs));
   auto operand = make_tensor<Element>(layout);
   cute::copy(make_tensor(fragment.data(), layout), operand);
   return RegisterOperand<decltype(operand)>{operand};

@@ -28,9 +28,8 @@ DEVICE auto transposed(const Tensor& tile) {
 // The tensor cores' m16n8k16, with kWarps of `warps` stacked along the rows. A warp takes 16 columns a time, what one
 // ldmatrix.x4 brings.
 template <typename Element, int kWarps, int kAlongRows>
-using WarpMma =
-    TiledMMA<MMA_Atom<Mma16816<Element>>, Layout<Shape<Int<kAlongRows>, Int<kWarps / kAlongRows>, _1>>,
-             cute::Tile<Int<16 * kAlongRows>, Int<16 * (kWarps / kAlongRows)>, _16>>;
+using WarpMma = TiledMMA<MMA_Atom<Mma16816<Element>>, Layout<Shape<Int<kAlongRows>, Int<kWarps / kAlongRows>, _1>>,
+                         cute::Tile<Int<16 * kAlongRows>, Int<16 * (kWarps / kAlongRows)>, _16>>;
 
 // An accumulator is ((2 columns, 2 rows), tiles along rows, tiles along columns); the same as (rows, columns).
 template <class Accumulator>

@@ -46,8 +46,8 @@ struct Forward {
     const RowTile rows(visible, row, kRows);
     const int first_tile = rows.lowest / kKeys, last_tile = (cute::min(row + kRows, seqlen) - 1) / kKeys;
 
-    // K and V of a step are never needed at once: each is on its way while the other is multiplied. V is waited for after
-    // the softmax: its fragments, fetched among the exponentials, would be too much for the registers.
+    // K and V of a step are never needed at once: each is on its way while the other is multiplied. V is waited for
+    // after the softmax: its fragments, fetched among the exponentials, would be too much for the registers.
     const auto step = [&](int n, auto masked) ALWAYS_INLINE {
       wait_copies<0>();
       sync_block();  // K has come, and nobody reads the last V any more

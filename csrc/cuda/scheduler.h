@@ -9,8 +9,8 @@
 
 namespace longlora::cuda {
 
-// The work of a tile grows with its position in its group. Blocks are numbered by position from the last one down, then by
-// group, then by head. Shifted heads' groups begin half a group earlier.
+// The work of a tile grows with its position in its group. Blocks are numbered by position from the last one down, then
+// by group, then by head. Shifted heads' groups begin half a group earlier.
 struct Schedule {
   int tiles;            // of a head
   int tiles_per_group;  // rounded: a group that is no multiple of a tile gets a good order, not the best
