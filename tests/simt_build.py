@@ -13,6 +13,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 import time
 from collections.abc import Iterator, Sequence
@@ -145,6 +146,22 @@ def build(name: str, units: Sequence[Path], sanitizer: str | None = None) -> Pat
             run([*CXX, "-shared", *instrument, "-o", linked, *(path for path, _ in objects)])
             linked.rename(target)
     return target
+
+
+def run_sanitized(sanitizer: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run Python with these arguments so that it can load a module built for `sanitizer`. stderr has its findings."""
+
+    def library(name: str) -> str:
+        command = [*CXX, f"-print-file-name={name}"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    # The sanitizer must come before all others, and find libstdc++ when it looks for what it replaces.
+    preload = " ".join(map(library, ({"address": "libasan.so", "thread": "libtsan.so"}[sanitizer], "libstdc++.so.6")))
+    options = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "exitcode=66"}
+    options |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # whose synchronization TSan cannot see
+    same_addresses = ["setarch", "-R"] if sanitizer == "thread" else []  # TSan does not bear with random ones
+    command = [*same_addresses, sys.executable, *map(str, arguments)]
+    return subprocess.run(command, env={**os.environ, **options, "LD_PRELOAD": preload}, capture_output=True, text=True)
 
 
 def load(path: Path) -> ModuleType:

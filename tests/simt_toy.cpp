@@ -114,10 +114,15 @@ __global__ void add(const ProbeParams params) { atomic_add(params.out, 1); }
 
 // What the sanitizers are for: between blocks, and outside of an array.
 __global__ void add_without_atomic(const ProbeParams params) {
+  sync_block();
   if (threadIdx.x == 0) params.out[0] += 1;
+  sync_block();
 }
 __global__ void read_global_at(const ProbeParams params) {
-  if (threadIdx.x == 0) copy_at({params.out, 0}), params.out[0] = params.out[params.argument];
+  if (threadIdx.x == 0) params.out[0] = params.out[params.argument];
+}
+__global__ void write_global_at(const ProbeParams params) {
+  if (threadIdx.x == 0) params.out[params.argument] = 1;
 }
 __global__ void copy_global_at(const ProbeParams params) { copy_own({params.out + params.argument, 0}); }
 
@@ -156,6 +161,7 @@ const std::map<std::string, Launch> kProbes = {
     {"add", launch<&add, ProbeParams>},
     {"add_without_atomic", launch<&add_without_atomic, ProbeParams>},
     {"read_global_at", launch<&read_global_at, ProbeParams>},
+    {"write_global_at", launch<&write_global_at, ProbeParams>},
     {"copy_global_at", launch<&copy_global_at, ProbeParams>},
     {"take_turns", launch<&take_turns, ProbeParams>},
     {"load_strided_4", launch<&load_strided<uint32_t>, ProbeParams>},

@@ -5,6 +5,7 @@ What the probes of simt_toy.cpp do is told by their names; their argument 1 does
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -225,3 +226,44 @@ def test_pair_conversions(toy: ModuleType) -> None:
         for low, high in ((1.0, -2.0), (1 + 2**-8, 1 + 3 * 2**-8), (1 + 2**-11, 1 + 3 * 2**-11), (1e-7, 1e30)):
             expected = torch.tensor([low, high]).to(dtype).tolist()
             assert list(toy.round_trip(is_bfloat16, low, high)) == expected
+
+
+@pytest.fixture(scope="module")
+def sanitized(request: pytest.FixtureRequest) -> Callable[..., str]:
+    """Run simt_sanitized.py under a sanitizer and return what was found, "" if nothing."""
+    sanitizer: str = request.param
+    module = simt_build.build("simt_toy", [simt_build.ROOT / "tests" / "simt_toy.cpp"], sanitizer)
+
+    def run(name: str, argument: int = 0, blocks: int = 1) -> str:
+        script = simt_build.ROOT / "tests" / "simt_sanitized.py"
+        result = simt_build.run_sanitized(sanitizer, script, module, name, str(argument), str(blocks))
+        return result.stderr if result.returncode else ""
+
+    return run
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("sanitized", ["address", "thread"], indirect=True)
+def test_sanitizers_find_nothing(sanitized: Callable[..., str]) -> None:
+    for seed in range(4):
+        assert sanitized("gemm", seed) == ""
+    assert sanitized("add", 0, 3) == ""
+    assert sanitized("add_without_atomic", 0, 1) == ""
+    assert "Error: " in sanitized("read_neighbour", 0, 1)  # the emulator's own errors still come through
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("sanitized", ["thread"], indirect=True)
+def test_thread_sanitizer(sanitized: Callable[..., str]) -> None:
+    """Blocks that add up without atomics."""
+    assert "WARNING: ThreadSanitizer: data race" in sanitized("add_without_atomic", 0, 3)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("sanitized", ["address"], indirect=True)
+def test_address_sanitizer(sanitized: Callable[..., str]) -> None:
+    """Global reads, writes and cp.async one element past the end of an array of 1024 floats."""
+    assert sanitized("read_global_at", 1023) == sanitized("write_global_at", 1023) == ""
+    assert sanitized("copy_global_at", 1024 - 4 * THREADS) == ""
+    for name, argument in (("read_global_at", 1024), ("write_global_at", 1024), ("copy_global_at", 1028 - 4 * THREADS)):
+        assert "AddressSanitizer: heap-buffer-overflow" in sanitized(name, argument)

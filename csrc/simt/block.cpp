@@ -48,6 +48,7 @@ void Block::run(Index index, int shared_bytes) {
   index_ = blockIdx = index;
   epoch_ = 1;
   last_ = nullptr;
+  barrier_ = std::make_unique<char>();
   shared_.reset(shared_bytes);
   for (Thread& thread : threads_) {
     thread.state = Thread::kReady;
@@ -67,9 +68,9 @@ void Block::run(Index index, int shared_bytes) {
 
 void Block::thread_main(void* argument) {
   Thread& thread = *static_cast<Thread*>(argument);
-  acquire(block);  // what the host did before the launch
+  acquire(&block->began_);
   block->body_(block->params_);
-  release(block);
+  release(&block->ended_);
   thread.state = Thread::kReturned;
 }
 
@@ -138,9 +139,9 @@ void Block::join(const Collective& collective, void* operand) {
 void Block::wait_at_barrier() {
   Thread& thread = *running_;
   thread.state = Thread::kAtBarrier;
-  release(&shared_);
+  release(barrier_.get());
   Fiber::suspend();
-  acquire(&shared_);
+  acquire(barrier_.get());
 }
 
 }  // namespace longlora::simt

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <random>
 #include <vector>
 
@@ -50,7 +51,10 @@ class Block {
 
   Block(int threads, uint64_t seed, Body body, const void* params);
 
+  // All blocks of a grid are run between `begin` and `end`.
+  void begin() { release(&began_); }
   void run(Index index, int shared_bytes);
+  void end() { acquire(&ended_); }
 
   Thread& running() { return *running_; }
   Warp& warp() { return warps_[running_->index / kLanes]; }
@@ -83,6 +87,10 @@ class Block {
   Index index_ = {};
   uint32_t epoch_ = 0;
   Thread* running_ = nullptr;
+  // What TSan is shown: the launch comes before all threads, they before its end, and a block's barrier has a new
+  // address.
+  char began_, ended_;
+  std::unique_ptr<char> barrier_;
   Warp* last_ = nullptr;
 };
 

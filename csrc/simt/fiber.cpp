@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <new>
+#include <stdexcept>
 #include <utility>
 
 // Bound when a sanitizer's library is loaded, null otherwise: one object of this file serves every build.
@@ -49,12 +50,15 @@ namespace longlora::simt {
 namespace {
 
 constexpr size_t kGuardBytes = 64 * 1024;  // a page at least, whatever its size
+constexpr int kMostTsanFibers = 8000;      // it has room for 8192 threads
 constexpr unsigned kNoSync = 1;            // TSan: a switch orders nothing
 
 Context scheduler;
+void* scheduler_tsan_fiber;
 const void* scheduler_stack;
 size_t scheduler_stack_bytes;
 Fiber* running;
+int tsan_fibers;
 
 void switch_context(Context& from, Context& to) {
 #if defined(__x86_64__)
@@ -78,8 +82,11 @@ void Fiber::start(void (*body)(void*), void* argument) {
   char* const bottom = stack_ + kGuardBytes;
   const size_t bytes = kStackBytes - kGuardBytes;
   if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(bottom, bytes);
-  if (context_.tsan_fiber) __tsan_destroy_fiber(context_.tsan_fiber);
-  if (__tsan_create_fiber) context_.tsan_fiber = __tsan_create_fiber(0);
+  if (__tsan_create_fiber) {
+    if (tsan_fibers == kMostTsanFibers) throw std::runtime_error("ThreadSanitizer cannot follow so many threads");
+    ++tsan_fibers;
+    tsan_fibers_.push_back(__tsan_create_fiber(0));
+  }
   context_.fake_stack = nullptr;
   body_ = body;
   argument_ = argument;
@@ -101,7 +108,8 @@ void Fiber::start(void (*body)(void*), void* argument) {
 }
 
 Fiber::~Fiber() {
-  if (context_.tsan_fiber) __tsan_destroy_fiber(context_.tsan_fiber);
+  for (void* fiber : tsan_fibers_) __tsan_destroy_fiber(fiber);
+  tsan_fibers -= static_cast<int>(tsan_fibers_.size());
   if (stack_) munmap(stack_, kStackBytes);
 }
 
@@ -110,8 +118,8 @@ void Fiber::resume() {
   if (__sanitizer_start_switch_fiber)
     __sanitizer_start_switch_fiber(&scheduler.fake_stack, stack_ + kGuardBytes, kStackBytes - kGuardBytes);
   if (__tsan_switch_to_fiber) {
-    scheduler.tsan_fiber = __tsan_get_current_fiber();
-    __tsan_switch_to_fiber(context_.tsan_fiber, kNoSync);
+    scheduler_tsan_fiber = __tsan_get_current_fiber();
+    __tsan_switch_to_fiber(tsan_fibers_.back(), kNoSync);
   }
   switch_context(scheduler, context_);
   if (__sanitizer_finish_switch_fiber) __sanitizer_finish_switch_fiber(scheduler.fake_stack, nullptr, nullptr);
@@ -141,7 +149,7 @@ void Fiber::enter() {
 void Fiber::switch_to_scheduler(bool for_good) {
   if (__sanitizer_start_switch_fiber)
     __sanitizer_start_switch_fiber(for_good ? nullptr : &context_.fake_stack, scheduler_stack, scheduler_stack_bytes);
-  if (__tsan_switch_to_fiber) __tsan_switch_to_fiber(scheduler.tsan_fiber, kNoSync);
+  if (__tsan_switch_to_fiber) __tsan_switch_to_fiber(scheduler_tsan_fiber, kNoSync);
   switch_context(context_, scheduler);
 }
 

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <exception>
+#include <vector>
 
 #if !defined(__x86_64__)
 #include <ucontext.h>
@@ -17,9 +18,7 @@ struct Context {
 #else
   ucontext_t registers;
 #endif
-  // The sanitizers' view of it.
-  void* fake_stack = nullptr;
-  void* tsan_fiber = nullptr;
+  void* fake_stack = nullptr;  // AddressSanitizer's
 };
 
 class Fiber {
@@ -39,7 +38,7 @@ class Fiber {
   static void suspend();
 
  private:
-  static constexpr size_t kStackBytes = 256 * 1024;
+  static constexpr size_t kStackBytes = 1024 * 1024;  // AddressSanitizer makes frames large
 
   static void enter();
   void switch_to_scheduler(bool for_good);
@@ -47,6 +46,8 @@ class Fiber {
 
   char* stack_ = nullptr;
   Context context_;
+  std::vector<void*>
+      tsan_fibers_;  // one for each start; TSan mixes up who did what when it gives their numbers out again
   void (*body_)(void*) = nullptr;
   void* argument_ = nullptr;
   std::exception_ptr thrown_;
