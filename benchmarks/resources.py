@@ -1,0 +1,213 @@
+"""What each CUDA kernel takes of an sm_80 GPU, from its machine code: registers, spills, shared memory, instructions.
+
+python benchmarks/resources.py          after a build without isolation: writes results/resources.json, prints the table
+python benchmarks/resources.py --show   prints the table of results/resources.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sass import Kernel, disassemble
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "cmake"
+OBJECTS = BUILD / "CMakeFiles" / "cuda_kernels.dir" / "cuda"
+RESULTS = ROOT / "benchmarks" / "results" / "resources.json"
+
+# Of a multiprocessor of compute capability 8.0 (CUDA C++ Programming Guide, technical specifications).
+REGISTERS, WARPS, BLOCKS = 65536, 64, 32
+SHARED_BYTES, SHARED_BYTES_TAKEN = 164 * 1024, 1024  # for each block the system takes some
+REGISTERS_GRANULE = 256  # of a warp
+QUARTERS = 4  # a warp's registers are in one quarter of a multiprocessor
+
+COUNTED = ("HMMA", "LDSM", "LDGSTS", "BAR", "LDL", "STL")
+
+# The kernels with matrix products, and the class that holds their tile.
+TILES = {"forward_kernel": "Forward"}
+
+
+def product(m: int, n: int, k: int, warps: int, along_rows: int, a_in_registers: bool = False) -> Counter[str]:
+    """What one warp needs for an [m, n] product over k: m16n8k16, and operands from shared memory 16 x 16 a time."""
+    rows, columns, slices = m // along_rows // 16, n // (warps // along_rows) // 16, k // 16
+    loads = columns + (0 if a_in_registers else rows)
+    return Counter(HMMA=rows * 2 * columns * slices, LDSM=loads * slices)
+
+
+def load(rows: int, head_dim: int, threads: int) -> Counter[str]:
+    """What one thread needs to bring a tile to shared memory, 16 bytes a time."""
+    return Counter(LDGSTS=rows * head_dim * 2 // 16 // threads)
+
+
+def forward_counts(tile: dict[str, int], head_dim: int) -> Counter[str]:
+    rows, keys, warps, threads = tile["rows"], tile["keys"], tile["warps"], tile["threads"]
+    step = product(rows, keys, head_dim, warps, warps)
+    step += product(rows, head_dim, keys, warps, warps, a_in_registers=True)
+    step += load(keys, head_dim, threads) + load(keys, head_dim, threads)  # this V, the next K
+    # The code has the step twice, masked and unmasked.
+    return load(rows, head_dim, threads) + load(keys, head_dim, threads) + step + step
+
+
+EXPECTED = {"forward_kernel": forward_counts}
+
+
+def blocks_per_multiprocessor(threads: int, registers: int, shared_bytes: int) -> int:
+    warps = threads // 32
+    of_a_warp = -(-registers * 32 // REGISTERS_GRANULE) * REGISTERS_GRANULE
+    by_registers = REGISTERS // QUARTERS // of_a_warp * QUARTERS // warps
+    return min(by_registers, SHARED_BYTES // (shared_bytes + SHARED_BYTES_TAKEN), WARPS // warps, BLOCKS)
+
+
+def find(pattern: str, text: str) -> re.Match[str]:
+    found = re.search(pattern, text)
+    assert found, f"no {pattern!r} in {text!r}"
+    return found
+
+
+def ptxas_log(text: str) -> dict[str, dict[str, int]]:
+    """What `ptxas -v` says, by mangled name."""
+    kernels = {}
+    for part in text.split("Compiling entry function '")[1:]:
+        # The first frame is the kernel's; functions that it calls follow with theirs.
+        frame = find(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
+        shared = re.search(r"Used \d+ registers.*?(\d+) bytes smem", part)
+        kernels[part.partition("'")[0]] = {
+            "registers": int(find(r"Used (\d+) registers", part)[1]),
+            "stack": int(frame[1]),
+            "spill_stores": int(frame[2]),
+            "spill_loads": int(frame[3]),
+            "static_shared": int(shared[1]) if shared else 0,
+        }
+    return kernels
+
+
+def compile_command(unit: str) -> list[str]:
+    """How the build compiles a unit, without its source and output."""
+    (entry,) = (x for x in json.loads((BUILD / "compile_commands.json").read_text()) if x["file"].endswith(unit))
+    command = shlex.split(entry["command"])
+    return command[: command.index("-x")]
+
+
+def tiles(head_dims: set[int]) -> dict[tuple[str, int], dict[str, int]]:
+    """Threads, shared memory and tile of the kernels in TILES, by kernel and head dim, from the headers themselves."""
+    rows = "".join(
+        f'print("{kernel}", {head_dim}, {tile}<cute::bfloat16_t, {head_dim}>{{}});\n'
+        for kernel, tile in TILES.items()
+        for head_dim in sorted(head_dims)
+    )
+    program = f"""
+        #include <cstdio>
+        #include "launch.h"
+        using namespace longlora::cuda;
+        void print(const ForwardTile& tile) {{
+          std::printf("rows %d keys %d warps %d", tile.rows, tile.keys, tile.warps);
+        }}
+        void print(const BackwardTile& tile) {{
+          std::printf("rows %d keys %d warps %d score_warps %d dkv_warps %d dq_warps %d stages %d", tile.rows,
+                      tile.keys, tile.warps, tile.score_warps, tile.dkv_warps, tile.dq_warps, tile.stages);
+        }}
+        template <class Kernel>
+        void print(const char* kernel, int head_dim, Kernel) {{
+          std::printf("%s %d threads %d dynamic_shared %d ", kernel, head_dim, Kernel::kThreads, Kernel::kSharedBytes);
+          print(Kernel::kTile);
+          std::printf("\\n");
+        }}
+        int main() {{ {rows} }}
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        source, binary = Path(folder) / "tiles.cu", Path(folder) / "tiles"
+        source.write_text(program)
+        command = [*compile_command("forward_bf16_64.cu"), "-x", "cu", str(source), "-o", str(binary)]
+        subprocess.run(command, cwd=BUILD, check=True, capture_output=True)
+        printed = subprocess.run([binary], capture_output=True, text=True, check=True).stdout
+    found = {}
+    for line in printed.splitlines():
+        kernel, head_dim, *fields = line.split()
+        found[kernel, int(head_dim)] = dict(zip(fields[::2], map(int, fields[1::2]), strict=True))
+    return found
+
+
+def measure_unit(name: str, tile_table: dict[tuple[str, int], dict[str, int]]) -> Iterator[dict[str, Any]]:
+    """One row for each kernel of a unit such as backward_bf16_64."""
+    _, element, head_dim = name.split("_")
+    log = ptxas_log((OBJECTS / f"{name}.cu.o.log").read_text())
+    machine_code = disassemble(OBJECTS / f"{name}.cu.o")
+    assert log.keys() == machine_code.keys(), f"{name}: ptxas and cuobjdump see different kernels"
+    mangled = sorted(log)
+    demangled = subprocess.run(["c++filt", *mangled], capture_output=True, text=True, check=True).stdout.splitlines()
+    for symbol, readable in zip(mangled, demangled, strict=True):
+        kernel = find(r"(\w+)<", readable)[1]
+        tile = tile_table.get((kernel, int(head_dim)))
+        row: dict[str, Any] = {"kernel": kernel, "dtype": element, "head_dim": int(head_dim)} | log[symbol]
+        if tile:
+            shared = row["static_shared"] + tile["dynamic_shared"]
+            blocks = blocks_per_multiprocessor(tile["threads"], row["registers"], shared)
+            row |= {"tile": tile, "blocks_per_multiprocessor": blocks}
+        code: Kernel = machine_code[symbol]
+        everywhere, in_loops = code.count(), code.count(code.product_loops)
+        yield row | {
+            "instructions": {kind: everywhere[kind] for kind in COUNTED},
+            "in_product_loops": {kind: in_loops[kind] for kind in COUNTED},
+        }
+
+
+def measure() -> dict[str, Any]:
+    units = sorted(path.name.removesuffix(".cu.o") for path in OBJECTS.glob("*.cu.o"))
+    assert units, f"no objects in {OBJECTS}: build with nvcc first (pip install -e . --no-build-isolation)"
+    tile_table = tiles({int(unit.rpartition("_")[2]) for unit in units})
+    return {
+        "nvcc": nvcc_version(),
+        "architecture": "sm_80",
+        "kernels": [row for unit in units for row in measure_unit(unit, tile_table)],
+    }
+
+
+def nvcc_version() -> str:
+    """Of the nvcc that the build folder was configured with."""
+    says = subprocess.run([compile_command("forward_bf16_64.cu")[0], "--version"], capture_output=True, text=True)
+    return find(r"V([\d.]+)", says.stdout)[1]
+
+
+def table(kernels: list[dict[str, Any]]) -> str:
+    head = "| kernel | dtype | head dim | threads | registers | spill stores, loads | shared, KiB | blocks / SM "
+    head += "".join(f"| {kind} " for kind in COUNTED) + "|\n" + "|---|---" + "|---:" * (6 + len(COUNTED)) + "|\n"
+    lines = []
+    for row in kernels:
+        tile = row.get("tile", {})
+        cells = [
+            f"`{row['kernel']}`",
+            row["dtype"],
+            row["head_dim"],
+            tile.get("threads", ""),
+            row["registers"],
+            f"{row['spill_stores']}, {row['spill_loads']}",
+            f"{(row['static_shared'] + tile['dynamic_shared']) / 1024:.1f}" if tile else "",
+            row.get("blocks_per_multiprocessor", ""),
+            *(
+                f"{row['instructions'][kind]}" + (f" ({row['in_product_loops'][kind]})" if tile else "")
+                for kind in COUNTED
+            ),
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return head + "\n".join(lines) + "\n\nIn brackets: in the innermost loops with matrix products.\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--show", action="store_true", help="the table that is there, nothing measured")
+    if not parser.parse_args().show:
+        RESULTS.write_text(json.dumps(measure(), indent=1) + "\n")
+    print(table(json.loads(RESULTS.read_text())["kernels"]))
+
+
+if __name__ == "__main__":
+    main()
