@@ -24,6 +24,8 @@ BUILD = ROOT / "build" / "cmake"
 OBJECTS = BUILD / "CMakeFiles" / "cuda_kernels.dir" / "cuda"
 RESULTS = ROOT / "benchmarks" / "results" / "resources.json"
 
+ARCHITECTURE = "sm_80"
+
 # Of a multiprocessor of compute capability 8.0 (CUDA C++ Programming Guide, technical specifications).
 REGISTERS, WARPS, BLOCKS = 65536, 64, 32
 SHARED_BYTES, SHARED_BYTES_TAKEN = 164 * 1024, 1024  # for each block the system takes some
@@ -77,6 +79,8 @@ def ptxas_log(text: str) -> dict[str, dict[str, int]]:
     """What `ptxas -v` says, by mangled name."""
     kernels = {}
     for part in text.split("Compiling entry function '")[1:]:
+        if not part.partition("\n")[0].endswith(f"for '{ARCHITECTURE}'"):
+            continue
         # The first frame is the kernel's; functions that it calls follow with theirs.
         frame = find(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
         shared = re.search(r"Used \d+ registers.*?(\d+) bytes smem", part)
@@ -140,7 +144,7 @@ def measure_unit(name: str, tile_table: dict[tuple[str, int], dict[str, int]]) -
     """One row for each kernel of a unit such as backward_bf16_64."""
     _, element, head_dim = name.split("_")
     log = ptxas_log((OBJECTS / f"{name}.cu.o.log").read_text())
-    machine_code = disassemble(OBJECTS / f"{name}.cu.o")
+    machine_code = disassemble(OBJECTS / f"{name}.cu.o", ARCHITECTURE)
     assert log.keys() == machine_code.keys(), f"{name}: ptxas and cuobjdump see different kernels"
     mangled = sorted(log)
     demangled = subprocess.run(["c++filt", *mangled], capture_output=True, text=True, check=True).stdout.splitlines()
@@ -166,7 +170,7 @@ def measure() -> dict[str, Any]:
     tile_table = tiles({int(unit.rpartition("_")[2]) for unit in units})
     return {
         "nvcc": nvcc_version(),
-        "architecture": "sm_80",
+        "architecture": ARCHITECTURE,
         "kernels": [row for unit in units for row in measure_unit(unit, tile_table)],
     }
 

@@ -43,11 +43,11 @@ _FUNCTION = re.compile(r"\s*Function : (\S+)")
 _INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 
 
-def disassemble(binary: Path) -> dict[str, Kernel]:
+def disassemble(binary: Path, architecture: str) -> dict[str, Kernel]:
     """The kernels of an object or library, by mangled name."""
     cuobjdump = find_cuobjdump()
     assert cuobjdump, "no cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
-    command = [cuobjdump, "-sass", str(binary)]
+    command = [cuobjdump, "-sass", "-arch", architecture, str(binary)]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     kernels: dict[str, list[Instruction]] = {}
     for line in listing.splitlines():

@@ -12,8 +12,11 @@ if(NOT EXISTS ${CMAKE_SOURCE_DIR}/csrc/cuda/instantiate.cu.in)
 endif()
 message(STATUS "${NVCC}: building the CUDA kernels as well")
 
-# 80: sm_80 code, and compute_80 PTX that newer GPUs compile when it is loaded.
-set(CMAKE_CUDA_ARCHITECTURES 80 CACHE STRING "GPU architectures to compile for")
+# 80: sm_80 code, and compute_80 PTX that newer GPUs compile when it is loaded. CUDAARCHS is CMake's own.
+set(CMAKE_CUDA_ARCHITECTURES 80)
+if(DEFINED ENV{CUDAARCHS})
+  set(CMAKE_CUDA_ARCHITECTURES $ENV{CUDAARCHS})
+endif()
 set(CMAKE_CUDA_COMPILER ${NVCC})
 set(CMAKE_CUDA_STANDARD 17)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
