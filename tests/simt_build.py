@@ -20,20 +20,24 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
+from itertools import product
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import pybind11
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNTIME = ROOT / "csrc" / "simt"
+BINDINGS = RUNTIME / "bindings.cpp"
+CUDA = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "simt"
 CXX = shlex.split(os.environ.get("CXX", "g++"))
 JOBS = 2  # a CuTe kernel takes the compiler 1 GB
 
 COMMON_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # -O1: -O0 runs 60 times slower, -O2 no faster. CuTe reads registers as other types than they were written as.
-KERNEL_FLAGS = [*COMMON_FLAGS, "-O1", "-fno-strict-aliasing"]
+KERNEL_FLAGS = [*COMMON_FLAGS, "-O1", "-fno-strict-aliasing", f"-I{CUDA}"]
 # Never instrumented: what it does to a thread's memory is that thread's doing, and it tells the sanitizers of fibers.
 RUNTIME_FLAGS = [*COMMON_FLAGS, "-O3"]
 SANITIZER_FLAGS: dict[str | None, list[str]] = {
@@ -131,12 +135,12 @@ def compile_unit(source: Path, flags: list[str]) -> tuple[Path, str]:
 def build(name: str, units: Sequence[Path], sanitizer: str | None = None) -> Path:
     """The extension module `name` from the emulator and `units`, one of which has PYBIND11_MODULE(name, ...)."""
     instrument = SANITIZER_FLAGS[sanitizer]
-    runtime = sorted(RUNTIME.glob("*.cpp"))
+    runtime = sorted(set(RUNTIME.glob("*.cpp")) - {BINDINGS})
     jobs = [(unit, RUNTIME_FLAGS) for unit in runtime]
     jobs += [(unit, [*KERNEL_FLAGS, *instrument, *include_flags()]) for unit in units]
     with locked(), ThreadPoolExecutor(JOBS) as pool:
         objects = list(pool.map(lambda job: compile_unit(*job), jobs))
-        stem = "-".join(filter(None, (name, sanitizer)))
+        stem = f"{name}-{sanitizer}-{digest(*map(str, units))}"
         target = BUILD / f"{stem}-{digest(*(inputs for _, inputs in objects))}" / f"{name}.so"
         if not target.is_file():
             for old in BUILD.glob(f"{stem}-{'[0-9a-f]' * 16}"):
@@ -146,6 +150,64 @@ def build(name: str, units: Sequence[Path], sanitizer: str | None = None) -> Pat
             run([*CXX, "-shared", *instrument, "-o", linked, *(path for path, _ in objects)])
             linked.rename(target)
     return target
+
+
+class Kernel(NamedTuple):
+    """An instantiation, as CMake makes them from csrc/cuda/instantiate.cu.in."""
+
+    direction: str
+    dtype: str
+    head_dim: int
+
+
+KERNELS = tuple(map(Kernel._make, product(("backward", "forward"), ("bf16", "fp16"), (256, 128, 64))))
+ELEMENTS = {"bf16": "cutlass::bfloat16_t", "fp16": "cutlass::half_t"}
+ABSENT = {
+    "forward": "template <> void launch_forward<{element}, {head_dim}>(const ForwardParams&, void*) {{ absent(); }}",
+    "backward": "template <> void launch_backward<{element}, {head_dim}>"
+    "(const BackwardParams&, bool, void*) {{ absent(); }}",
+}
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.is_file() or path.read_text() != text:
+        path.write_text(text)
+    return path
+
+
+def instantiation(kernel: Kernel) -> Path:
+    text = (CUDA / "instantiate.cu.in").read_text()
+    for key, value in (
+        ("DIRECTION", kernel.direction),
+        ("ELEMENT", ELEMENTS[kernel.dtype]),
+        ("HEAD_DIM", str(kernel.head_dim)),
+    ):
+        text = text.replace(f"@{key}@", value)
+    return write(BUILD / "units" / f"{'_'.join(map(str, kernel))}.cu", text)
+
+
+def absent_kernels(kernels: Sequence[Kernel]) -> Path:
+    """A unit that stands for these: they end with an error."""
+    lines = [
+        "#include <stdexcept>",
+        f'#include "{ROOT / "csrc" / "params.h"}"',
+        "namespace cutlass { struct bfloat16_t; struct half_t; }",
+        "namespace longlora::cuda {",
+        "template <typename Element, int kHeadDim> void launch_forward(const ForwardParams&, void*);",
+        "template <typename Element, int kHeadDim> void launch_backward(const BackwardParams&, bool, void*);",
+        '[[maybe_unused]] static void absent() { throw std::logic_error("not among the kernels of this build"); }',
+        *(ABSENT[direction].format(element=ELEMENTS[dtype], head_dim=size) for direction, dtype, size in kernels),
+        "}",
+    ]
+    return write(BUILD / "units" / f"absent_{digest(*lines)}.cpp", "\n".join(lines) + "\n")
+
+
+def build_kernels(kernels: Sequence[Kernel] = KERNELS, sanitizer: str | None = None) -> Path:
+    """The extension module `simt_kernels` of csrc/simt/bindings.cpp with these kernels."""
+    units = [instantiation(kernel) for kernel in kernels]
+    units += [BINDINGS, CUDA / "dispatch.cu", absent_kernels([k for k in KERNELS if k not in kernels])]
+    return build("simt_kernels", units, sanitizer)
 
 
 def run_sanitized(sanitizer: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,81 @@
+// The module `simt_kernels`: kernels.h for Python, with pointers as integers. Whoever calls it keeps to what kernels.h
+// says; nothing is checked here.
+#include <cuda_runtime_api.h>
+
+#include "../cuda/kernels.h"
+#include "python.h"
+
+namespace longlora::simt {
+namespace {
+
+template <typename T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Dtype dtype_of(bool bfloat16) { return bfloat16 ? Dtype::kBFloat16 : Dtype::kFloat16; }
+
+PYBIND11_MODULE(simt_kernels, module) {
+  using namespace pybind11::literals;
+  bind_control(module);
+
+  pybind11::class_<TensorView>(module, "TensorView")
+      .def(pybind11::init([](uintptr_t data, int64_t batch_stride, int64_t row_stride, int64_t head_stride) {
+             return TensorView{pointer<void>(data), batch_stride, row_stride, head_stride};
+           }),
+           "data"_a, "batch_stride"_a, "row_stride"_a, "head_stride"_a);
+
+  pybind11::class_<Problem>(module, "Problem")
+      .def(pybind11::init([](int64_t batch, int64_t seqlen, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                             int64_t group_size, int64_t first_shifted_head, double scale, uintptr_t doc_start) {
+             return Problem{batch,
+                            seqlen,
+                            heads,
+                            kv_heads,
+                            head_dim,
+                            group_size,
+                            first_shifted_head,
+                            scale,
+                            pointer<int32_t>(doc_start)};
+           }),
+           "batch"_a, "seqlen"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "group_size"_a, "first_shifted_head"_a,
+           "scale"_a, "doc_start"_a = 0);
+
+  module.def(
+      "forward",
+      [](const Problem& problem, bool bfloat16, TensorView q, TensorView k, TensorView v, TensorView out,
+         uintptr_t lse) { cuda::forward({problem, q, k, v, out, pointer<void>(lse)}, dtype_of(bfloat16), nullptr); },
+      "problem"_a, "bfloat16"_a, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a);
+
+  module.def(
+      "backward",
+      [](const Problem& problem, bool bfloat16, bool deterministic, TensorView dout, TensorView q, TensorView k,
+         TensorView v, TensorView out, TensorView dq, TensorView dk, TensorView dv, uintptr_t lse, uintptr_t delta,
+         uintptr_t dq_scratch) {
+        cuda::backward({problem, dout, q, k, v, out, dq, dk, dv, pointer<void>(lse), pointer<void>(delta),
+                        pointer<float>(dq_scratch)},
+                       dtype_of(bfloat16), deterministic, nullptr);
+      },
+      "problem"_a, "bfloat16"_a, "deterministic"_a, "dout"_a, "q"_a, "k"_a, "v"_a, "out"_a, "dq"_a, "dk"_a, "dv"_a,
+      "lse"_a, "delta"_a, "dq_scratch"_a);
+
+  module.def("dq_scratch_floats", &cuda::dq_scratch_floats, "problem"_a, "deterministic"_a);
+}
+
+}  // namespace
+}  // namespace longlora::simt
+
+// What the host code asks the CUDA runtime: this is a device of the kernels' own kind.
+extern "C" {
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 8 : 0;
+  return cudaSuccess;
+}
+
+const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+}
