@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 from launch import BY_DEEPSPEED, RANK, USE_CONFIGURED_STATE, WORLD_SIZE, fail, prepare_deepspeed
+from safetensors import SafetensorError
 from transformers import HfArgumentParser, TrainingArguments
 
 HERE = Path(__file__).resolve().parent
@@ -174,12 +175,20 @@ class _Parser(HfArgumentParser):
 
 
 @contextmanager
-def one_clear_error() -> Iterator[None]:
-    """Turn what libraries raise about bad input into one line. Only for what comes before the work."""
+def one_clear_error(about: str = "") -> Iterator[None]:
+    """Turn what libraries raise about bad input into one line that starts with what it is `about`.
+
+    Only for what comes before the work.
+    """
     try:
         yield
-    except (ValueError, OSError, ImportError, NotImplementedError) as error:
-        fail(" ".join(str(error).split()) or type(error).__name__)
+    except (ValueError, OSError, ImportError, NotImplementedError, RuntimeError, SafetensorError) as error:
+        fail(about + (" ".join(str(error).split()) or type(error).__name__))
+
+
+def compute_dtype(args: TrainingArguments) -> torch.dtype:
+    """The dtype to compute in, and that of the weights that are not trained."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
 def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingArguments]:
@@ -220,6 +229,9 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingArgum
         parser.set_defaults(gradient_accumulation_steps=max(1, GLOBAL_BATCH // batch))
     if asked.fp16 and not _is_given(argv, "bf16"):
         parser.set_defaults(bf16=False)
+    if not asked.deepspeed and not torch.accelerator.is_available():
+        # Or accelerate brings no process group up, and each of several processes takes itself for the only one.
+        parser.set_defaults(use_cpu=True)
     if asked.output_dir is None:
         parser.set_defaults(output_dir="")  # named after model and context, later
     _check(parser, asked)
@@ -242,7 +254,11 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingArgum
 def _machine_defaults() -> dict[str, Any]:
     """Defaults that depend on what the program runs on and how it was started."""
     gpu = torch.cuda.is_available()
-    defaults = {"bf16": gpu and torch.cuda.is_bf16_supported(), "dataloader_pin_memory": gpu}
+    defaults = {
+        "bf16": gpu and torch.cuda.is_bf16_supported(),
+        "dataloader_pin_memory": gpu,
+        "ddp_find_unused_parameters": False,  # all that is trained is used in every step
+    }
     if BY_DEEPSPEED:
         defaults["deepspeed"] = str(HERE / "ds_configs" / "zero2.json")
     return defaults
@@ -255,6 +271,8 @@ def _is_given(argv: Sequence[str], option: str) -> bool:
 
 def _check(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None:
     """Refuse what is wrong by itself, whatever the model and the text are."""
+    if not asked.model_name_or_path:
+        parser.error("--model_name_or_path is empty")
     if asked.context_length is not None and asked.context_length < 2:
         parser.error(f"--context_length must be 2 or more, got {asked.context_length}")
     if asked.group_ratio is not None and asked.group_size is not None:
@@ -274,6 +292,14 @@ def _check(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None:
             parser.error(f"--{option} must be 1 or more, got {getattr(asked, option)}")
     if asked.eval_tokens < 0:
         parser.error(f"--eval_tokens must be 0 or more, got {asked.eval_tokens}")
+    if not asked.learning_rate > 0:
+        parser.error(f"--learning_rate must be above 0, got {asked.learning_rate}")
+    for option in ("weight_decay", "adam_epsilon", "warmup_steps"):
+        if not getattr(asked, option) >= 0:
+            parser.error(f"--{option} must be 0 or more, got {getattr(asked, option)}")
+    for option in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(asked, option) < 1:
+            parser.error(f"--{option} must be at least 0 and below 1, got {getattr(asked, option)}")
     if asked.max_steps <= 0 and asked.num_train_epochs <= 0:
         parser.error("nothing to train: give --max_steps or --num_train_epochs above 0")
     if asked.eval_file is not None and asked.train_file is None:
@@ -287,5 +313,17 @@ def _check(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None:
             parsed = None
         if not isinstance(parsed, dict):
             parser.error(f"--rope_parameters must be a JSON object, got {asked.rope_parameters!r}")
-    if isinstance(asked.deepspeed, str) and not asked.deepspeed.startswith("{") and not Path(asked.deepspeed).is_file():
-        parser.error(f"--deepspeed {asked.deepspeed}: no such file; ours are in {HERE / 'ds_configs'}")
+    if isinstance(asked.deepspeed, str):
+        _check_deepspeed(parser, asked.deepspeed)
+
+
+def _check_deepspeed(parser: argparse.ArgumentParser, config: str) -> None:
+    is_file = not config.startswith("{")
+    if is_file and not Path(config).is_file():
+        parser.error(f"--deepspeed {config}: no such file; ours are in {HERE / 'ds_configs'}")
+    try:
+        parsed = json.loads(Path(config).read_text() if is_file else config)
+    except ValueError as error:
+        parser.error(f"--deepspeed {config}: no JSON: {error}")
+    if not isinstance(parsed, dict):
+        parser.error(f"--deepspeed {config}: no JSON object")

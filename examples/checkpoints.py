@@ -148,7 +148,7 @@ class CompletionMarker(TrainerCallback):
 
     def _rotate(self, folder: Path, best: str | None) -> None:
         complete = list(complete_checkpoints(folder).values())
-        spare = [path for path in complete[:-1] if best is None or path != Path(best)]
-        excess = len(complete) - self.limit if self.limit else 0
+        spare = [path for path in complete[:-1] if best is None or path.name != Path(best).name]
+        excess = len(complete) - self.limit if self.limit and self.limit > 0 else 0  # as the Trainer reads it
         for path in spare[: max(0, excess)]:
             remove(path)

@@ -14,11 +14,13 @@ every `context_length` tokens. What the cut makes of a document is called a piec
 from __future__ import annotations
 
 import glob
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -63,6 +65,12 @@ class Tokenised:
     def tokens(self) -> int:
         """Tokens of all documents."""
         return int(self.lengths.sum())
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token id of all documents, -1 if there is none."""
+        largest = (pyarrow.compute.max(chunk.flatten()).as_py() for chunk in _arrow_column(self.input_ids).chunks)
+        return max((token for token in largest if token is not None), default=-1)
 
     def ids(self, document: int) -> np.ndarray:
         """The token ids of one document, int64 [length]."""
@@ -219,6 +227,24 @@ class PackedSequences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     def padding(self) -> int:
         """Padding tokens at the end of the last sequence."""
         return len(self) * self.context_length - self.tokens
+
+    @property
+    def targets(self) -> int:
+        """Tokens that are learned from: all but the first of each piece."""
+        cuts = np.arange(0, self.tokens, self.context_length)
+        starts = self.document_starts[self.document_starts < self.tokens]
+        return self.tokens - len(np.union1d(cuts, starts))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells the text from any other text, as JSON."""
+        digest = hashlib.sha256(self.document_starts.astype("<i8").tobytes())
+        for chunk in self.chunks:
+            digest.update(chunk.astype("<i4").tobytes())
+        return {
+            "train_documents": len(self.document_starts) - 1,
+            "train_tokens": self.tokens,
+            "train_sha256": digest.hexdigest(),
+        }
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not 0 <= index < len(self):

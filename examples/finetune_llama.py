@@ -16,16 +16,14 @@ import shutil
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from launch import RANK, WORLD_SIZE, say  # isort: skip  (first: it prepares what the libraries below look at)
+from launch import RANK, fail, say  # isort: skip  (first: it prepares what the libraries below look at)
 import datasets
 import torch
 import transformers
 from accelerate import PartialState
-from arguments import DataOptions, ModelOptions, one_clear_error, parse
+from arguments import DataOptions, ModelOptions, compute_dtype, one_clear_error, parse
 from checkpoints import CompletionMarker, step_of
 from convert_gguf import convert_gguf
 from corpus import stdlib_documents
@@ -33,7 +31,9 @@ from data import PackedSequences, Tokenised, hold_out, load_documents, tokenise
 from measure import AFTER, Measurement, choose_documents
 from plot import loss_curve
 from report import banner, results
-from run_folder import claim
+from run_folder import begin, claim, read_marker
+from run_settings import settings
+from suitable import check_attention, check_tokens, check_training, padding_token
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -56,23 +56,30 @@ def main(argv: Sequence[str]) -> None:
     """The whole run. What can be refused is refused before the training starts."""
     options, text, args = parse(argv)
     be_quiet()
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    dtype = compute_dtype(args)
     model_path = options.model_name_or_path
 
-    with one_clear_error():
+    with one_clear_error(f"--model_name_or_path {model_path}: "):
         source = {"gguf_file": options.gguf_file} if options.gguf_file else {}
         base_config = AutoConfig.from_pretrained(model_path, **source)
+        check_attention(base_config)
+    with one_clear_error():
         config = new_context(base_config, options)
         context = context_length(config)
         name = f"{Path(model_path).name}-{context}"
-        chosen = settings(options, text, args)
+        chosen = settings(options, args)
         folder, checkpoint = claim(args, name, chosen)
-
+    with one_clear_error(f"the tokenizer of {model_path}: "):
         tokenizer = AutoTokenizer.from_pretrained(model_path, **source)
+    with one_clear_error():
         train, held_out = read_text(text, tokenizer, args)
-        padding = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+        padding = padding_token(tokenizer, base_config)
         sequences = PackedSequences(train, context, padding)
-
+        check_tokens(base_config, train, held_out)
+        check_training(args, sequences)
+        chosen |= sequences.fingerprint()
+        begin(folder, checkpoint, chosen)
+    with one_clear_error(f"--model_name_or_path {model_path}: "):
         if options.gguf_file:
             model_path = convert_gguf(model_path, options.gguf_file, folder / "base_model", dtype)
         set_seed(args.seed)
@@ -82,9 +89,14 @@ def main(argv: Sequence[str]) -> None:
         lora = {"r": options.lora_r, "lora_alpha": options.lora_alpha}
         model = prepare_model(base, None if options.full_finetune else lora_config(base, **lora))
 
-    marker = CompletionMarker(args, {"resumable": not args.save_only_model, "settings": chosen})
     measured = choose_documents(held_out, text.eval_tokens, context)
-    measurement = Measurement(folder, base_config, config, measured) if measured else None
+    measurement = None
+    marked = {"resumable": not args.save_only_model, "settings": chosen}
+    if measured:
+        before = read_marker(checkpoint).get("perplexity") if checkpoint else None
+        measurement = Measurement(folder, base_config, config, measured, before)
+        marked["perplexity"] = measurement.record  # filled as the run goes on, written with each checkpoint
+    marker = CompletionMarker(args, marked)
     # Resumed at its end, a run would do one step too many. Of one sequence an epoch is one step: all are over then.
     is_over = checkpoint is not None and 0 < args.max_steps <= step_of(checkpoint)
     trainer = Trainer(
@@ -97,6 +109,8 @@ def main(argv: Sequence[str]) -> None:
     )
     say(banner(options, args, base_config, model, train, sequences, checkpoint))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.state.global_step == 0:
+        fail("not a single step was done: there is nothing to save")
 
     state = PartialState()
     adapter = folder / ("model" if options.full_finetune else "adapter")
@@ -148,27 +162,6 @@ def new_context(base_config: PreTrainedConfig, options: ModelOptions) -> PreTrai
     config.s2attn_context_length = new
     config.s2attn_group_size = options.group_size or even_group_size(new * ratio)
     return config
-
-
-def settings(options: ModelOptions, text: DataOptions, args: TrainingArguments) -> dict[str, Any]:
-    """What the losses of a run depend on, apart from how long it is."""
-    names = [
-        "seed",
-        "data_seed",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "learning_rate",
-    ]
-    names += ["lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "bf16", "fp16"]
-    given = args.to_dict()
-    zero_stage = args.deepspeed_plugin.zero_stage if args.deepspeed_plugin else None
-    return {
-        **asdict(options),
-        **asdict(text),
-        **{name: given[name] for name in names},
-        "processes": WORLD_SIZE,
-        "zero_stage": zero_stage,
-    }
 
 
 def read_text(

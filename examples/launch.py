@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shlex
 import shutil
 import socket
 import sys
@@ -39,11 +40,15 @@ def say(*lines: str) -> None:
 
 
 def fail(message: str) -> NoReturn:
-    """End the program for a mistake of its user: one line from the first process, exit status 2 from all."""
-    if RANK == 0:
-        print(f"finetune_llama.py: error: {message}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(10)  # a launcher stops all when the first one ends; that shall be the one that speaks
+    """End the program for a mistake of its user: one line from the first process, exit status 2 from all.
+
+    A launcher stops all when one ends. So the others wait, and speak only if they are still there: the mistake is then
+    theirs alone.
+    """
+    if RANK != 0:
+        time.sleep(10)
+    who = "" if RANK == 0 else f"process {RANK}: "
+    print(f"finetune_llama.py: error: {who}{message}", file=sys.stderr, flush=True)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     sys.exit(2)
@@ -101,7 +106,8 @@ def _compile_communication_op() -> None:
         return
     # A console script of a virtual environment runs without that environment's programs on the path.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    missing = [name for name in (os.environ.get("CXX", "c++"), "ninja") if shutil.which(name) is None]
+    compiler = shlex.split(os.environ.get("CXX", ""))[:1] or ["c++"]  # CXX may be "ccache g++"
+    missing = [name for name in (*compiler, "ninja") if shutil.which(name) is None]
     if missing:
         raise ImportError(
             f"{' and '.join(missing)} not found: on a CPU DeepSpeed compiles its communication op at first use. "
@@ -113,8 +119,9 @@ def _compile_communication_op() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "turn", "w") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)
-        for leftover in folder.glob("*/lock"):
-            leftover.unlink()
+        if folder == cache:  # in a folder of the user's, others may be compiling
+            for leftover in folder.glob("*/lock"):
+                leftover.unlink()
         if not list(folder.glob("*/*.so")):
             say("compiling DeepSpeed's communication op for CPUs: half a minute, this once")
         try:

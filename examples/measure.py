@@ -7,7 +7,7 @@ trained: for the first, its rotary embedding is exchanged for that of the old co
 
 from __future__ import annotations
 
-import json
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,10 +70,15 @@ class Measurement(TrainerCallback):
     """Measures before the first step and after the last, and keeps the results in `perplexity.json`.
 
     Args:
-        folder: The run's output folder. Rows that are there already (from before an interruption) are kept.
+        folder: The run's output folder.
         base_config: The config before the extension.
         config: The extended config.
         documents: Token ids to measure on.
+        before: The `record` of the run up to the checkpoint that this one goes on from, if it does. Its rows are kept
+            if they were measured likewise.
+
+    Attributes:
+        record: How it was measured, and the rows so far: what the file holds.
     """
 
     def __init__(
@@ -82,14 +87,27 @@ class Measurement(TrainerCallback):
         base_config: PreTrainedConfig,
         config: PreTrainedConfig,
         documents: list[np.ndarray],
+        before: dict[str, Any] | None = None,
     ) -> None:
         self.file = folder / "perplexity.json"
         self.base_config = base_config
         self.lengths = lengths_to_measure(context_length(base_config), context_length(config))
         self.documents = documents
         self.rows: dict[str, dict[str, float]] = {}
-        if self.file.is_file():
-            self.rows = json.loads(self.file.read_text())["perplexity"]
+        lengths = np.array([len(document) for document in documents])
+        self.record: dict[str, Any] = {
+            "tokens": int(lengths.sum()),
+            "documents": len(documents),
+            "sha256": hashlib.sha256(np.concatenate([lengths, *documents]).astype("<i8").tobytes()).hexdigest(),
+            "attention": "dense",
+            "stride": "half the context",
+            "lengths": self.lengths,
+            "perplexity": self.rows,
+        }
+        if before and {**before, "perplexity": self.rows} == self.record:
+            self.rows.update(before["perplexity"])
+        elif before:
+            say("note: the perplexities before training were measured on other text: the table will be without them")
 
     def on_train_begin(
         self,
@@ -118,25 +136,14 @@ class Measurement(TrainerCallback):
             for length in self.lengths
         }
         if PartialState().is_main_process:
-            write_json(self.file, {**self.conditions, "perplexity": self.rows})
-
-    @property
-    def conditions(self) -> dict[str, Any]:
-        """What the numbers were measured with."""
-        return {
-            "tokens": sum(map(len, self.documents)),
-            "documents": len(self.documents),
-            "attention": "dense",
-            "stride": "half the context",
-            "lengths": self.lengths,
-        }
+            write_json(self.file, self.record)
 
     def table(self) -> str:
         """The results as text."""
         title = "perplexity of {tokens:,} held-out tokens in {documents} documents ({attention} attention, "
         title += "sliding window, stride {stride})"
         header = f"{'context':<14}" + "".join(f"{length:>10,}" for length in self.lengths)
-        lines = [title.format(**self.conditions), "", header]
+        lines = [title.format(**self.record), "", header]
         for row in (BEFORE, SCALED, AFTER):
             if row in self.rows:
                 values = (self.rows[row][str(length)] for length in self.lengths)

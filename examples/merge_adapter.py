@@ -4,8 +4,9 @@
     python examples/merge_adapter.py ADAPTER_FOLDER OUTPUT_FOLDER
 
 The output is a plain model folder: LoRA is added to the weights it belongs to, the trained embedding and norms take
-the place of the base model's, the config names the extended context and its RoPE parameters, and the tokenizer lies
-beside. Transformers, and whatever reads its folders, loads it without longlora_ext:
+the place of the base model's, the config has the extended context's RoPE parameters and names its length (for RoPE
+type "dynamic" the old one, beyond which transformers scales), and the tokenizer lies beside. Transformers, and
+whatever reads its folders, loads it without longlora_ext:
 
     AutoModelForCausalLM.from_pretrained("OUTPUT_FOLDER")
 """
@@ -66,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
             dtype=options.dtype,
         )
     except (OSError, ValueError) as error:
-        print(f"merge_adapter.py: error: {error}", file=sys.stderr)
+        print(f"merge_adapter.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(f"merged: {options.output_folder}")
     return 0

@@ -1,11 +1,13 @@
-"""The folder a run writes to: a new one, or that of a run that goes on."""
+"""The folder a run writes to: a new one, or that of a run that goes on; and what a run must be to go on."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -14,13 +16,17 @@ from launch import say
 from transformers import TrainingArguments
 
 RUN_FILE = "run.json"
+LOCK_FILE = RUN_FILE + ".lock"
 
 #: What was trained: an adapter, or after full fine-tuning a model.
 RESULTS = ("adapter", "model")
 
+#: The lock of this process' folder, held until the process ends, however it ends.
+_locks: list[IO[str]] = []
+
 
 def claim(args: TrainingArguments, default_name: str, settings: dict[str, Any]) -> tuple[Path, Path | None]:
-    """Settle which folder the run writes to and where it starts from. Collective: every process calls it.
+    """Settle which folder the run writes to and where it starts from, and keep other runs out of it. Collective.
 
     Args:
         args: The arguments; `output_dir` is filled in if it is empty.
@@ -28,36 +34,62 @@ def claim(args: TrainingArguments, default_name: str, settings: dict[str, Any]) 
         settings: What the losses of the run depend on. A checkpoint made with others is refused.
 
     Returns:
-        The output folder, created, and the checkpoint to resume from or None.
+        The output folder, created and locked, and the checkpoint to resume from or None.
 
     Raises:
         ValueError: The folder holds something already and the run does not resume, or it cannot resume from
-            there.
+            there; another run writes to it; or it cannot be made.
     """
     state = PartialState()
-    if not args.output_dir:
-        args.output_dir = broadcast_object_list([_free_folder(Path("finetuned"), default_name)])[0]
-    folder = Path(args.output_dir)
-    resume = "latest" if args.resume_from_checkpoint in ("true", "True") else args.resume_from_checkpoint
-    resume_from = _check(folder, resume, settings)
-
-    state.wait_for_everyone()  # nobody touches the folder before all have seen the same
+    found: list[Any] = [None]
     if state.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            found = [_claim(args, default_name, settings)]
+        except ValueError as error:
+            found = [error]
+    outcome = broadcast_object_list(found)[0]
+    if isinstance(outcome, ValueError):
+        raise outcome
+    folder, checkpoint = outcome
+    args.output_dir = str(folder)
+    return folder, checkpoint
+
+
+def begin(folder: Path, checkpoint: Path | None, settings: dict[str, Any]) -> None:
+    """Make the claimed folder that of this run. Collective.
+
+    Args:
+        folder: The folder, claimed.
+        checkpoint: What the run goes on from.
+        settings: As for `claim`, completed by what was not known then.
+
+    Raises:
+        ValueError: The checkpoint was made with other settings.
+    """
+    if checkpoint:
+        _compare(checkpoint, settings)
+    state = PartialState()
+    if state.is_main_process:
         for leftover in folder.glob(".*.unfinished*"):  # folders that were to appear when complete
             shutil.rmtree(leftover)
         for name in remove_incomplete(folder):
             say(f"removed {name}: the run was stopped while it wrote it")
         write_json(folder / RUN_FILE, settings)
     state.wait_for_everyone()
-    return folder, resume_from
 
 
-def _free_folder(parent: Path, name: str) -> str:
-    number = 1
-    while not _is_free(folder := parent / (name if number == 1 else f"{name}-{number}")):
-        number += 1
-    return str(folder)
+def _claim(args: TrainingArguments, default_name: str, settings: dict[str, Any]) -> tuple[Path, Path | None]:
+    resume = "latest" if args.resume_from_checkpoint in ("true", "True") else args.resume_from_checkpoint
+    if args.output_dir:
+        folder = Path(args.output_dir)
+        _check_folder(folder, resume)
+        if not _lock(folder):
+            raise ValueError(f"--output_dir {folder}: another run is writing to it; wait for its end or stop it first")
+    else:
+        names = (default_name if number == 1 else f"{default_name}-{number}" for number in count(1))
+        folders = (Path("finetuned") / name for name in names)
+        folder = next(folder for folder in folders if _is_free(folder) and _lock(folder))
+    return folder, _checkpoint(folder, resume, settings) if resume else None
 
 
 def _is_free(folder: Path) -> bool:
@@ -65,34 +97,63 @@ def _is_free(folder: Path) -> bool:
     return not folder.exists() or (folder.is_dir() and all(path.name.startswith(RUN_FILE) for path in folder.iterdir()))
 
 
-def _check(folder: Path, resume: str | None, settings: dict[str, Any]) -> Path | None:
+def _lock(folder: Path) -> bool:
+    """Create the folder and lock it, unless another process has. Workers that this process forks do not share it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / LOCK_FILE, "a")  # noqa: SIM115  (open as long as the process lives)
+    except OSError as error:
+        raise ValueError(f"--output_dir {folder} cannot be written to: {error.strerror}") from error
+    _locks.append(file)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as error:
+        say(f"note: {folder} cannot be locked ({error.strerror}): take care that no two runs write to it")
+    return True
+
+
+def _check_folder(folder: Path, resume: str | None) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder} is a file; it must be a new or an empty folder")
-    continues = resume == "latest" or (resume and Path(resume).resolve().parent == folder.resolve())
-    if not _is_free(folder):
-        if not continues:
-            raise ValueError(
-                f"--output_dir {folder} is not empty, and nothing is overwritten: give another folder, or "
-                "--resume_from_checkpoint latest to go on with the run in it"
-            )
-        if not (folder / RUN_FILE).is_file():
-            raise ValueError(f"--output_dir {folder} is not empty and no run of this program (no {RUN_FILE})")
-    if not resume:
-        return None
+    if _is_free(folder):
+        return
+    if not (resume == "latest" or (resume and Path(resume).resolve().parent == folder.resolve())):
+        raise ValueError(
+            f"--output_dir {folder} is not empty, and nothing is overwritten: give another folder, or "
+            "--resume_from_checkpoint latest to go on with the run in it"
+        )
+    if not (folder / RUN_FILE).is_file():
+        raise ValueError(f"--output_dir {folder} is not empty and no run of this program (no {RUN_FILE})")
+
+
+def _checkpoint(folder: Path, resume: str, settings: dict[str, Any]) -> Path | None:
     checkpoint = find_resumable(resume, folder)
     if checkpoint is None:
         if any((folder / result).exists() for result in RESULTS):
             raise ValueError(f"--output_dir {folder} holds a finished run without checkpoints to go on from")
         say(f"no complete checkpoint in {folder}: starting from the first step")
         return None
-    marker = json.loads((checkpoint / MARKER).read_text())
-    if not marker["resumable"]:
+    if not read_marker(checkpoint)["resumable"]:
         raise ValueError(f"{checkpoint} was written with --save_only_model and cannot be resumed from")
+    _compare(checkpoint, settings)
+    return checkpoint
+
+
+def read_marker(checkpoint: Path) -> dict[str, Any]:
+    """What a run wrote into the marker of a complete checkpoint."""
+    return json.loads((checkpoint / MARKER).read_text())
+
+
+def _compare(checkpoint: Path, settings: dict[str, Any]) -> None:
+    """Refuse a checkpoint of other settings. What was no setting then, in another version of transformers, passes."""
+    then = read_marker(checkpoint)["settings"]
+    now = json.loads(json.dumps(settings))
     differences = [
-        f"{name} was {marker['settings'].get(name)!r} and is {value!r}"
-        for name, value in settings.items()
-        if marker["settings"].get(name) != value
+        f"{name} was {then[name]!r} and is {value!r}"
+        for name, value in now.items()
+        if name in then and then[name] != value
     ]
     if differences:
         raise ValueError(f"{checkpoint} belongs to another run: {'; '.join(differences)}")
-    return checkpoint

@@ -29,6 +29,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here comes from a hub
 
 import torch
 import transformers
+from checkpoints import CompletionMarker, find_resumable, remove_incomplete, write_json
 from corpus import fingerprint, stdlib_documents
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import Dataset
@@ -39,7 +40,6 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 CONTEXT_LENGTH = 256
 EVAL_LENGTHS = (256, 512, 1024)
@@ -223,7 +223,7 @@ def partial_folder(options: argparse.Namespace) -> Path:
     if record.exists() and (found := json.loads(record.read_text())) != wanted:
         sys.exit(f"error: {folder} holds an unfinished run with other arguments; remove it first: {found}")
     folder.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(wanted))
+    write_json(record, wanted)
     return folder
 
 
@@ -271,8 +271,10 @@ def main(arguments: list[str] | None = None) -> None:
         ),
         train_dataset=Windows(stream, CONTEXT_LENGTH, windows, options.seed),
     )
-    checkpoint = get_last_checkpoint(str(partial))
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.add_callback(CompletionMarker(trainer.args, {}))
+    remove_incomplete(partial)
+    checkpoint = find_resumable("latest", partial)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     # What is finished is written beside the checkpoints and then moved in one step.
     finished = partial / "finished"
@@ -287,7 +289,7 @@ def main(arguments: list[str] | None = None) -> None:
         "train_sha256": fingerprint(train_documents),
         "held_out_sha256": fingerprint(held_out_documents),
         "seconds": round(time.time() - started),
-        "resumed_from": checkpoint and Path(checkpoint).name,
+        "resumed_from": checkpoint and checkpoint.name,
         "threads": torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),

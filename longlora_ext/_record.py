@@ -17,6 +17,7 @@ from longlora_ext.context import CONFIG_FIELDS, context_length
 
 RECORD = "longlora.json"
 _FORMAT = 1
+_NEEDED = ("max_position_embeddings", "rope_parameters", "config", "base_shape", "base_weights")
 _SHAPE_FIELDS = (
     "model_type",
     "vocab_size",
@@ -54,9 +55,16 @@ def read_record(folder: Path) -> dict[str, Any]:
             f"{folder} holds an adapter but no {RECORD}: without it the RoPE parameters that the adapter was "
             "trained with are not known; save it with longlora_ext.adapter.save_adapter"
         )
-    record: dict[str, Any] = json.loads(path.read_text())
-    if record.get("format") != _FORMAT:
-        raise ValueError(f"{path} has format {record.get('format')!r}, but this version reads format {_FORMAT}")
+    try:
+        record = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON file: {error}") from error
+    if not isinstance(record, dict) or record.get("format") != _FORMAT:
+        found = record.get("format") if isinstance(record, dict) else None
+        raise ValueError(f"{path} has format {found!r}, but this version reads format {_FORMAT}")
+    missing = [name for name in _NEEDED if name not in record]
+    if missing:
+        raise ValueError(f"{path} is incomplete: it has no {', '.join(missing)}")
     return record
 
 
@@ -94,7 +102,9 @@ def _base_shape(config: PreTrainedConfig) -> dict[str, Any]:
 def check_shape(config: PreTrainedConfig, record: dict[str, Any], base: str) -> None:
     here = _base_shape(config)
     differ = [
-        f"{name} {here[name]} instead of {want}" for name, want in record["base_shape"].items() if here[name] != want
+        f"{name} {here.get(name)} instead of {want}"
+        for name, want in record["base_shape"].items()
+        if here.get(name) != want
     ]
     if differ:
         raise ValueError(f"{base} is not the base model of this adapter: it has {', '.join(differ)}")

@@ -17,11 +17,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
@@ -40,6 +43,7 @@ from longlora_ext.attention import NAME
 from longlora_ext.context import CONFIG_FIELDS
 
 _ADAPTER = "default"
+_WEIGHTS = "adapter_model.safetensors"
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token", "trust_remote_code")
 
@@ -191,7 +195,7 @@ def _write_adapter(
     # PEFT reads a tied weight under all its names, and safetensors wants no two names for the same memory.
     first = {id(tensor): name for name, tensor in reversed(tensors.items())}
     tensors = {name: tensor if first[id(tensor)] == name else tensor.clone() for name, tensor in tensors.items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
     peft_config = model.peft_config[_ADAPTER]
     was = peft_config.inference_mode
     peft_config.inference_mode = True
@@ -230,8 +234,8 @@ def load(
         The [`peft.PeftModel`], or the model itself after full fine-tuning.
 
     Raises:
-        `FileNotFoundError`: the folder is not one of [`save_adapter`].
-        `ValueError`: the base model is not the one that the adapter was trained on.
+        `FileNotFoundError`: the folder is not one of [`save_adapter`], or incomplete.
+        `ValueError`: the base model is not the one that the adapter was trained on, or something cannot be read.
     """
     folder = Path(folder)
     from_pretrained_kwargs.setdefault("attn_implementation", NAME)
@@ -242,17 +246,32 @@ def load(
             )
         return AutoModelForCausalLM.from_pretrained(folder, **from_pretrained_kwargs)
     record = read_record(folder)
+    if not (folder / _WEIGHTS).is_file():
+        raise FileNotFoundError(f"{folder} has no {_WEIGHTS}: the adapter is incomplete")
     base, hub = _base_of(folder, base_model), _hub_arguments(from_pretrained_kwargs)
-    config = AutoConfig.from_pretrained(base, **hub)
+    with _naming(f"the base model {base}"):
+        config = AutoConfig.from_pretrained(base, **hub)
     check_shape(config, record, base)
     apply_record(config, record)
-    model = AutoModelForCausalLM.from_pretrained(base, config=config, **from_pretrained_kwargs)
+    with _naming(f"the base model {base}"):
+        model = AutoModelForCausalLM.from_pretrained(base, config=config, **from_pretrained_kwargs)
     check_weights(model, record, base)
-    return PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False).eval()
+    with _naming(f"{folder / _WEIGHTS} as adapter_config.json describes it"):
+        return PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False).eval()
+
+
+@contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Say in one `ValueError` what could not be loaded: the libraries' own messages often leave it out."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"cannot load {what}: {' '.join(str(error).split())[:500]}") from error
 
 
 def _base_of(folder: Path, base_model: str | None) -> str:
-    base = base_model or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    with _naming(str(folder / "adapter_config.json")):
+        base = base_model or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     if not base:
         raise ValueError(f"{folder} does not say which base model it was trained on: pass base_model")
     if os.path.isabs(base) and not os.path.isdir(base):

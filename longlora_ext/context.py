@@ -166,6 +166,9 @@ def _check_rope(config: PreTrainedConfig, rope_type: str) -> None:
     """
     Compute the frequencies once, so that a wrong parameter is reported here and not when the model is built.
     """
+    theta = config.rope_parameters.get("rope_theta")
+    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < math.inf:
+        raise ValueError(f"rope_theta must be a finite number above 0, but it is {theta!r}")
     if rope_type == "default":
         return
     try:

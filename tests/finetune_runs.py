@@ -64,6 +64,11 @@ def deepspeed(processes: int | None = None) -> tuple[str, ...]:
     return (str(Path(sys.executable).with_name("deepspeed")), "--master_port", port, *count)
 
 
+def torchrun(processes: int) -> tuple[str, ...]:
+    """torch's own launcher."""
+    return (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
+
+
 def small_run(model: Path, text: Path, output: Path, steps: int = 6) -> list[str]:
     """Arguments of a run of a few steps that saves every second one and logs each."""
     options = {

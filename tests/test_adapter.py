@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -208,6 +209,47 @@ def test_folders_that_are_none_of_ours_are_refused(trained: Path, tmp_path: Path
     (tmp_path / "longlora.json").write_text('{"format": 2}')
     with pytest.raises(ValueError, match="has format 2, but this version reads format 1"):
         load(tmp_path)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def change(path: Path, **fields: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize(
+    "name, damage, message",
+    [
+        (WEIGHTS, Path.unlink, f"has no {WEIGHTS}"),
+        (WEIGHTS, cut, f"cannot load .*{WEIGHTS} as adapter_config.json describes it"),
+        (
+            "adapter_config.json",
+            lambda path: change(path, r=4),
+            f"cannot load .*{WEIGHTS} as adapter_config.json .* size",
+        ),
+        ("adapter_config.json", lambda path: path.write_text("{"), "cannot load .*adapter_config.json"),
+        ("longlora.json", lambda path: path.write_text("{"), "longlora.json is no JSON file"),
+        ("longlora.json", lambda path: path.write_text("[]"), "longlora.json has format None"),
+        ("longlora.json", lambda path: path.write_text('{"format": 1}'), "longlora.json is incomplete: .* base_shape"),
+    ],
+)
+def test_what_is_broken_is_named(trained: Path, tmp_path: Path, name: str, damage, message: str) -> None:  # type: ignore[no-untyped-def]
+    folder = Path(shutil.copytree(trained / "adapter", tmp_path / "adapter"))
+    damage(folder / name)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        merge(folder, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_base_model_that_cannot_be_loaded_is_named(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot load the base model nowhere/model: "):
+        load(trained / "adapter", base_model="nowhere/model")
+    base = Path(shutil.copytree(trained / "base", tmp_path / "base"))
+    cut(base / "model.safetensors")
+    with pytest.raises(ValueError, match=r"cannot load the base model .*base: "):
+        load(trained / "adapter", base_model=str(base))
 
 
 # Full fine-tuning -------------------------------------------------------------------------------------------

@@ -147,6 +147,9 @@ def test_group_size(options: dict[str, float], size: int) -> None:
         (256, {"rope_parameters": {"factor": "x"}}, "do not fit rope_type 'linear'"),
         (256, {"rope_parameters": {"factor": 0.0}}, "not finite and positive"),
         (256, {"rope_parameters": {"factor": -1.0}}, "not finite and positive"),
+        (256, {"rope_type": "default", "rope_parameters": {"rope_theta": 0}}, "rope_theta must be .* but it is 0"),
+        (256, {"rope_type": "default", "rope_parameters": {"rope_theta": math.nan}}, "rope_theta .* but it is nan"),
+        (256, {"rope_type": "yarn", "rope_parameters": {"rope_theta": "x"}}, "rope_theta .* but it is 'x'"),
     ],
 )
 def test_bad_arguments_are_refused(context: int, options: dict[str, object], message: str) -> None:

@@ -112,6 +112,29 @@ def test_packed_documents_do_not_see_each_other_in_training() -> None:
     torch.testing.assert_close(logits[0][start:end], logits[1][start:end], rtol=0, atol=0)
 
 
+@settings(max_examples=50, deadline=None)
+@given(lengths=st.lists(st.integers(0, 12), max_size=12), context=st.integers(2, 9))
+def test_targets_are_the_labels(lengths: list[int], context: int) -> None:
+    packed = PackedSequences(tokenised([[5] * n for n in lengths]), context, PAD)
+    assert packed.targets == sum(
+        int((item["labels"] != -100).sum()) for item in map(packed.__getitem__, range(len(packed)))
+    )
+
+
+def test_fingerprint_sees_tokens_order_and_borders() -> None:
+    texts = ([[1, 2], [3]], [[1], [2, 3]], [[1, 2, 3]], [[3], [1, 2]], [[1, 2], [4]])
+    prints = [PackedSequences(tokenised(text), 4, PAD).fingerprint() for text in texts]
+    assert len({found["train_sha256"] for found in prints}) == 5
+    assert prints[0] == PackedSequences(tokenised(texts[0]), 8, PAD).fingerprint()
+    assert prints[0]["train_documents"] == 2 and prints[0]["train_tokens"] == 3
+
+
+def test_largest_id() -> None:
+    assert tokenised([[1, 9], [], [3]]).largest_id == 9
+    assert tokenised([[1, 9], [3]]).input_ids.select([1]).num_rows == 1
+    assert tokenised([]).largest_id == -1
+
+
 # --- reading ----------------------------------------------------------------------------------------------------
 
 

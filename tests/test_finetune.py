@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,11 @@ import arguments
 import finetune_llama
 import pytest
 import run_folder
-from finetune_runs import ROOT, deepspeed, environment, losses, make_model, make_text, run, small_run
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+import suitable
+import torch
+from finetune_runs import ROOT, deepspeed, environment, losses, make_model, make_text, run, small_run, torchrun
+from run_settings import settings
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from longlora_ext.adapter import load
 
@@ -56,12 +60,23 @@ def table(printed: str) -> dict[str, list[float]]:
         ("--lora_r 0", "--lora_r must be 1 or more, got 0"),
         ("--per_device_train_batch_size 0", "--per_device_train_batch_size must be 1 or more, got 0"),
         ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps must be 1 or more, got 0"),
+        ("--learning_rate -1", "--learning_rate must be above 0, got -1.0"),
+        ("--learning_rate nan", "--learning_rate must be above 0, got nan"),
+        ("--adam_beta2 1", "--adam_beta2 must be at least 0 and below 1, got 1.0"),
+        ("--weight_decay -1", "--weight_decay must be 0 or more, got -1.0"),
+        ("--model_name_or_path=", "--model_name_or_path is empty"),
+        ("--model_name_or_path nowhere/model", "--model_name_or_path nowhere/model: "),
+        ('--rope_type default --rope_parameters {"rope_theta":0}', "rope_theta must be a finite number above 0"),
+        ("--train_file {text} --dataloader_drop_last --per_device_train_batch_size 99", "sequences are no batch of 99"),
+        ("--train_file {character}", "there is nothing to learn from 1 tokens"),
         ("--eval_tokens -1", "--eval_tokens must be 0 or more, got -1"),
         ("--max_steps 0 --num_train_epochs 0", "nothing to train"),
         ("--eval_file x.txt", "--eval_file needs --train_file"),
         ("--resume_from_checkpoint latest", "needs the --output_dir of the run to go on with"),
         ("--resume_from_checkpoint gone", "gone: no complete checkpoint"),
         ("--deepspeed gone.json", "--deepspeed gone.json: no such file"),
+        ("--deepspeed {empty}.bad", "empty.jsonl.bad: no JSON: "),
+        ("--deepspeed []", "--deepspeed []: no such file"),
         ("--modle_name_or_path x", "unknown argument: --modle_name_or_path x"),
         ("--lr_scheduler_type zigzag", "zigzag"),
         ("--use_cpu --fp16 --bf16", "At most one of fp16 and bf16"),
@@ -71,6 +86,7 @@ def table(printed: str) -> dict[str, list[float]]:
         ("--train_file {empty}", "holds no text"),
         ("--train_file {text} --eval_file {empty}", "--eval_file"),
         ("--train_file {text} --text_column body", "no column 'body'; it has text"),
+        ("--output_dir {text}/out", "text.jsonl/out cannot be written to: Not a directory"),
         ("--output_dir {text}", "is a file; it must be a new or an empty folder"),
     ],
 )
@@ -80,16 +96,67 @@ def test_a_bad_argument_is_one_clear_error(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     model, text = inputs
-    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
-    words = given.split() if "{t" not in given and "{e" not in given else [
-        word.format(text=text, empty=tmp_path / "empty.jsonl") for word in given.split()
-    ]  # fmt: skip
+    files = {"text": text, "empty": tmp_path / "empty.jsonl", "character": tmp_path / "character.txt"}
+    files["empty"].write_text('{"text": ""}\n')
+    files["character"].write_text("a")
+    (tmp_path / "empty.jsonl.bad").write_text("{oops")
+    words = [re.sub(r"\{(text|empty|character)\}", lambda name: str(files[name[1]]), word) for word in given.split()]
     with pytest.raises(SystemExit) as stopped:
         finetune_llama.main(["--model_name_or_path", str(model), *words])
     assert stopped.value.code == 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("finetune_llama.py: error: ")]
     assert len(said) == 1 and message in said[0]
     assert not list(tmp_path.rglob("adapter*"))
+
+
+def variant(model: Path, folder: Path, **config: object) -> Path:
+    """A copy of a model with another config."""
+    shutil.copytree(model, folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return folder
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+UNSUITABLE = {
+    "sliding": ({"model_type": "mistral", "sliding_window": 16}, 'set "sliding_window": null in its config.json'),
+    "softcap": ({"attn_logit_softcapping": 30.0}, "caps its logits"),
+    "dropout": ({"attention_dropout": 0.1}, 'set "attention_dropout": 0.0'),
+    "narrow": ({"num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 2}, "its heads have 2 dimensions"),
+    "odd": ({"head_dim": 12}, "its heads have 12 dimensions, and S2-Attn takes multiples of 8 up to 256"),
+    "vocabulary": ({"vocab_size": 100}, "the text has the token id 256, but the model's vocabulary has 100 tokens"),
+    "shapes": ({"intermediate_size": 128}, "mismatch"),
+    "weights": ({}, "weights: Error while deserializing header"),
+    "tokenizer": ({}, "the tokenizer of "),
+}
+
+
+@pytest.mark.parametrize("what", UNSUITABLE)
+def test_an_unsuitable_model_is_one_clear_error(
+    inputs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    changes, message = UNSUITABLE[what]
+    model = variant(inputs[0], tmp_path / what, **changes)
+    if what == "weights":
+        cut(model / "model.safetensors")
+    if what == "tokenizer":
+        for path in model.glob("token*"):
+            path.unlink()
+    with pytest.raises(SystemExit) as stopped:
+        finetune_llama.main(small_run(model, inputs[1], tmp_path / "out"))
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    said = [line for line in printed.err.splitlines() if line.startswith("finetune_llama.py: error: ")]
+    assert len(said) == 1 and message in said[0]
+    assert "measuring" not in printed.out
+
+
+def test_a_mistral_whose_window_is_taken_away_is_suitable(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    model = variant(inputs[0], tmp_path / "model", model_type="mistral", sliding_window=None)
+    suitable.check_attention(AutoConfig.from_pretrained(model))
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,13 +203,60 @@ def test_what_is_given_wins_over_every_default() -> None:
     assert (args.num_train_epochs, args.max_steps) == (2, -1)
 
 
+def test_cpu_processes_find_each_other_without_being_asked() -> None:
+    """Without `use_cpu` and without DeepSpeed, accelerate starts no group where there is no GPU."""
+    assert parsed()[2].use_cpu == (not torch.accelerator.is_available())
+
+
+def test_one_dtype_for_the_weights_and_the_banner() -> None:
+    for given, dtype in ((["--bf16"], torch.bfloat16), (["--fp16"], torch.float16), ([], torch.float32)):
+        defaults = [] if given or not torch.cuda.is_available() else ["--bf16", "false"]
+        assert arguments.compute_dtype(parsed("--use_cpu", *given, *defaults)[2]) == dtype
+
+
+def settings_of(*words: str) -> dict:
+    model, _, args = parsed(*words)
+    return json.loads(json.dumps(settings(model, args)))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--adam_beta2 0.9", "--adam_epsilon 1e-6", "--label_smoothing_factor 0.1", "--neftune_noise_alpha 5",
+        "--dataloader_drop_last", "--optim adafactor", "--optim_args a=1", "--lora_alpha 8", "--seed 3", "--bf16",
+        '--lr_scheduler_kwargs {"num_cycles":2}', "--per_device_train_batch_size 3", "--max_grad_norm 2",
+    ],
+)  # fmt: skip
+def test_what_losses_depend_on_is_a_setting(option: str) -> None:
+    assert settings_of("--use_cpu", *option.split()) != settings_of("--use_cpu", *PLAIN.get(option, ()))
+
+
+PLAIN = {"--bf16": ("--bf16", "false")}
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--max_steps 9", "--num_train_epochs 2", "--logging_steps 3", "--save_steps 7", "--save_total_limit 9",
+        "--eval_tokens 5", "--eval_strategy epoch", "--dataloader_num_workers 2", "--report_to none", "--run_name me",
+        f"--{arguments.CHECKPOINTING} true", "--resume_from_checkpoint latest", "--disable_tqdm true",
+        "--per_device_eval_batch_size 2",
+    ],
+)  # fmt: skip
+def test_what_no_loss_depends_on_is_none(option: str) -> None:
+    assert settings_of(*option.split()) == settings_of()
+
+
 # --- the output folder ------------------------------------------------------------------------------------------
 
 
 def claim(folder: Path | str, resume: str | None = None, settings: dict | None = None) -> tuple[Path, Path | None]:
     args = TrainingArguments(str(folder), resume_from_checkpoint=resume, report_to="none", use_cpu=True)
     args.output_dir = str(folder)
-    return run_folder.claim(args, "model-64", settings or {"seed": 1})
+    settings = settings or {"seed": 1}
+    claimed = run_folder.claim(args, "model-64", settings)
+    run_folder.begin(*claimed, settings)
+    return claimed
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
@@ -190,11 +304,11 @@ def test_leftovers_of_a_kill_are_removed(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     (tmp_path / "run.json").write_text("{}")
     claim(tmp_path, "latest")
-    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {"run.json", "run.json.lock"}
 
     (tmp_path / "run.json").rename(tmp_path / "run.json.tmp")  # killed when it was about to be renamed
     assert claim(tmp_path, "latest") == (tmp_path, None)
-    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {"run.json", "run.json.lock"}
 
 
 # --- runs -------------------------------------------------------------------------------------------------------
@@ -278,17 +392,19 @@ def test_a_context_within_the_models_own_leaves_rope_alone(inputs: tuple[Path, P
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("config", ["zero2", "zero3", "zero3_offload"])
-def test_deepspeed_configurations_train_what_one_process_trains(
-    inputs: tuple[Path, Path], tmp_path: Path, config: str
-) -> None:
+@pytest.mark.parametrize("config", ["zero2", "zero3", "zero3_offload", "torchrun"])
+def test_two_processes_train_what_one_process_trains(inputs: tuple[Path, Path], tmp_path: Path, config: str) -> None:
     """Two processes of half the accumulation do the same steps on the same sequences, in another order."""
     model, text = inputs
     alone = run(*small_run(model, text, tmp_path / "alone"))
     assert alone.returncode == 0, alone.stderr
-    options = ["--gradient_accumulation_steps", 1, "--deepspeed", DS_CONFIGS / f"{config}.json"]
-    done = run(*small_run(model, text, tmp_path / "out"), *options, launcher=deepspeed(2))
+    options: list[object] = ["--gradient_accumulation_steps", 1]
+    if config != "torchrun":
+        options += ["--deepspeed", DS_CONFIGS / f"{config}.json"]
+    launcher = torchrun(2) if config == "torchrun" else deepspeed(2)
+    done = run(*small_run(model, text, tmp_path / "out"), *options, launcher=launcher)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("measuring perplexity: before") == 1
     assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "alone"), abs=2e-3)
     ours, theirs = table(done.stdout), table(alone.stdout)
     assert ours["before"] == pytest.approx(theirs["before"], rel=1e-3)

@@ -129,7 +129,7 @@ def test_rotation_is_taken_from_the_trainer_and_spares_the_best(tmp_path: Path) 
     args = TrainingArguments(str(tmp_path), save_total_limit=2, report_to="none", use_cpu=True)
     callback = CompletionMarker(args, {"settings": {"seed": 1}})
     assert args.save_total_limit is None
-    best = str(tmp_path / "checkpoint-1")
+    best = os.path.relpath(tmp_path / "checkpoint-1")  # as the run spelled it before it was interrupted
     for step in range(1, 5):
         write_checkpoint(tmp_path, step)
         callback.on_save(args, TrainerState(global_step=step, best_model_checkpoint=best), TrainerControl())
@@ -145,8 +145,9 @@ def test_checkpoints_over_the_limit_go_at_the_end_at_the_latest(tmp_path: Path) 
     assert list(complete_checkpoints(tmp_path)) == [3]
 
 
-def test_without_a_limit_all_checkpoints_stay(tmp_path: Path) -> None:
-    args = TrainingArguments(str(tmp_path), save_total_limit=None, report_to="none", use_cpu=True)
+@pytest.mark.parametrize("limit", [None, 0, -1])
+def test_without_a_limit_all_checkpoints_stay(tmp_path: Path, limit: int | None) -> None:
+    args = TrainingArguments(str(tmp_path), save_total_limit=limit, report_to="none", use_cpu=True)
     callback = CompletionMarker(args, {})
     for step in range(1, 4):
         write_checkpoint(tmp_path, step)
@@ -189,6 +190,7 @@ def assert_same_run(output: Path, undisturbed: Path) -> None:
     for name, weight in weights[1].items():
         assert (weights[0][name] - weight).abs().max() <= 1e-4, name
     tables = [json.loads((folder / "perplexity.json").read_text())["perplexity"] for folder in (output, undisturbed)]
+    assert list(tables[0]) == ["before", "scaling only", "after"]
     for row in ("before", "scaling only", "after"):
         assert tables[0][row] == pytest.approx(tables[1][row], rel=1e-4)
     assert list(complete_checkpoints(output)) == list(complete_checkpoints(undisturbed))
@@ -293,3 +295,51 @@ def test_a_finished_run_can_be_made_longer(inputs: tuple[Path, Path], undisturbe
     assert done.returncode == 0, done.stderr
     assert "going on from checkpoint-4" in done.stdout
     assert_same_run(shorter, undisturbed)
+
+
+def test_a_run_that_goes_on_elsewhere_takes_its_perplexities_along(
+    inputs: tuple[Path, Path], undisturbed: Path, tmp_path: Path
+) -> None:
+    """With other settings for what no loss depends on; and the rows of another text do not come along."""
+    checkpoint = undisturbed / "checkpoint-4"
+    given = [*small_run(*inputs, tmp_path / "out"), "--resume_from_checkpoint", str(checkpoint)]
+    done = run(*given, "--save_steps", "6", "--logging_first_step")
+    assert done.returncode == 0, done.stderr
+    before, after = (json.loads((folder / "perplexity.json").read_text()) for folder in (undisturbed, tmp_path / "out"))
+    assert after["perplexity"] == {row: pytest.approx(values) for row, values in before["perplexity"].items()}
+
+    given[given.index(str(tmp_path / "out"))] = str(tmp_path / "less")
+    done = run(*given, "--eval_tokens", "100")
+    assert done.returncode == 0, done.stderr
+    assert "were measured on other text" in done.stdout
+    assert list(json.loads((tmp_path / "less" / "perplexity.json").read_text())["perplexity"]) == ["after"]
+
+
+def test_a_run_does_not_go_on_with_another_text(inputs: tuple[Path, Path], undisturbed: Path, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed, tmp_path / "out")
+    changed = tmp_path / "text.jsonl"
+    changed.write_text(inputs[1].read_text().replace("document 3:", "document e:"))
+    done = run(*small_run(inputs[0], changed, tmp_path / "out"), "--resume_from_checkpoint", "latest")
+    assert done.returncode == 2
+    assert re.search(r"checkpoint-6 belongs to another run: train_sha256 was '\w+' and is '\w+'\n", done.stderr)
+
+
+def test_two_runs_do_not_write_to_one_folder(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    """The second is refused while the first one lives, also where it would resume; a kill frees the folder."""
+    arguments = [*small_run(*inputs, tmp_path / "out", steps=100000), "--resume_from_checkpoint", "latest"]
+    first = subprocess.Popen(
+        [sys.executable, str(finetune_runs.SCRIPT), *arguments],
+        env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        while not list((tmp_path / "out").glob("checkpoint-*")):
+            assert first.poll() is None
+            time.sleep(0.01)
+        second = run(*arguments)
+    finally:
+        first.kill()
+        first.wait()
+    assert second.returncode == 2
+    assert second.stderr.count("error: ") == 1 and "another run is writing to it" in second.stderr
+    third = run(*small_run(*inputs, tmp_path / "out", steps=1), "--resume_from_checkpoint", "latest")
+    assert third.returncode == 0, third.stderr

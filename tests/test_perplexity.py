@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -160,8 +161,19 @@ def test_long_documents_are_measured_first_and_the_budget_kept() -> None:
 
 def test_table_shows_the_rows_there_are(tmp_path: Path) -> None:
     measurement = measure.Measurement(tmp_path, CONFIG, extend_config(CONFIG, 64), make_documents(30, 20))
-    measurement.rows = {"after": {"16": 12.3456, "32": 1.0, "64": 123456.0}}
+    measurement.rows["after"] = {"16": 12.3456, "32": 1.0, "64": 123456.0}
     table = measurement.table()
     assert "50 held-out tokens in 2 documents (dense attention, sliding window, stride half the context)" in table
     assert table.splitlines()[-1].split() == ["after", "12.35", "1.00", "123456.00"]
     assert "before" not in table
+
+
+def test_rows_come_along_only_if_they_were_measured_likewise(tmp_path: Path) -> None:
+    def measurement(before: dict | None, *lengths: int, context: int = 64) -> measure.Measurement:
+        return measure.Measurement(tmp_path, CONFIG, extend_config(CONFIG, context), make_documents(*lengths), before)
+
+    rows = {"before": {"16": 1.0, "32": 2.0, "64": 3.0}}
+    record = json.loads(json.dumps({**measurement(None, 30, 20).record, "perplexity": rows}))
+    assert measurement(record, 30, 20).rows == rows
+    for changed in (measurement(record, 30, 21), measurement(record, 20, 30), measurement(record, 30, 20, context=128)):
+        assert changed.rows == {} and "before" not in changed.table()
