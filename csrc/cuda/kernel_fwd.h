@@ -12,7 +12,7 @@ __global__ void __launch_bounds__(Forward<Element, kHeadDim>::kThreads)
   using Tile = Forward<Element, kHeadDim>;
   const auto& [params, schedule] = scheduled;
   const Problem& problem = params.problem;
-  const Turn turn = turn_of(schedule, blockIdx.x, static_cast<int>(problem.first_shifted_head));
+  const Turn turn = turn_of<true>(schedule, blockIdx.x, problem.first_shifted_head);
   if (turn.tile < 0 || turn.tile >= schedule.tiles) return;
   const int row = turn.tile * Tile::kRows, thread = threadIdx.x, rows = static_cast<int>(problem.seqlen) - row;
   const Visibility visible(problem, turn.batch, turn.head);

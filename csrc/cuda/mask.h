@@ -55,21 +55,21 @@ struct FirstKeys {
   DEVICE void fill(const Visibility& visible, int row, int thread) {
     if (thread < kRows) Move<int>::copy(visible.first_key(row + thread), shared[thread]);
   }
-  DEVICE int operator[](int i) const {
+  DEVICE int operator()(int i) const {
     int key;
     Move<int>::copy(shared[i], key);
     return key;
   }
 };
 
-// Writes -inf over what a thread's rows do not see of a tile of scores.
-template <int kRows, class Scores, class Where>
-DEVICE void apply_mask(Scores& scores, const Where& where, const FirstKeys<kRows>& first_keys, int row, int key) {
+// Writes -inf over what a thread's rows do not see of a tile of scores. `first_key_of` takes a row of the tile.
+template <class Scores, class Where, class FirstKeyOf>
+DEVICE void apply_mask(Scores& scores, const Where& where, const FirstKeyOf& first_key_of, int row, int key) {
   const int column = get<1>(where(0, 0));
   CUTE_UNROLL
   for (int m = 0; m < size<0>(scores); ++m) {
     const int i = get<0>(where(m, 0));
-    const int first = first_keys[i] - key - column, last = row + i - key - column;
+    const int first = first_key_of(i) - key - column, last = row + i - key - column;
     CUTE_UNROLL
     for (int n = 0; n < size<1>(scores); ++n) {
       const int j = get<1>(where(m, n)) - column;

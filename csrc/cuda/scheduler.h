@@ -1,5 +1,5 @@
-// Which tile of rows a block gets: the longest first, so that the last blocks to end are short ones, with the heads of
-// one sequence beside each other, so that K and V of the heads at work stay in L2.
+// Which tile a block gets: the longest first, so that the last blocks to end are short ones, with the heads of one
+// sequence beside each other, so that K and V of the heads at work stay in L2.
 #pragma once
 
 #include <cstdint>
@@ -42,13 +42,15 @@ struct Turn {
   int batch;
 };
 
-DEVICE Turn turn_of(const Schedule& schedule, int64_t block, int first_shifted_head) {
+template <bool kLastFirst>
+DEVICE Turn turn_of(const Schedule& schedule, int64_t block, int64_t first_shifted_head) {
   Turn turn;
   turn.head = static_cast<int>(block % schedule.heads);
   block /= schedule.heads;
   const int group = static_cast<int>(block % schedule.groups);
   block /= schedule.groups;
-  const int position = schedule.tiles_per_group - 1 - static_cast<int>(block % schedule.tiles_per_group);
+  const int rank = static_cast<int>(block % schedule.tiles_per_group);
+  const int position = kLastFirst ? schedule.tiles_per_group - 1 - rank : rank;
   turn.batch = static_cast<int>(block / schedule.tiles_per_group);
   const int half = turn.head >= first_shifted_head ? schedule.tiles_per_group / 2 : 0;
   turn.tile = group * schedule.tiles_per_group + position - half;
