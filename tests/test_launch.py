@@ -1,0 +1,82 @@
+"""How processes of the trainer end and get ready (examples/launch.py)."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import launch
+import pytest
+
+
+def test_a_process_that_fails_alone_speaks_after_the_first_had_its_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said_while_waiting = []
+    monkeypatch.setattr(launch, "RANK", 3)
+    monkeypatch.setattr(launch.time, "sleep", lambda seconds: said_while_waiting.append(capsys.readouterr().err))
+    with pytest.raises(SystemExit) as stopped:
+        launch.fail("no room")
+    assert stopped.value.code == 2
+    assert said_while_waiting == [""]
+    assert capsys.readouterr().err == "finetune_llama.py: error: process 3: no room\n"
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """DeepSpeed's op builder replaced by one that only counts, the cache below `tmp_path`, and the loads of it."""
+    loads: list[str] = []
+    builder = SimpleNamespace(is_compatible=lambda: True, load=lambda verbose: loads.append("loaded"))
+    deepspeed, accelerator = ModuleType("deepspeed"), ModuleType("deepspeed.accelerator")
+    deepspeed.__version__ = "0"  # type: ignore[attr-defined]
+    accelerator.get_accelerator = lambda: SimpleNamespace(  # type: ignore[attr-defined]
+        create_op_builder=lambda name: builder
+    )
+    monkeypatch.setitem(sys.modules, "deepspeed", deepspeed)
+    monkeypatch.setitem(sys.modules, "deepspeed.accelerator", accelerator)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "")  # so that what is set below is undone afterwards
+    monkeypatch.setenv("PATH", launch.os.environ["PATH"])
+    return loads
+
+
+def lock(folder: Path) -> Path:
+    (folder / "op").mkdir(parents=True)
+    (folder / "op" / "lock").touch()
+    return folder / "op" / "lock"
+
+
+def test_locks_of_others_are_left_alone(loads: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    users = lock(tmp_path / "users")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "users"))
+    launch._compile_communication_op()
+    assert loads == ["loaded"] and users.exists()
+
+
+def test_a_leftover_lock_in_our_own_folder_is_removed(
+    loads: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+    launch._compile_communication_op()
+    (folder,) = (tmp_path / "longlora_ext").iterdir()
+    leftover = lock(folder)
+    launch._compile_communication_op()  # the variable is set by now, to that very folder
+    assert loads == ["loaded"] * 2 and not leftover.exists()
+
+
+@pytest.mark.parametrize("compiler", ["", f"'{sys.executable}' g++"])
+def test_a_compiler_may_be_a_command_of_several_words(
+    loads: list[str], monkeypatch: pytest.MonkeyPatch, compiler: str
+) -> None:
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+    monkeypatch.setenv("CXX", compiler)
+    launch._compile_communication_op()
+    assert loads == ["loaded"]
+
+
+def test_a_compiler_that_is_not_there_is_named(loads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "nowhere-g++ -O2")
+    with pytest.raises(ImportError, match=r"^nowhere-g\+\+ not found: on a CPU DeepSpeed compiles"):
+        launch._compile_communication_op()
+    assert loads == []
