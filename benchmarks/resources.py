@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,12 @@ QUARTERS = 4  # a warp's registers are in one quarter of a multiprocessor
 COUNTED = ("HMMA", "LDSM", "LDGSTS", "BAR", "LDL", "STL")
 
 # The kernels with matrix products, and the class that holds their tile.
-TILES = {"forward_kernel": "Forward"}
+TILES = {
+    "forward_kernel": "Forward<cute::bfloat16_t, {}>",
+    "backward_kernel<true>": "Backward<cute::bfloat16_t, {}, true>",  # dq by atomics
+    "backward_kernel<false>": "Backward<cute::bfloat16_t, {}, false>",  # deterministic: without dq
+    "dq_kernel": "BackwardDq<cute::bfloat16_t, {}>",
+}
 
 
 def product(m: int, n: int, k: int, warps: int, along_rows: int, a_in_registers: bool = False) -> Counter[str]:
@@ -59,7 +65,29 @@ def forward_counts(tile: dict[str, int], head_dim: int) -> Counter[str]:
     return load(rows, head_dim, threads) + load(keys, head_dim, threads) + step + step
 
 
-EXPECTED = {"forward_kernel": forward_counts}
+def backward_counts(tile: dict[str, int], head_dim: int, with_dq: bool) -> Counter[str]:
+    rows, keys, warps, threads = tile["rows"], tile["keys"], tile["warps"], tile["threads"]
+    scores = product(rows, keys, head_dim, warps, tile["score_warps"])  # and their gradient
+    dkv = product(keys, head_dim, rows, warps, tile["dkv_warps"])  # dk, dv
+    dq = product(rows, head_dim, keys, warps, tile["dq_warps"]) if with_dq else Counter()
+    row_tiles = load(2 * rows, head_dim, threads)  # q, dout: the first, then the next
+    return scores + scores + dkv + dkv + dq + row_tiles + row_tiles + load(2 * keys, head_dim, threads)
+
+
+def dq_counts(tile: dict[str, int], head_dim: int) -> Counter[str]:
+    rows, keys, warps, threads = tile["rows"], tile["keys"], tile["warps"], tile["threads"]
+    scores = product(rows, keys, head_dim, warps, tile["score_warps"])
+    dq = product(rows, head_dim, keys, warps, tile["dq_warps"])
+    key_tiles = load(2 * keys, head_dim, threads)  # k, v: the first, then the next
+    return scores + scores + dq + load(2 * rows, head_dim, threads) + key_tiles + key_tiles
+
+
+EXPECTED = {
+    "forward_kernel": forward_counts,
+    "backward_kernel<true>": partial(backward_counts, with_dq=True),
+    "backward_kernel<false>": partial(backward_counts, with_dq=False),
+    "dq_kernel": dq_counts,
+}
 
 
 def blocks_per_multiprocessor(threads: int, registers: int, shared_bytes: int) -> int:
@@ -104,13 +132,14 @@ def compile_command(unit: str) -> list[str]:
 def tiles(head_dims: set[int]) -> dict[tuple[str, int], dict[str, int]]:
     """Threads, shared memory and tile of the kernels in TILES, by kernel and head dim, from the headers themselves."""
     rows = "".join(
-        f'print("{kernel}", {head_dim}, {tile}<cute::bfloat16_t, {head_dim}>{{}});\n'
+        f'print("{kernel}", {head_dim}, {tile.format(head_dim)}{{}});\n'
         for kernel, tile in TILES.items()
         for head_dim in sorted(head_dims)
     )
     program = f"""
         #include <cstdio>
-        #include "launch.h"
+        #include "kernel_bwd.h"
+        #include "kernel_fwd.h"
         using namespace longlora::cuda;
         void print(const ForwardTile& tile) {{
           std::printf("rows %d keys %d warps %d", tile.rows, tile.keys, tile.warps);
@@ -140,6 +169,12 @@ def tiles(head_dims: set[int]) -> dict[tuple[str, int], dict[str, int]]:
     return found
 
 
+def built_units() -> list[str]:
+    """Names such as backward_bf16_64, by direction, dtype and head dim."""
+    names = [path.name.removesuffix(".cu.o").split("_") for path in OBJECTS.glob("*.cu.o")]
+    return ["_".join(parts) for parts in sorted(names, key=lambda parts: (*parts[:2], int(parts[2])))]
+
+
 def measure_unit(name: str, tile_table: dict[tuple[str, int], dict[str, int]]) -> Iterator[dict[str, Any]]:
     """One row for each kernel of a unit such as backward_bf16_64."""
     _, element, head_dim = name.split("_")
@@ -149,7 +184,8 @@ def measure_unit(name: str, tile_table: dict[tuple[str, int], dict[str, int]]) -
     mangled = sorted(log)
     demangled = subprocess.run(["c++filt", *mangled], capture_output=True, text=True, check=True).stdout.splitlines()
     for symbol, readable in zip(mangled, demangled, strict=True):
-        kernel = find(r"(\w+)<", readable)[1]
+        parts = find(r"(\w+)<[^,]+, \d+(?:, (\w+))?>", readable)  # name<Element, head dim, more>
+        kernel = f"{parts[1]}<{parts[2]}>" if parts[2] else parts[1]
         tile = tile_table.get((kernel, int(head_dim)))
         row: dict[str, Any] = {"kernel": kernel, "dtype": element, "head_dim": int(head_dim)} | log[symbol]
         if tile:
@@ -165,7 +201,7 @@ def measure_unit(name: str, tile_table: dict[tuple[str, int], dict[str, int]]) -
 
 
 def measure() -> dict[str, Any]:
-    units = sorted(path.name.removesuffix(".cu.o") for path in OBJECTS.glob("*.cu.o"))
+    units = built_units()
     assert units, f"no objects in {OBJECTS}: build with nvcc first (pip install -e . --no-build-isolation)"
     tile_table = tiles({int(unit.rpartition("_")[2]) for unit in units})
     return {
