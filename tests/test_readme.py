@@ -41,6 +41,11 @@ def test_paths_exist() -> None:
         assert (ROOT / (code or link)).exists(), code or link
 
 
+def test_the_table_has_a_source() -> None:
+    (table,) = re.findall(r"^perplexity of [^`]*", README, flags=re.MULTILINE)
+    assert "after" in table and table in (ROOT / "benchmarks" / "results" / "demo_cpu.txt").read_text()
+
+
 def test_two_commands_do_the_set_up() -> None:
     commands = [line for line in "".join(blocks("bash")).splitlines() if "venv" in line]
     assert [command.rsplit("&& ", 1)[1] for command in commands] == ["deepspeed examples/finetune_llama.py", "pytest"]
