@@ -149,7 +149,9 @@ class DataOptions:
         default=None,
         metadata={"help": "Text to measure on, given likewise. Default: every 20th document is held out."},
     )
-    text_column: str = field(default="text", metadata={"help": "Column that holds the text of JSON and Parquet."})
+    text_column: str = field(
+        default="text", metadata={"help": "Column that holds the text of JSON, Parquet and hub datasets."}
+    )
     eval_tokens: int = field(
         default=65536,
         metadata={"help": "Held-out tokens to measure perplexity on, before and after; 0: do not."},
@@ -232,6 +234,9 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingArgum
     if not asked.deepspeed and not torch.accelerator.is_available():
         # Or accelerate brings no process group up, and each of several processes takes itself for the only one.
         parser.set_defaults(use_cpu=True)
+    for option in ("lora_r", "lora_alpha"):
+        if asked.full_finetune and _is_given(argv, option):
+            parser.error(f"--{option} says nothing with --full_finetune, which trains no adapter")
     if asked.output_dir is None:
         parser.set_defaults(output_dir="")  # named after model and context, later
     _check(parser, asked)

@@ -88,6 +88,9 @@ def main(argv: Sequence[str]) -> None:
         )
         lora = {"r": options.lora_r, "lora_alpha": options.lora_alpha}
         model = prepare_model(base, None if options.full_finetune else lora_config(base, **lora))
+        if options.full_finetune and base.config.tie_word_embeddings:
+            # A checkpoint has a tied weight once. Told so, the Trainer does not warn of the other name when it resumes.
+            base._keys_to_ignore_on_save = list(base._tied_weights_keys or ())
 
     measured = choose_documents(held_out, text.eval_tokens, context)
     measurement = None

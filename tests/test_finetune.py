@@ -57,6 +57,8 @@ def table(printed: str) -> dict[str, list[float]]:
         ("--rope_type longrope", "needs rope_parameters with short_factor and long_factor"),
         ("--rope_parameters 5", "--rope_parameters must be a JSON object, got '5'"),
         ("--rope_parameters {", "--rope_parameters must be a JSON object, got '{'"),
+        ("--full_finetune --lora_r 4", "--lora_r says nothing with --full_finetune"),
+        ("--full_finetune --lora-alpha=4", "--lora_alpha says nothing with --full_finetune"),
         ("--lora_r 0", "--lora_r must be 1 or more, got 0"),
         ("--per_device_train_batch_size 0", "--per_device_train_batch_size must be 1 or more, got 0"),
         ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps must be 1 or more, got 0"),

@@ -274,6 +274,43 @@ def test_a_killed_run_goes_on_under_zero_2(inputs: tuple[Path, Path], tmp_path: 
     assert_same_run(tmp_path / "out", tmp_path / "whole")
 
 
+@pytest.mark.full
+def test_a_run_goes_on_under_zero_3(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    """From a copy that has the first of two checkpoints only, as after a kill between them."""
+    zero_3 = ["--deepspeed", str(finetune_runs.ROOT / "examples" / "ds_configs" / "zero3.json")]
+    launcher = deepspeed(2)
+    whole = run(*small_run(*inputs, tmp_path / "whole", steps=4), *zero_3, launcher=launcher)
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    go_on_from_2(tmp_path / "whole", tmp_path / "out", "adapter")
+    done = run(
+        *small_run(*inputs, tmp_path / "out", steps=4), *zero_3, "--resume_from_checkpoint", "latest", launcher=launcher
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "going on from checkpoint-2" in done.stdout and "2, ZeRO-3" in done.stdout
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
+
+
+def go_on_from_2(whole: Path, output: Path, result: str) -> None:
+    """Make `output` what `whole` was after its checkpoint of step 2."""
+    shutil.copytree(whole, output)
+    shutil.rmtree(output / "checkpoint-4")
+    shutil.rmtree(output / result)
+
+
+def test_full_fine_tuning_goes_on(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    whole = run(*small_run(*inputs, tmp_path / "whole", steps=4), "--full_finetune")
+    assert whole.returncode == 0, whole.stderr
+    go_on_from_2(tmp_path / "whole", tmp_path / "out", "model")
+    done = run(*small_run(*inputs, tmp_path / "out", steps=4), "--full_finetune", "--resume_from_checkpoint", "latest")
+    assert done.returncode == 0, done.stderr
+    assert "going on from checkpoint-2" in done.stdout
+    assert "missing keys" not in done.stdout + done.stderr
+    assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
+    weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("out", "whole")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all((weights[0][name] - weights[1][name]).abs().max() <= 1e-4 for name in weights[0])
+
+
 def test_a_run_killed_at_its_very_end_trains_no_further(
     undisturbed: Path, inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:
