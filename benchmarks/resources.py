@@ -138,8 +138,8 @@ def tiles(head_dims: set[int]) -> dict[tuple[str, int], dict[str, int]]:
     )
     program = f"""
         #include <cstdio>
-        #include "kernel_bwd.h"
-        #include "kernel_fwd.h"
+        #include "kernel_backward.h"
+        #include "kernel_forward.h"
         using namespace longlora::cuda;
         void print(const ForwardTile& tile) {{
           std::printf("rows %d keys %d warps %d", tile.rows, tile.keys, tile.warps);
