@@ -14,7 +14,7 @@ struct half_t;
 
 namespace longlora::cuda {
 
-// Each compiled in a unit of its own: instantiate.cu.in. Not declared by launch.h, which would bring the kernels in.
+// Each is compiled in a unit of its own (instantiate.cu.in), so that this one needs no kernel.
 template <typename Element, int kHeadDim>
 void launch_forward(const ForwardParams& params, void* stream);
 template <typename Element, int kHeadDim>
