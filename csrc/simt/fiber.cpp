@@ -18,6 +18,10 @@ extern "C" {
 [[gnu::weak]] void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 [[gnu::weak]] void __tsan_acquire(void* token);
 [[gnu::weak]] void __tsan_release(void* token);
+[[gnu::weak]] void AnnotateIgnoreReadsBegin(const char* file, int line);
+[[gnu::weak]] void AnnotateIgnoreReadsEnd(const char* file, int line);
+[[gnu::weak]] void AnnotateIgnoreWritesBegin(const char* file, int line);
+[[gnu::weak]] void AnnotateIgnoreWritesEnd(const char* file, int line);
 }
 
 #if defined(__x86_64__)
@@ -164,6 +168,18 @@ void release(void* token) {
 
 void acquire(void* token) {
   if (__tsan_acquire) __tsan_acquire(token);
+}
+
+Unseen::Unseen() {
+  if (!AnnotateIgnoreReadsBegin) return;
+  AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+  AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+}
+
+Unseen::~Unseen() {
+  if (!AnnotateIgnoreReadsBegin) return;
+  AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+  AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
 }
 
 }  // namespace longlora::simt

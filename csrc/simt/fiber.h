@@ -57,4 +57,11 @@ class Fiber {
 void release(void* token);
 void acquire(void* token);
 
+// For TSan, which sees calls of memcpy or delete even here: while one lives, what is done is no thread's access. Not to
+// be held by a fiber that suspends.
+struct Unseen {
+  Unseen();
+  ~Unseen();
+};
+
 }  // namespace longlora::simt

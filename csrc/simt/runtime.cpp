@@ -1,5 +1,6 @@
 // What simt.h and control.h promise, but for the collectives.
 #include <algorithm>
+#include <cstring>
 #include <numeric>
 
 #include "block.h"
@@ -19,16 +20,11 @@ Sites all_sites;
 
 // Notes that the running thread has come to a site; false: it is to ignore it.
 bool pass(SiteKind kind, Site site) {
+  const Unseen unseen;
   if (all_sites.dropped(kind, site)) return false;
   block->running().last_kind = kind;
   block->running().last_site = site;
   return true;
-}
-
-// Without calling memcpy, for which the sanitizers would take it for a thread's own access.
-void copy_bytes(void* to, const void* from, int bytes) {
-  for (int i = 0; i < bytes; i += 4)
-    __builtin_memcpy(static_cast<char*>(to) + i, static_cast<const char*>(from) + i, 4);
 }
 
 }  // namespace
@@ -48,16 +44,19 @@ void sync_block(Site site) {
 }
 
 void copy_async(void* target, const void* value) {
+  const Unseen unseen;
   const int offset = block->shared().start_copy(target, block->accessor());
   block->running().copies.add(offset, value);
   block->warp().accesses.record(AccessLog::kCpAsync, block->running().lane(), offset, 16);
 }
 
 void commit_copies(Site site) {
+  const Unseen unseen;
   if (pass(SiteKind::kCommit, site)) block->running().copies.commit();
 }
 
 void wait_copies(int groups_in_flight, Site site) {
+  const Unseen unseen;
   if (!pass(SiteKind::kWait, site)) return;
   const auto land = [](const AsyncCopy& copy) {
     block->shared().land_copy(copy.offset, copy.bytes, block->accessor());
@@ -70,14 +69,16 @@ void* shared_memory() { return block->shared().data(); }
 bool is_shared(const void* address) { return block->shared().contains(address); }
 
 void load_shared(void* value, const void* source, int bytes) {
+  const Unseen unseen;
   const int offset = block->shared().read(source, bytes, block->accessor());
-  copy_bytes(value, source, bytes);
+  std::memcpy(value, source, bytes);
   block->warp().accesses.record(AccessLog::kLoad, block->running().lane(), offset, bytes);
 }
 
 void store_shared(void* target, const void* value, int bytes) {
+  const Unseen unseen;
   const int offset = block->shared().write(target, bytes, block->accessor());
-  copy_bytes(target, value, bytes);
+  std::memcpy(target, value, bytes);
   block->warp().accesses.record(AccessLog::kStore, block->running().lane(), offset, bytes);
 }
 
@@ -89,6 +90,7 @@ void launch(Index grid, int threads, int shared_bytes, Block::Body body, const v
                 std::to_string(shared_bytes));
   if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
     throw Error("a grid's sides are 1 to 2^31 - 1, 65535 and 65535");
+  const Unseen unseen;
   gridDim = grid;
   blockDim = {static_cast<unsigned>(threads), 1, 1};
   Block machine(threads, seed, body, params);
