@@ -1,0 +1,232 @@
+"""What examples/finetune_llama.py takes and refuses before it starts, and what it makes of its arguments."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import arguments
+import finetune_llama
+import pytest
+import suitable
+import torch
+from finetune_runs import ROOT, make_model, make_text, small_run
+from run_settings import settings
+from transformers import AutoConfig, TrainingArguments
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("inputs")
+    return make_model(folder / "model"), make_text(folder / "text.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--context_length 1", "--context_length must be 2 or more, got 1"),
+        ("--context_length many", "argument --context_length/--context-length: invalid int value: 'many'"),
+        ("--group_size 8 --group_ratio 0.5", "give one of them"),
+        ("--group_ratio 0", "--group_ratio must be above 0 and at most 1, got 0.0"),
+        ("--group_ratio 1.5", "--group_ratio must be above 0 and at most 1, got 1.5"),
+        ("--group_size 7", "--group_size must be even and at least 2, got 7"),
+        ("--group_size 4096", "group_size must be an even integer from 2 to the context of 128, but it is 4096"),
+        ("--context_length 32 --group_size 64", "--group_size 64 is more than the context of 32"),
+        ("--context_length 32 --rope_type yarn", "--context_length 32 is not more than the model's own 32"),
+        ("--rope_type none", "rope_type must be one of default, "),
+        ("--rope_type longrope", "needs rope_parameters with short_factor and long_factor"),
+        ("--rope_parameters 5", "--rope_parameters must be a JSON object, got '5'"),
+        ("--rope_parameters {", "--rope_parameters must be a JSON object, got '{'"),
+        ("--full_finetune --lora_r 4", "--lora_r says nothing with --full_finetune"),
+        ("--full_finetune --lora-alpha=4", "--lora_alpha says nothing with --full_finetune"),
+        ("--lora_r 0", "--lora_r must be 1 or more, got 0"),
+        ("--per_device_train_batch_size 0", "--per_device_train_batch_size must be 1 or more, got 0"),
+        ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps must be 1 or more, got 0"),
+        ("--learning_rate -1", "--learning_rate must be above 0, got -1.0"),
+        ("--learning_rate nan", "--learning_rate must be above 0, got nan"),
+        ("--adam_beta2 1", "--adam_beta2 must be at least 0 and below 1, got 1.0"),
+        ("--weight_decay -1", "--weight_decay must be 0 or more, got -1.0"),
+        ("--model_name_or_path=", "--model_name_or_path is empty"),
+        ("--model_name_or_path nowhere/model", "--model_name_or_path nowhere/model: "),
+        ('--rope_type default --rope_parameters {"rope_theta":0}', "rope_theta must be a finite number above 0"),
+        ("--train_file {text} --dataloader_drop_last --per_device_train_batch_size 99", "sequences are no batch of 99"),
+        ("--train_file {character}", "there is nothing to learn from 1 tokens"),
+        ("--eval_tokens -1", "--eval_tokens must be 0 or more, got -1"),
+        ("--max_steps 0 --num_train_epochs 0", "nothing to train"),
+        ("--eval_file x.txt", "--eval_file needs --train_file"),
+        ("--resume_from_checkpoint latest", "needs the --output_dir of the run to go on with"),
+        ("--resume_from_checkpoint gone", "gone: no complete checkpoint"),
+        ("--deepspeed gone.json", "--deepspeed gone.json: no such file"),
+        ("--deepspeed {empty}.bad", "empty.jsonl.bad: no JSON: "),
+        ("--deepspeed []", "--deepspeed []: no such file"),
+        ("--modle_name_or_path x", "unknown argument: --modle_name_or_path x"),
+        ("--lr_scheduler_type zigzag", "zigzag"),
+        ("--use_cpu --fp16 --bf16", "At most one of fp16 and bf16"),
+        ("--model_name_or_path /gone", "/gone"),
+        ("--gguf_file gone.gguf", "gone.gguf"),
+        ("--train_file gone.txt", "gone.txt: no such file, folder or glob pattern"),
+        ("--train_file {empty}", "holds no text"),
+        ("--train_file {text} --eval_file {empty}", "--eval_file"),
+        ("--train_file {text} --text_column body", "no column 'body'; it has text"),
+        ("--output_dir {text}/out", "text.jsonl/out cannot be written to: Not a directory"),
+        ("--output_dir {text}", "is a file; it must be a new or an empty folder"),
+    ],
+)
+def test_a_bad_argument_is_one_clear_error(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    given: str, message: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    model, text = inputs
+    files = {"text": text, "empty": tmp_path / "empty.jsonl", "character": tmp_path / "character.txt"}
+    files["empty"].write_text('{"text": ""}\n')
+    files["character"].write_text("a")
+    (tmp_path / "empty.jsonl.bad").write_text("{oops")
+    words = [re.sub(r"\{(text|empty|character)\}", lambda name: str(files[name[1]]), word) for word in given.split()]
+    with pytest.raises(SystemExit) as stopped:
+        finetune_llama.main(["--model_name_or_path", str(model), *words])
+    assert stopped.value.code == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("finetune_llama.py: error: ")]
+    assert len(said) == 1 and message in said[0]
+    assert not list(tmp_path.rglob("adapter*"))
+
+
+def variant(model: Path, folder: Path, **config: object) -> Path:
+    """A copy of a model with another config."""
+    shutil.copytree(model, folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return folder
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+UNSUITABLE = {
+    "sliding": ({"model_type": "mistral", "sliding_window": 16}, 'set "sliding_window": null in its config.json'),
+    "softcap": ({"attn_logit_softcapping": 30.0}, "caps its logits"),
+    "dropout": ({"attention_dropout": 0.1}, 'set "attention_dropout": 0.0'),
+    "narrow": ({"num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 2}, "its heads have 2 dimensions"),
+    "odd": ({"head_dim": 12}, "its heads have 12 dimensions, and S2-Attn takes multiples of 8 up to 256"),
+    "vocabulary": ({"vocab_size": 100}, "the text has the token id 256, but the model's vocabulary has 100 tokens"),
+    "shapes": ({"intermediate_size": 128}, "mismatch"),
+    "weights": ({}, "weights: Error while deserializing header"),
+    "tokenizer": ({}, "the tokenizer of "),
+}
+
+
+@pytest.mark.parametrize("what", UNSUITABLE)
+def test_an_unsuitable_model_is_one_clear_error(
+    inputs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    changes, message = UNSUITABLE[what]
+    model = variant(inputs[0], tmp_path / what, **changes)
+    if what == "weights":
+        cut(model / "model.safetensors")
+    if what == "tokenizer":
+        for path in model.glob("token*"):
+            path.unlink()
+    with pytest.raises(SystemExit) as stopped:
+        finetune_llama.main(small_run(model, inputs[1], tmp_path / "out"))
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    said = [line for line in printed.err.splitlines() if line.startswith("finetune_llama.py: error: ")]
+    assert len(said) == 1 and message in said[0]
+    assert "measuring" not in printed.out
+
+
+def test_a_mistral_whose_window_is_taken_away_is_suitable(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    model = variant(inputs[0], tmp_path / "model", model_type="mistral", sliding_window=None)
+    suitable.check_attention(AutoConfig.from_pretrained(model))
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        finetune_llama.main(["--help"])
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    for what in ("--resume_from_checkpoint latest", "--model_name_or_path", "--group_ratio", "--learning_rate"):
+        assert what in said
+    for command in re.findall(r"examples/ds_configs/\w+\.json", said):
+        assert (ROOT / command).is_file()
+    assert "(default: None)" not in said
+
+
+# --- what becomes of them ---------------------------------------------------------------------------------------
+
+
+def parsed(*words: str) -> tuple[arguments.ModelOptions, arguments.DataOptions, TrainingArguments]:
+    return arguments.parse(["--output_dir", "out", *words])
+
+
+def test_a_named_model_gets_the_recipe_of_the_paper() -> None:
+    _, _, args = parsed("--model_name_or_path", "some/model")
+    assert (args.learning_rate, args.max_steps, args.warmup_steps) == (2e-5, 1000, 20)
+    assert args.lr_scheduler_type == "constant_with_warmup"
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 64
+    assert getattr(args, arguments.CHECKPOINTING) is True
+    _, _, args = parsed("--model_name_or_path", "some/model", "--per_device_train_batch_size", "16")
+    assert args.gradient_accumulation_steps == 4
+
+
+def test_the_tiny_llama_gets_its_own() -> None:
+    model, text, args = parsed()
+    assert Path(model.model_name_or_path) == ROOT / "examples" / "tiny_llama"
+    assert text.eval_tokens == arguments.TINY_RECIPE["eval_tokens"]
+    assert args.max_steps == arguments.TINY_RECIPE["max_steps"] < 1000
+    assert args.gradient_accumulation_steps == 1
+
+
+def test_what_is_given_wins_over_every_default() -> None:
+    given = "--learning_rate 1e-4 --gradient_accumulation_steps 3 --max_steps 7 --save_steps 5 --eval_tokens 9"
+    for model in ([], ["--model_name_or_path", "some/model"]):
+        _, text, args = parsed(*model, *given.split(), f"--{arguments.CHECKPOINTING}", "false")
+        assert (args.learning_rate, args.gradient_accumulation_steps, args.max_steps) == (1e-4, 3, 7)
+        assert (args.save_steps, text.eval_tokens, getattr(args, arguments.CHECKPOINTING)) == (5, 9, False)
+    _, _, args = parsed("--model-name-or-path", "some/model", "--num-train-epochs=2")
+    assert (args.num_train_epochs, args.max_steps) == (2, -1)
+
+
+def test_cpu_processes_find_each_other_without_being_asked() -> None:
+    """Without `use_cpu` and without DeepSpeed, accelerate starts no group where there is no GPU."""
+    assert parsed()[2].use_cpu == (not torch.accelerator.is_available())
+
+
+def test_one_dtype_for_the_weights_and_the_banner() -> None:
+    for given, dtype in ((["--bf16"], torch.bfloat16), (["--fp16"], torch.float16), ([], torch.float32)):
+        defaults = [] if given or not torch.cuda.is_available() else ["--bf16", "false"]
+        assert arguments.compute_dtype(parsed("--use_cpu", *given, *defaults)[2]) == dtype
+
+
+def settings_of(*words: str) -> dict:
+    model, _, args = parsed(*words)
+    return json.loads(json.dumps(settings(model, args)))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--adam_beta2 0.9", "--adam_epsilon 1e-6", "--label_smoothing_factor 0.1", "--neftune_noise_alpha 5",
+        "--dataloader_drop_last", "--optim adafactor", "--optim_args a=1", "--lora_alpha 8", "--seed 3", "--bf16",
+        '--lr_scheduler_kwargs {"num_cycles":2}', "--per_device_train_batch_size 3", "--max_grad_norm 2",
+    ],
+)  # fmt: skip
+def test_what_losses_depend_on_is_a_setting(option: str) -> None:
+    plain = ("--bf16", "false") if option == "--bf16" else ()
+    assert settings_of("--use_cpu", *option.split()) != settings_of("--use_cpu", *plain)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--max_steps 9", "--num_train_epochs 2", "--logging_steps 3", "--save_steps 7", "--save_total_limit 9",
+        "--eval_tokens 5", "--eval_strategy epoch", "--dataloader_num_workers 2", "--report_to none", "--run_name me",
+        f"--{arguments.CHECKPOINTING} true", "--resume_from_checkpoint latest", "--disable_tqdm true",
+        "--per_device_eval_batch_size 2",
+    ],
+)  # fmt: skip
+def test_what_no_loss_depends_on_is_none(option: str) -> None:
+    assert settings_of(*option.split()) == settings_of()
