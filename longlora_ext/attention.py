@@ -71,12 +71,8 @@ def group_size(config: PreTrainedConfig) -> int:
     return size
 
 
-def _config(module: torch.nn.Module) -> Any:
-    return module.config
-
-
 def _wants_s2(module: torch.nn.Module) -> bool:
-    mode = getattr(_config(module), "s2attn_mode", None) or "auto"
+    mode: Any = getattr(module.config, "s2attn_mode", None) or "auto"
     if mode not in MODES:
         raise ValueError(f"config.s2attn_mode must be one of {', '.join(map(repr, MODES))}, but it is {mode!r}")
     return mode == "s2" or (mode == "auto" and module.training)
@@ -141,11 +137,12 @@ def s2attn_forward(
         start = torch.where(padding < 0, ~padding, padding)
         documents = start if documents is None else torch.maximum(start, documents)
     if wants_s2:
+        config: Any = module.config
         return _run(
             query,
             key,
             value,
-            group_size(_config(module)),
+            group_size(config),
             _first_shifted_head(module, query),
             documents,
             scaling,
@@ -193,7 +190,8 @@ def _documents(position_ids: torch.Tensor | None, kwargs: dict[str, Any], query:
 
 
 def _first_shifted_head(module: torch.nn.Module, query: torch.Tensor) -> int:
-    heads: int = _config(module).num_attention_heads
+    config: Any = module.config
+    heads: int = config.num_attention_heads
     if query.shape[1] != heads:
         raise ValueError(
             f"config.num_attention_heads is {heads}, but this layer has {query.shape[1]} heads: which of "

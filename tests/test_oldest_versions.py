@@ -11,7 +11,8 @@ import torch
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ["attention", "attention_generate", "context", "adapter", "adapter_zero", "data", "finetune", "finetune_resume"]
+TESTS = ["attention", "attention_generate", "attention_refusals", "context", "adapter", "adapter_zero"]
+TESTS += ["data", "arguments", "run_folder", "finetune", "finetune_resume"]
 
 
 def oldest() -> list[str]:

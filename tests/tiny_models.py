@@ -1,5 +1,7 @@
 """Tiny random models, made from configs: one of each family that the attention is promised for."""
 
+import inspect
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -11,6 +13,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.masking_utils import create_causal_mask
 
 VOCABULARY = 61
 SIZES = {
@@ -66,3 +69,14 @@ def tiny_model(
 
 def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def mask_of(**arguments: object) -> torch.Tensor | None:
+    """What a model's mask preparation gives for a batch of [2, 12]."""
+    inputs = {"attention_mask": None, "past_key_values": None}
+    known = inspect.signature(create_causal_mask).parameters  # some were renamed or went, up to transformers 5.4
+    inputs["inputs_embeds" if "inputs_embeds" in known else "input_embeds"] = torch.zeros(2, 12, 1)
+    if "cache_position" in known:
+        inputs["cache_position"] = torch.arange(12)
+    config = tiny_config(attn_implementation="s2attn")
+    return create_causal_mask(**{"config": config, **inputs, **arguments})
