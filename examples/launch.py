@@ -106,8 +106,8 @@ def _compile_communication_op() -> None:
         return
     # A console script of a virtual environment runs without that environment's programs on the path.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    compiler = shlex.split(os.environ.get("CXX", ""))[:1] or ["c++"]  # CXX may be "ccache g++"
-    missing = [name for name in (*compiler, "ninja") if shutil.which(name) is None]
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]  # it may be "ccache g++"
+    missing = [name for name in (compiler[0], "ninja") if shutil.which(name) is None]
     if missing:
         raise ImportError(
             f"{' and '.join(missing)} not found: on a CPU DeepSpeed compiles its communication op at first use. "
@@ -124,6 +124,11 @@ def _compile_communication_op() -> None:
                 leftover.unlink()
         if not list(folder.glob("*/*.so")):
             say("compiling DeepSpeed's communication op for CPUs: half a minute, this once")
+        if len(compiler) > 1:  # torch takes the whole of CXX for the name of one program
+            script = folder / "cxx"
+            script.write_text(f'#!/bin/sh\nexec {shlex.join(compiler)} "$@"\n')
+            script.chmod(0o755)
+            os.environ["CXX"] = str(script)
         try:
             builder.load(verbose=False)
         except RuntimeError as error:

@@ -16,6 +16,7 @@ from longlora_ext._precision import fp32_weight, whole_shape
 from longlora_ext.context import CONFIG_FIELDS, context_length
 
 RECORD = "longlora.json"
+WEIGHTS = "adapter_model.safetensors"
 _FORMAT = 1
 _NEEDED = ("max_position_embeddings", "rope_parameters", "config", "base_shape", "base_weights")
 _SHAPE_FIELDS = (
