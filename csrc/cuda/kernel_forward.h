@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(Forward<Element, kHeadDim>::kThreads)
     const int i = get<0>(where(m, 0));
     if (get<1>(where(m, 0)) == 0 && i < rows) lse_out[row + i] = lse[m];
   }
-  sync_block();  // all have read their queries, whose place the output takes
+  // The loop's last barrier came after the last read of the queries, whose place the output takes.
   store_tile<Tile::kThreads>(out, mma, make_tensor(make_smem_ptr(shared), typename Tile::QueryTile{}),
                              global_tile<Element, Tile::kRows, kHeadDim>(params.out, turn.batch, turn.head, row), rows,
                              static_cast<int>(problem.head_dim), thread);

@@ -133,7 +133,8 @@ struct Backward : BackwardTiles<Element, kHeadDim> {
     }
 
     scale_by(dk, static_cast<float>(problem.scale));
-    sync_block();  // nobody reads k and v any more, whose places dk and dv take
+    // dk and dv take the places of k and v, which were last read before the loop's last barrier, but for dq.
+    if constexpr (kWithDq) sync_block();
     store_tile<kThreads>(dk, dkv_mma, k_tile, global_tile<Element, kKeys, kHeadDim>(params.dk, batch, kv_head, key),
                          seqlen - key, head_dim, thread);
     store_tile<kThreads>(dv, dkv_mma, v_tile, global_tile<Element, kKeys, kHeadDim>(params.dv, batch, kv_head, key),

@@ -11,8 +11,8 @@ constexpr float kLn2 = 0.69314718f;
 
 // The four neighbours in a warp that share a row.
 DEVICE float row_max_of_four(float x) {
-  x = cute::max(x, shuffle_xor(x, 1));
-  return cute::max(x, shuffle_xor(x, 2));
+  x = fmaxf(x, shuffle_xor(x, 1));
+  return fmaxf(x, shuffle_xor(x, 2));
 }
 DEVICE float row_sum_of_four(float x) {
   x += shuffle_xor(x, 1);
@@ -42,7 +42,7 @@ struct OnlineSoftmax {
     for (int m = 0; m < kRows; ++m) {
       float highest = maximum[m];
       CUTE_UNROLL
-      for (int n = 0; n < size<1>(scores); ++n) highest = cute::max(highest, scores(m, n));
+      for (int n = 0; n < size<1>(scores); ++n) highest = fmaxf(highest, scores(m, n));
       highest = row_max_of_four(highest);
       // A row that has seen nothing yet: any finite number gives the weights 0.
       const float origin = (highest == -INFINITY ? 0.0f : highest) * scale_log2;
