@@ -297,6 +297,7 @@ def go_on_from_2(whole: Path, output: Path, result: str) -> None:
     shutil.rmtree(output / result)
 
 
+@pytest.mark.full
 def test_full_fine_tuning_goes_on(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     whole = run(*small_run(*inputs, tmp_path / "whole", steps=4), "--full_finetune")
     assert whole.returncode == 0, whole.stderr
