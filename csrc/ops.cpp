@@ -121,7 +121,8 @@ Problem make_problem(const Tensor& q, const Tensor& k, const Tensor& v, int64_t 
   check(group_size > 0 && group_size % 2 == 0, "group_size must be a positive even number, but is ", group_size);
   check(first_shifted_head >= 0 && first_shifted_head <= q.size(2),
         "first_shifted_head must be from 0 to the number of query heads ", q.size(2), ", but is ", first_shifted_head);
-  check(std::isfinite(scale), "scale must be finite, but is ", scale);
+  // s2attn brings a negative one here as positive, with q negated.
+  check(std::isfinite(scale) && scale >= 0, "scale must be finite and not negative, but is ", scale);
   if (doc_start) check_doc_start(*doc_start, q);
 
   Problem problem;

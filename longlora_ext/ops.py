@@ -105,6 +105,8 @@ def _s2attn(
     _check(q.shape[3] >= 8, f"head_dim must be a multiple of 8 from 8 to 256, but is {q.shape[3]}")
     if scale is None:
         scale = 1 / math.sqrt(q.shape[3])
+    if scale < 0:  # kernels take the largest score of a row for the largest of its products with scale
+        q, scale = -q, -scale
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     if wrap:
         return _wrapped(q, k, v, group_size, doc_start, first_shifted_head, scale, deterministic)

@@ -64,8 +64,8 @@ def with_value(tensor: torch.Tensor, index: int, value: int) -> torch.Tensor:
         ({"group_size": -2}, r"group_size must be a positive even number, but is -2"),
         ({"first_shifted_head": 3}, r"first_shifted_head must be from 0 to .* 2, but is 3"),
         ({"first_shifted_head": -1}, r"first_shifted_head must be from 0 to .* 2, but is -1"),
-        ({"scale": float("nan")}, r"scale must be finite, but is nan"),
-        ({"scale": float("inf")}, r"scale must be finite, but is inf"),
+        ({"scale": float("nan")}, r"scale must be finite and not negative, but is nan"),
+        ({"scale": float("inf")}, r"scale must be finite and not negative, but is inf"),
         ({"doc_start": DOCUMENTS[:, :63]}, r"doc_start must have shape .*\[1, 64\], but is \[1, 63\]"),
         ({"doc_start": DOCUMENTS[0]}, r"doc_start must have shape .*\[1, 64\], but is \[64\]"),
         ({"doc_start": DOCUMENTS.long()}, r"doc_start must be int32, but is Long"),
@@ -127,6 +127,12 @@ def test_wrong_types_are_torchs_to_refuse() -> None:
     q, k, v = Problem().tensors()
     with pytest.raises((RuntimeError, TypeError), match="group_size"):
         s2attn(q, k, v, 16.5)  # type: ignore[arg-type]
+
+
+def test_kernels_take_no_negative_scale() -> None:
+    q, k, v = Problem().tensors()
+    with pytest.raises(RuntimeError, match=r"^s2attn: scale must be finite and not negative, but is -0.25"):
+        torch.ops.longlora.s2attn_fwd(q, k, v, 16, 1, None, -0.25, False)
 
 
 @pytest.mark.parametrize("name", ["dout", "out", "lse"])

@@ -16,7 +16,7 @@ struct BackwardDq : BackwardTiles<Element, kHeadDim> {
     const Problem& problem = params.problem;
     const int seqlen = static_cast<int>(problem.seqlen), head_dim = static_cast<int>(problem.head_dim);
     const int kv_head = static_cast<int>(head / (problem.heads / problem.kv_heads));
-    const float scale_log2 = static_cast<float>(problem.scale) * kLog2e;
+    const float scale_log2 = scale_log2_of(problem);
 
     Element* const k_at = shared + 2 * kRowsSize;
     auto q_tile = make_tensor(make_smem_ptr(shared), typename Tiles::RowsTile{});

@@ -40,6 +40,13 @@ DEVICE float exp2_fast(float x) {
   return y;
 }
 
+// threadIdx.x, read anew at each call: what follows from one call is not kept in registers for the next.
+DEVICE int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;\n" : "=r"(index));
+  return index;
+}
+
 DEVICE float shuffle_xor(float x, int lane_mask) { return __shfl_xor_sync(0xffffffffu, x, lane_mask); }
 
 // In global memory. The old value is not asked for: this is a `red`, not an `atom`.
@@ -84,6 +91,8 @@ DEVICE void wait_copies(const char* file = __builtin_FILE(), int line = __builti
 }
 
 DEVICE float exp2_fast(float x) { return __builtin_exp2f(x); }
+
+DEVICE int thread_index() { return threadIdx.x; }
 
 DEVICE float shuffle_xor(float x, int lane_mask) { return simt::shuffle_xor(x, lane_mask); }
 

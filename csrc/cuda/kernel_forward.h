@@ -14,18 +14,19 @@ __global__ void __launch_bounds__(Forward<Element, kHeadDim>::kThreads)
   const Problem& problem = params.problem;
   const Turn turn = turn_of<true>(schedule, blockIdx.x, problem.first_shifted_head);
   if (turn.tile < 0 || turn.tile >= schedule.tiles) return;
-  const int row = turn.tile * Tile::kRows, thread = threadIdx.x, rows = static_cast<int>(problem.seqlen) - row;
+  const int row = turn.tile * Tile::kRows, rows = static_cast<int>(problem.seqlen) - row;
   const Visibility visible(problem, turn.batch, turn.head);
   const typename Tile::Mma mma;
   Element* shared = shared_memory<Element>();
 
   auto out = zeros<Tile::kRows, kHeadDim>(mma);
   auto out_matrix = as_matrix(out);
-  OnlineSoftmax<decltype(size<0>(out_matrix))::value> softmax(static_cast<float>(problem.scale) * kLog2e);
-  Tile::run(params, visible, turn.batch, turn.head, row, shared, thread, out, softmax);
+  OnlineSoftmax<decltype(size<0>(out_matrix))::value> softmax(scale_log2_of(problem));
+  Tile::run(params, visible, turn.batch, turn.head, row, shared, thread_index(), out, softmax);
 
   float lse[decltype(size<0>(out_matrix))::value];
   softmax.finish(out_matrix, lse);
+  const int thread = thread_index();
   const auto where = coordinates<Tile::kRows, kHeadDim>(mma, thread);
   float* lse_out = static_cast<float*>(params.lse) + (int64_t{turn.batch} * problem.heads + turn.head) * problem.seqlen;
   CUTE_UNROLL

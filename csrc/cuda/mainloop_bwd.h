@@ -40,7 +40,7 @@ struct Backward : BackwardTiles<Element, kHeadDim> {
   DEVICE static void run(const BackwardParams& params, int batch, int kv_head, int key, Element* shared, int thread) {
     const Problem& problem = params.problem;
     const int seqlen = static_cast<int>(problem.seqlen), head_dim = static_cast<int>(problem.head_dim);
-    const float scale_log2 = static_cast<float>(problem.scale) * kLog2e;
+    const float scale_log2 = scale_log2_of(problem);
 
     Element* const q_at = shared;
     Element* const dout_at = q_at + kStages * kRowsSize;

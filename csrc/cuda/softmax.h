@@ -2,12 +2,21 @@
 // and one exp2 for each score.
 #pragma once
 
+#include <limits>
+
+#include "../params.h"
 #include "layouts.h"
 
 namespace longlora::cuda {
 
 constexpr float kLog2e = 1.44269504f;
 constexpr float kLn2 = 0.69314718f;
+
+// What scores are multiplied by, with the change of base. Never 0: times a masked -inf that would be NaN, and the least
+// number gives the same weights.
+DEVICE float scale_log2_of(const Problem& problem) {
+  return fmaxf(static_cast<float>(problem.scale) * kLog2e, std::numeric_limits<float>::min());
+}
 
 // The four neighbours in a warp that share a row.
 DEVICE float row_max_of_four(float x) {
