@@ -63,13 +63,26 @@ inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
+// Asks for more shared memory than every kernel may have. GPUs of data centres offer a block 163 KiB and more, those of
+// desktops 99.
+template <auto kernel>
+void allow_shared_memory(int bytes) {
+  constexpr int kAlwaysAllowed = 48 * 1024;
+  if (bytes <= kAlwaysAllowed) return;
+  int device = 0, offered = 0;
+  check(cudaGetDevice(&device), "asking for the device");
+  check(cudaDeviceGetAttribute(&offered, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "asking the device");
+  if (bytes > offered)
+    throw std::runtime_error("s2attn: this kernel needs " + std::to_string(bytes) +
+                             " bytes of shared memory, but GPU " + std::to_string(device) + " offers " +
+                             std::to_string(offered) + " to a block; use attn_implementation='sdpa'");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "asking for shared memory");
+}
+
 // Runs `kernel(params)` over the grid. `stream` is a cudaStream_t.
 template <auto kernel, typename Params>
 void launch(dim3 grid, int threads, int shared_bytes, void* stream, const Params& params) {
-  constexpr int kAlwaysAllowed = 48 * 1024;
-  if (shared_bytes > kAlwaysAllowed)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
-          "asking for shared memory");
+  allow_shared_memory<kernel>(shared_bytes);
   kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(params);
   check(cudaGetLastError(), "launching a kernel");
 }
