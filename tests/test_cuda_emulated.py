@@ -1,0 +1,417 @@
+"""The CUDA kernels, run on a CPU by the emulator of csrc/simt: every feature right against the definition, no race, no
+bank conflict, no access out of bounds, no product more than needed.
+
+Here the kernels of two dtypes and head dims stand for all twelve; `--full` compiles and runs every one.
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import product
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import pytest
+import resources
+import simt_build
+import simt_kernels
+import torch
+from op_checks import (
+    Problem,
+    assert_close_to_reference,
+    assert_outputs_and_grads_close,
+    assert_same,
+    outputs_and_grads,
+)
+from simt_build import Kernel
+from torch import Tensor
+
+from longlora_ext.reference import s2attn_mask, s2attn_reference
+
+
+class Config(NamedTuple):
+    """The forward and the backward kernels of one dtype and padded head dim."""
+
+    dtype: str
+    head_dim: int
+
+
+FAST = (Config("bf16", 64), Config("fp16", 128))
+CONFIGS = [
+    pytest.param(config, id="-".join(map(str, config)), marks=[] if config in FAST else pytest.mark.full)
+    for config in map(Config._make, product(("bf16", "fp16"), (64, 128, 256)))
+]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+CONFLICTS = ("ldmatrix_conflicts", "cp_async_conflicts", "load_conflicts", "store_conflicts")
+
+pytestmark = pytest.mark.parametrize("config", CONFIGS)
+
+
+@pytest.fixture(scope="session")
+def module(request: pytest.FixtureRequest) -> ModuleType:
+    """All kernels that the selected tests are about, and no others: compiling one takes half a minute."""
+    parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    configs = sorted({chosen["config"] for chosen in parameters if "config" in chosen})
+    return simt_kernels.kernels(*(Kernel(way, *config) for way in ("backward", "forward") for config in configs))
+
+
+class Attention(torch.autograd.Function):
+    """The emulated kernels for autograd; what is not a tensor goes through `run`."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, run: Run) -> Tensor:
+        out, lse = simt_kernels.forward(run.module, q, k, v, run.group_size, run.doc_start, **run.options)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.run = run
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        run, saved = ctx.run, ctx.saved_tensors
+        options = run.options | {"deterministic": run.deterministic}
+        return *simt_kernels.backward(run.module, dout, *saved, run.group_size, run.doc_start, **options), None
+
+
+class Run(NamedTuple):
+    module: ModuleType
+    group_size: int
+    doc_start: Tensor | None
+    options: dict[str, Any]
+    deterministic: bool
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return Attention.apply(q, k, v, self)
+
+
+def check(
+    module: ModuleType, problem: Problem, doc_start: Tensor | None = None, deterministic: bool = False, seed: int = 0
+) -> None:
+    """Forward and backward against the definition, within the error bound of the op's tests."""
+    q, k, v = problem.tensors()
+    ours = Run(module, problem.group_size, doc_start, problem.kwargs(), deterministic)
+
+    def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return s2attn_reference(q, k, v, problem.group_size, doc_start, **problem.kwargs())[0]
+
+    scale = problem.head_dim**-0.5 if problem.scale is None else problem.scale
+    module.configure(seed)
+    assert_outputs_and_grads_close(ours, reference, q, k, v, scale, str(problem))
+    assert [module.counters()[kind] for kind in CONFLICTS] == [0, 0, 0, 0]
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "a token": {"seqlen": 1, "heads": 2, "kv_heads": 1, "group_size": 2},
+    "groups of two": {"seqlen": 150, "heads": 2, "kv_heads": 2, "group_size": 2},
+    "group beyond the end": {"seqlen": 130, "heads": 2, "kv_heads": 1, "group_size": 1000},
+    "whole tiles": {"seqlen": 512, "heads": 2, "kv_heads": 2, "group_size": 256},
+    "many tiles, ragged": {"seqlen": 1000, "heads": 2, "kv_heads": 1, "group_size": 800},
+    "dense": {"seqlen": 400, "heads": 2, "kv_heads": 2, "group_size": 2**40, "first_shifted_head": 2},
+    "all shifted": {"seqlen": 300, "heads": 2, "kv_heads": 2, "group_size": 200, "first_shifted_head": 0, "scale": 0.7},
+    "no scores": {"seqlen": 150, "heads": 2, "kv_heads": 2, "group_size": 100, "scale": 0.0},
+    "GQA, mixed": {"seqlen": 270, "heads": 6, "kv_heads": 2, "group_size": 100, "first_shifted_head": 1},
+    "MQA, batch": {"batch": 2, "seqlen": 200, "heads": 4, "kv_heads": 1, "group_size": 150},
+}
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["atomic", "deterministic"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes(module: ModuleType, config: Config, shape: str, deterministic: bool) -> None:
+    problem = Problem(**SHAPES[shape], head_dim=config.head_dim, dtype=DTYPES[config.dtype])
+    check(module, problem, deterministic=deterministic, seed=list(SHAPES).index(shape))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("deterministic", [False, True], ids=["atomic", "deterministic"])
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_seeds(module: ModuleType, config: Config, shape: str, seed: int, deterministic: bool) -> None:
+    """The order of blocks, warps and lanes changes nothing."""
+    problem = Problem(**SHAPES[shape], documents=True, head_dim=config.head_dim, dtype=DTYPES[config.dtype])
+    check(module, problem, problem.doc_start(), deterministic, 100 + seed)
+
+
+@pytest.mark.parametrize("columns", [8, 24, 56])
+def test_head_dims_between(module: ModuleType, config: Config, columns: int) -> None:
+    """They go into the next that there is a kernel for."""
+    head_dim = config.head_dim // 2 * (config.head_dim > 64) + columns
+    shape = {"seqlen": 200, "heads": 2, "kv_heads": 1, "group_size": 150}
+    for deterministic in (False, True):
+        check(module, Problem(**shape, head_dim=head_dim, dtype=DTYPES[config.dtype]), deterministic=deterministic)
+
+
+def starts_of(lengths: Sequence[int]) -> Tensor:
+    begins = torch.tensor([0, *lengths]).cumsum(0)[:-1]
+    return begins.repeat_interleave(torch.tensor(lengths)).to(torch.int32)
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["atomic", "deterministic"])
+@pytest.mark.parametrize("group_size", [20, 600])
+def test_documents(module: ModuleType, config: Config, group_size: int, deterministic: bool) -> None:
+    """Borders within tiles and on them, documents of one token and of several tiles, rows cut differently."""
+    rows = [starts_of([1, 63, 36, 28, 260, 12]), starts_of([3] * 60 + [220])]
+    shape = {"batch": 2, "seqlen": 400, "heads": 2, "kv_heads": 1, "group_size": group_size}
+    problem = Problem(**shape, head_dim=config.head_dim, dtype=DTYPES[config.dtype])
+    check(module, problem, torch.stack(rows), deterministic)
+
+
+def test_log_sum_exp(module: ModuleType, config: Config) -> None:
+    shape = {"batch": 2, "seqlen": 300, "heads": 4, "kv_heads": 2, "group_size": 180}
+    problem = Problem(**shape, documents=True, head_dim=config.head_dim, dtype=DTYPES[config.dtype])
+    q, k, v = problem.tensors()
+    doc_start = problem.doc_start()
+    module.configure()
+    _, lse = simt_kernels.forward(module, q, k, v, 180, doc_start, scale=0.25)
+    _, plain = s2attn_reference(q.float(), k.float(), v.float(), 180, doc_start, scale=0.25)
+    _, exact = s2attn_reference(q.double(), k.double(), v.double(), 180, doc_start, scale=0.25)
+    assert_close_to_reference(lse, plain, exact)
+
+
+def test_large_scores_stay_exact(module: ModuleType, config: Config) -> None:
+    """Scores that overflow exp, rising and falling along the keys."""
+    problem = Problem(seqlen=400, group_size=400, head_dim=config.head_dim, dtype=DTYPES[config.dtype])
+    q, k, v = problem.tensors()
+    k *= torch.linspace(-100, 100, 400).to(k.dtype)[None, :, None, None]
+    module.configure()
+    out, _ = simt_kernels.forward(module, q, k, v, 400)
+    exact, _ = s2attn_reference(q.double(), k.double(), v.double(), 400)
+    plain, _ = s2attn_reference(q, k, v, 400)
+    assert_close_to_reference(out, plain, exact)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_shows(module: ModuleType, config: Config, value: float) -> None:
+    """In the rows that see it, and in no other."""
+    q, k, v = Problem(seqlen=200, group_size=400, head_dim=config.head_dim, dtype=DTYPES[config.dtype]).tensors()
+    k[:, 5] = value
+    module.configure()
+    out, _ = simt_kernels.forward(module, q.abs(), k, v, 400, first_shifted_head=2)
+    expected, _ = s2attn_reference(q.abs(), k, v, 400, first_shifted_head=2)
+    assert expected[:, 5:].isnan().all() and torch.equal(out.isnan(), expected.isnan())
+
+
+def test_no_token_sees_the_future(module: ModuleType, config: Config) -> None:
+    """Perturbing token j, by all that its dtype holds, changes no output before j: to the bit."""
+    dtype = DTYPES[config.dtype]
+    q, k, v = Problem(seqlen=200, heads=4, kv_heads=2, group_size=90, head_dim=config.head_dim, dtype=dtype).tensors()
+    module.configure()
+    before, _ = simt_kernels.forward(module, q, k, v, 90)
+    for j in (0, 1, 44, 45, 63, 64, 89, 127, 128, 199):
+        changed = [x.clone() for x in (q, k, v)]
+        for x, amount in zip(changed, (3, 3, torch.finfo(dtype).max / 4), strict=True):
+            x[:, j] += amount
+        after, _ = simt_kernels.forward(module, *changed, 90)
+        assert torch.equal(after[:, :j], before[:, :j]), f"token {j} changed an output before it"
+        assert not torch.equal(after[:, j], before[:, j])
+
+
+def test_deterministic_gives_the_same_bits(module: ModuleType, config: Config) -> None:
+    """In whatever order the blocks run. Where dq is summed up by atomics, it alone may differ, in its last bits."""
+    q, k, v = Problem(seqlen=400, heads=2, kv_heads=1, head_dim=config.head_dim, dtype=DTYPES[config.dtype]).tensors()
+    dout = torch.randn_like(q)
+
+    def results(deterministic: bool, seed: int) -> tuple[Tensor, ...]:
+        module.configure(seed)
+        return outputs_and_grads(Run(module, 400, None, {"first_shifted_head": 2}, deterministic), q, k, v, dout)
+
+    out, dq, dk, dv = results(True, 0)
+    for seed in range(1, 4):
+        assert all(torch.equal(a, b) for a, b in zip(results(True, seed), (out, dq, dk, dv), strict=True))
+    by_atomics = results(False, 0)
+    assert_same(by_atomics[1], dq)
+    assert all(torch.equal(by_atomics[i], exact) for i, exact in ((0, out), (2, dk), (3, dv)))
+
+
+@pytest.mark.parametrize("layout", ["heads_first", "fused", "sliced", "expanded"])
+def test_strided_inputs(module: ModuleType, config: Config, layout: str) -> None:
+    dtype, size = DTYPES[config.dtype], config.head_dim
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape).to(dtype)
+
+    if layout == "heads_first":
+        q, k, v = (random(2, 2, 150, size).transpose(1, 2) for _ in range(3))
+    elif layout == "fused":
+        q, k, v = random(2, 150, 3, 2, size).unbind(2)
+    elif layout == "sliced":
+        q, k, v = (random(3, 170, 3, size + 8)[1:, 9:159, 1:, 8:] for _ in range(3))
+    else:
+        q, k, v = (random(1, 150, 1, size).expand(2, 150, 2, size) for _ in range(3))
+    assert not q.is_contiguous()
+    dout = random(2, 2, 150, size).transpose(1, 2)
+    run = Run(module, 100, None, {}, deterministic=True)
+    module.configure()
+    actual = outputs_and_grads(run, q, k, v, dout)
+    dense = outputs_and_grads(run, *(x.contiguous() for x in (q, k, v)), dout.contiguous())
+    assert all(torch.equal(a, b) for a, b in zip(actual, dense, strict=True))
+
+
+class Guarded:
+    """A tensor within a larger one full of `guard`."""
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, guard: float, margins: Sequence[int]) -> None:
+        around = [n + 2 * margin for n, margin in zip(shape, margins, strict=True)]
+        self.guard = guard
+        self.whole = torch.full(around, guard, dtype=dtype)
+        self.tensor = self.whole[tuple(slice(m, m + n) for n, m in zip(shape, margins, strict=True))]
+
+    def intact(self) -> bool:
+        outside = self.whole.clone()
+        outside.as_strided(self.tensor.shape, self.tensor.stride(), self.tensor.storage_offset()).fill_(self.guard)
+        return bool((outside == self.guard).all())
+
+
+def test_nothing_beside_the_tensors(module: ModuleType, config: Config) -> None:
+    """Inputs lie among NaN and outputs among guards, before, behind and between rows and heads."""
+    shape = {"seqlen": 150, "heads": 2, "kv_heads": 1, "group_size": 80, "head_dim": config.head_dim - 8}
+    problem = Problem(**shape, documents=True, dtype=DTYPES[config.dtype])
+
+    def guarded(like: Tensor, guard: float) -> Guarded:
+        guarded = Guarded(like.shape, like.dtype, guard, (1, 3, 1, 8) if like.dim() == 4 else (64,))
+        guarded.tensor.copy_(like)
+        return guarded
+
+    q, k, v = problem.tensors()
+    dout = torch.randn_like(q)
+    garbage = torch.randint(-(2**31), 2**31 - 1, (1, 150)).to(torch.int32)
+    backwards = torch.arange(150, 0, -1, dtype=torch.int32)[None]
+    # A doc_start that is none makes wrong results, and no more.
+    for doc_start, deterministic in product((None, problem.doc_start(), garbage, backwards), (False, True)):
+        module.configure()
+        out, lse = simt_kernels.forward(module, q, k, v, 80, doc_start)
+        grads = simt_kernels.backward(module, dout, q, k, v, out, lse, 80, doc_start, deterministic=deterministic)
+
+        module.configure()
+        described = simt_kernels.problem(module, q, k, 80, doc_start, None, None)
+        inputs = [guarded(x, math.nan) for x in (q, k, v, dout)]
+        outputs = [guarded(torch.full_like(x, math.nan), 7.0) for x in (q, q, k, v)]
+        floats = [lse.numel(), lse.numel(), module.dq_scratch_floats(described, deterministic)]
+        scratch = [guarded(torch.full((n,), math.nan), 7.0) for n in floats]
+        in_q, in_k, in_v, in_dout = (simt_kernels.view(module, x.tensor) for x in inputs)
+        to_out, *to_grads = (simt_kernels.view(module, x.tensor) for x in outputs)
+        to_lse, *to_scratch = (x.tensor.data_ptr() for x in scratch)
+        is_bfloat16 = q.dtype == torch.bfloat16
+        module.forward(described, is_bfloat16, in_q, in_k, in_v, to_out, to_lse)
+        views = (in_dout, in_q, in_k, in_v, to_out, *to_grads)
+        module.backward(described, is_bfloat16, deterministic, *views, to_lse, *to_scratch)
+
+        assert all(x.intact() for x in (*outputs, *scratch))
+        assert torch.equal(scratch[0].tensor.view_as(lse), lse) and torch.isfinite(out).all()
+        for actual, expected in zip(outputs, (out, *grads), strict=True):
+            torch.testing.assert_close(actual.tensor, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.fixture(scope="session")
+def tiles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], dict[str, int]]:
+    """The tile of a direction and head dim, from tile_config.h itself."""
+    fields = {"forward": ["rows", "keys", "warps"]}
+    fields["backward"] = [*fields["forward"], "score_warps", "dkv_warps", "dq_warps"]
+    program = tmp_path_factory.mktemp("tiles") / "tiles.cpp"
+    prints = "".join(
+        f'std::printf("%d ", longlora::cuda::{direction}_tile(head_dim).{name});'
+        for direction, names in fields.items()
+        for name in names
+    )
+    program.write_text(
+        f'#include <cstdio>\n#include <cstdlib>\n#include "{simt_build.CUDA}/tile_config.h"\n'
+        f"int main(int, char** arguments) {{ const int head_dim = std::atoi(arguments[1]); {prints} }}\n"
+    )
+    binary = program.with_suffix("")
+    simt_build.run([*simt_build.CXX, "-std=c++17", program, "-o", binary])
+
+    def tile(direction: str, head_dim: int) -> dict[str, int]:
+        printed = subprocess.run([binary, str(head_dim)], capture_output=True, text=True, check=True).stdout.split()
+        names = [(way, name) for way, of_way in fields.items() for name in of_way]
+        values = {name: int(value) for (way, name), value in zip(names, printed, strict=True) if way == direction}
+        return values | {"threads": 32 * values["warps"]}
+
+    return tile
+
+
+def visible_tiles(problem: Problem, doc_start: Tensor | None, rows: int, keys: int) -> int:
+    """Tiles of scores, of all heads, in which some row sees some key."""
+    total = 0
+    for head in range(problem.heads):
+        shifted = head >= problem.heads // 2
+        mask = s2attn_mask(problem.seqlen, problem.group_size, shifted, doc_start)
+        mask = mask.expand(problem.batch, problem.seqlen, problem.seqlen).float()
+        total += int(torch.nn.functional.max_pool2d(mask, (rows, keys), ceil_mode=True).sum())
+    return total
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["whole", "documents"])
+def test_no_instruction_more_than_needed(
+    module: ModuleType, config: Config, tiles: Callable[[str, int], dict[str, int]], documents: bool
+) -> None:
+    """Products, matrix loads and copies are those of the tiles that hold something, counted as for the machine code."""
+    shape = {"batch": 2, "seqlen": 450, "heads": 2, "kv_heads": 1, "group_size": 300}
+    problem = Problem(**shape, documents=documents, head_dim=config.head_dim, dtype=DTYPES[config.dtype])
+    q, k, v = problem.tensors()
+    doc_start = problem.doc_start()
+    head_dim = config.head_dim
+
+    def counted() -> Counter[str]:
+        counters = module.counters()
+        return Counter(HMMA=counters["mma"], LDSM=counters["ldmatrix"], LDGSTS=counters["cp_async"])
+
+    def times(n: int, counts: Counter[str]) -> Counter[str]:
+        return Counter({kind: n * count for kind, count in counts.items()})
+
+    def tiles_of(length: int) -> int:
+        return -(-problem.seqlen // length) * problem.batch
+
+    tile = tiles("forward", head_dim)
+    rows, keys, warps, threads = tile["rows"], tile["keys"], tile["warps"], tile["threads"]
+    step = resources.product(rows, keys, head_dim, warps, warps)
+    step += resources.product(rows, head_dim, keys, warps, warps, a_in_registers=True)
+    step += resources.load(2 * keys, head_dim, threads)
+    expected = times(visible_tiles(problem, doc_start, rows, keys), step)
+    expected += times(tiles_of(rows) * problem.heads, resources.load(rows, head_dim, threads))
+    module.configure()
+    out, lse = simt_kernels.forward(module, q, k, v, problem.group_size, doc_start)
+    assert counted() == times(warps, expected)
+
+    tile = tiles("backward", head_dim)
+    rows, keys, warps, threads = tile["rows"], tile["keys"], tile["warps"], tile["threads"]
+    scores = times(2, resources.product(rows, keys, head_dim, warps, tile["score_warps"]))
+    dkv = times(2, resources.product(keys, head_dim, rows, warps, tile["dkv_warps"]))
+    dq = resources.product(rows, head_dim, keys, warps, tile["dq_warps"])
+    load_rows, load_keys = resources.load(2 * rows, head_dim, threads), resources.load(2 * keys, head_dim, threads)
+    steps = visible_tiles(problem, doc_start, rows, keys)
+    by_keys = times(steps, scores + dkv + load_rows) + times(tiles_of(keys) * problem.kv_heads, load_keys)
+    by_rows = times(steps, scores + dq + load_keys) + times(tiles_of(rows) * problem.heads, load_rows)
+    for deterministic, expected in ((False, by_keys + times(steps, dq)), (True, by_keys + by_rows)):
+        module.configure()
+        simt_kernels.backward(
+            module, out, q, k, v, out, lse, problem.group_size, doc_start, deterministic=deterministic
+        )
+        assert counted() == times(warps, expected)
+
+
+def test_each_site_is_needed(module: ModuleType, config: Config) -> None:
+    """Without any one barrier, commit or wait the kernels are stopped or wrong, for one of a few seeds at least."""
+    problem = Problem(seqlen=400, heads=2, kv_heads=1, group_size=400, head_dim=config.head_dim)
+    q, k, v = (x.to(DTYPES[config.dtype]) for x in problem.tensors())
+    dout = torch.randn_like(q)
+
+    def results(deterministic: bool) -> tuple[Tensor, ...]:
+        return outputs_and_grads(Run(module, 400, None, {}, deterministic), q, k, v, dout)
+
+    module.configure()
+    right = {deterministic: results(deterministic) for deterministic in (False, True)}
+    sites = module.sites()
+    assert {site.split()[1] for site in sites} == {"sync_block", "commit_copies", "wait_copies"}
+
+    def survives(site: str, seed: int) -> bool:
+        module.configure(seed, site)
+        try:
+            for deterministic, expected in right.items():
+                for a, b in zip(results(deterministic), expected, strict=True):
+                    assert_same(a, b)
+        except (RuntimeError, AssertionError):  # simt's Error, or wrong
+            return False
+        return True
+
+    assert [site for site in sorted(sites) if all(survives(site, seed) for seed in range(4))] == []
