@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 
 #include "../cuda/kernels.h"
+#include "../groups.h"
 #include "python.h"
 
 namespace longlora::simt {
@@ -13,19 +14,22 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+int compute_capability_major = 8;
+
 Dtype dtype_of(bool bfloat16) { return bfloat16 ? Dtype::kBFloat16 : Dtype::kFloat16; }
 
 PYBIND11_MODULE(simt_kernels, module) {
   using namespace pybind11::literals;
   bind_control(module);
 
-  pybind11::class_<TensorView>(module, "TensorView")
+  // Local: a process may load modules with different kernels.
+  pybind11::class_<TensorView>(module, "TensorView", pybind11::module_local())
       .def(pybind11::init([](uintptr_t data, int64_t batch_stride, int64_t row_stride, int64_t head_stride) {
              return TensorView{pointer<void>(data), batch_stride, row_stride, head_stride};
            }),
            "data"_a, "batch_stride"_a, "row_stride"_a, "head_stride"_a);
 
-  pybind11::class_<Problem>(module, "Problem")
+  pybind11::class_<Problem>(module, "Problem", pybind11::module_local())
       .def(pybind11::init([](int64_t batch, int64_t seqlen, int64_t heads, int64_t kv_heads, int64_t head_dim,
                              int64_t group_size, int64_t first_shifted_head, double scale, uintptr_t doc_start) {
              return Problem{batch,
@@ -60,12 +64,16 @@ PYBIND11_MODULE(simt_kernels, module) {
       "lse"_a, "delta"_a, "dq_scratch"_a);
 
   module.def("dq_scratch_floats", &cuda::dq_scratch_floats, "problem"_a, "deterministic"_a);
+  module.def("first_key", &first_key<int>, "i"_a, "doc_start"_a, "group_size"_a, "shifted"_a);
+  module.def(
+      "pretend", [](int major) { compute_capability_major = major; }, "compute_capability_major"_a,
+      "What the host code finds the device to be from here on: 8 at first.");
 }
 
 }  // namespace
 }  // namespace longlora::simt
 
-// What the host code asks the CUDA runtime: this is a device of the kernels' own kind.
+// What the host code asks the CUDA runtime.
 extern "C" {
 cudaError_t cudaGetDevice(int* device) {
   *device = 0;
@@ -73,7 +81,7 @@ cudaError_t cudaGetDevice(int* device) {
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 8 : 0;
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? longlora::simt::compute_capability_major : 0;
   return cudaSuccess;
 }
 
