@@ -117,6 +117,7 @@ inline Problem make_problem(const Tensor& q, const Tensor& k, const Tensor& v, i
         "first_shifted_head must be from 0 to the number of query heads ", q.size(2), ", but is ", first_shifted_head);
   // s2attn brings a negative one here as positive, with q negated.
   check(std::isfinite(scale) && scale >= 0, "scale must be finite and not negative, but is ", scale);
+  check(scale <= 1e30, "scale must be at most 1e30, but is ", scale);  // kernels count in float
   if (doc_start) check_doc_start(*doc_start, q);
 
   Problem problem;

@@ -15,8 +15,10 @@
 namespace longlora {
 namespace {
 
+// The stride of a dimension of size 1 may be anything, but addresses are made of it.
 TensorView view_of(const Tensor& tensor) {
-  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+  const auto stride = [&](int64_t i) { return tensor.size(i) == 1 ? 0 : tensor.stride(i); };
+  return {tensor.data_ptr(), stride(0), stride(1), stride(2)};
 }
 
 std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
@@ -40,7 +42,7 @@ Tensor empty_floats(const Tensor& q, int64_t count) {
 // or rows are too far apart.
 template <typename Device>
 Tensor readable(const Tensor& tensor) {
-  bool as_it_is = tensor.stride(3) == 1 && tensor.stride(1) < Device::kRowStrides &&
+  bool as_it_is = tensor.stride(3) == 1 && (tensor.size(1) == 1 || tensor.stride(1) < Device::kRowStrides) &&
                   reinterpret_cast<uintptr_t>(tensor.data_ptr()) % Device::kAlignment == 0;
   for (int64_t i = 0; i < 3; ++i)
     as_it_is = as_it_is && (tensor.size(i) == 1 || tensor.stride(i) * tensor.element_size() % Device::kAlignment == 0);
@@ -96,7 +98,7 @@ struct Cuda {
   }
 
   // Not what doc_start says: to look would be to wait for the stream. Kernels clamp it: a wrong value gives a wrong
-  // number, never a wild access.
+  // number or NaN, never a wild access.
   static void check_problem(const Problem& problem) {
     check(problem.seqlen < kSequenceLengths, "seqlen must be below ", kSequenceLengths, " on CUDA, but is ",
           problem.seqlen);

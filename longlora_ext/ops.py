@@ -42,7 +42,7 @@ def s2attn(
         group_size (`int`): G, tokens in a group, even. With G >= N and no shifted head this is dense causal attention.
         doc_start (`Tensor`, *optional*): int32 [B, N]: for each token the index, within its row, of the first token of
             its document. Groups restart there and nothing is seen across. `longlora_ext.documents` makes it. Checked
-            on a CPU; on CUDA, where to look would be to wait, a wrong one gives wrong numbers.
+            on a CPU; on CUDA, where to look would be to wait, a wrong one gives wrong numbers or NaN.
         first_shifted_head (`int`, *optional*): query heads from this one on are shifted; H // 2 by default. A rank that
             holds only some heads passes clamp(H_total // 2 - its_first_head, 0, H).
         wrap (`bool`): Algorithm 1 of the paper to the letter: shifted heads are rolled by G/2, so that the last half

@@ -18,7 +18,7 @@ DEVICE void prepare_rows(const BackwardParams& params, int batch, int head, int 
   for (int row = thread / 8; row < Tiles::kRows; row += Tiles::kThreads / 8) {
     float sum = 0;
     for (int column = thread % 8 * 8; column < problem.head_dim && row < rows; column += 64) {
-      uint32_t a[4], b[4];
+      alignas(16) uint32_t a[4], b[4];
       Move<uint128_t>::copy(reinterpret_cast<const uint128_t&>(out(row, column)), reinterpret_cast<uint128_t&>(a));
       Move<uint128_t>::copy(reinterpret_cast<const uint128_t&>(dout(row, column)), reinterpret_cast<uint128_t&>(b));
       CUTE_UNROLL

@@ -1,6 +1,8 @@
 // Forward: the kernel and its launch.
 #pragma once
 
+#include <algorithm>
+
 #include "mainloop_fwd.h"
 #include "scheduler.h"
 
@@ -12,8 +14,8 @@ __global__ void __launch_bounds__(Forward<Element, kHeadDim>::kThreads)
   using Tile = Forward<Element, kHeadDim>;
   const auto& [params, schedule] = scheduled;
   const Problem& problem = params.problem;
-  const Turn turn = turn_of<true>(schedule, blockIdx.x, problem.first_shifted_head);
-  if (turn.tile < 0 || turn.tile >= schedule.tiles) return;
+  const Turn turn = turn_of<true>(schedule, blockIdx.x);
+  if (turn.idle) return;
   const int row = turn.tile * Tile::kRows, rows = static_cast<int>(problem.seqlen) - row;
   const Visibility visible(problem, turn.batch, turn.head);
   const typename Tile::Mma mma;
@@ -43,7 +45,10 @@ __global__ void __launch_bounds__(Forward<Element, kHeadDim>::kThreads)
 template <typename Element, int kHeadDim>
 void launch_forward(const ForwardParams& params, void* stream) {
   using Tile = Forward<Element, kHeadDim>;
-  const Schedule schedule(params.problem, Tile::kRows, params.problem.heads);
+  const Problem& problem = params.problem;
+  const int64_t bytes_of_keys = std::max<int64_t>(1, 2 * sizeof(Element) * kHeadDim * problem.kv_heads / problem.heads);
+  const Schedule schedule(problem, Tile::kRows, problem.heads, problem.first_shifted_head, bytes_of_keys);
+  allow_shared_memory<forward_kernel<Element, kHeadDim>>(Tile::kSharedBytes);
   launch<forward_kernel<Element, kHeadDim>>(schedule.grid(), Tile::kThreads, Tile::kSharedBytes, stream,
                                             Scheduled<ForwardParams>{params, schedule});
 }

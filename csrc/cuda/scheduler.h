@@ -1,7 +1,9 @@
-// Which tile a block gets: the longest first, so that the last blocks to end are short ones, with the heads of one
-// sequence beside each other, so that K and V of the heads at work stay in L2.
+// Which tile a block gets. Blocks start in order, so the order decides two things: the tiles at work at one time should
+// share what they read (their group's keys, say), or it comes from memory again and again instead of from L2; and the
+// longest should come first, so that the last blocks to end are short ones.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "../params.h"
@@ -9,25 +11,30 @@
 
 namespace longlora::cuda {
 
-// The work of a tile grows with its position in its group. Blocks are numbered by position from the last one down, then
-// by group, then by head. Shifted heads' groups begin half a group earlier.
+// The groups of all heads are cut into sections that fit into half of an A100's L2, one section after the other. Inside
+// of one the tiles go by their position in their group, from the longest down, across its groups.
 struct Schedule {
+  static constexpr int64_t kSectionBytes = 20 << 20;
+
   int tiles;            // of a head
   int tiles_per_group;  // rounded: a group that is no multiple of a tile gets a good order, not the best
-  int groups;
+  int groups;           // of a head, one more where half a group is added to the first
   int heads;
-  int64_t batch;
+  int first_shifted_head;  // from here on groups begin half a group earlier
+  int64_t pairs;           // of a head and a group; heads are neighbours, for those of one KV head read the same keys
+  int64_t section;         // pairs
 
-  Schedule(const Problem& problem, int rows, int64_t heads_in_turn)
+  // `bytes_per_row`: what the tiles of a group share of each of its rows.
+  Schedule(const Problem& problem, int rows, int64_t heads, int64_t first_shifted_head, int64_t bytes_per_row)
       : tiles(static_cast<int>((problem.seqlen + rows - 1) / rows)),
-        tiles_per_group(static_cast<int>((problem.group_size + rows - 1) / rows)),
-        heads(static_cast<int>(heads_in_turn)),
-        batch(problem.batch) {
-    if (tiles_per_group > tiles) tiles_per_group = tiles;
-    groups = (tiles + tiles_per_group / 2 + tiles_per_group - 1) / tiles_per_group;
-  }
+        tiles_per_group(std::min(tiles, static_cast<int>((problem.group_size + rows - 1) / rows))),
+        groups((tiles + tiles_per_group / 2 + tiles_per_group - 1) / tiles_per_group),
+        heads(static_cast<int>(heads)),
+        first_shifted_head(static_cast<int>(first_shifted_head)),
+        pairs(problem.batch * heads * groups),
+        section(std::max<int64_t>(1, kSectionBytes / (bytes_per_row * rows * tiles_per_group))) {}
 
-  dim3 grid() const { return dim3(static_cast<unsigned>(batch * heads * groups * tiles_per_group)); }
+  dim3 grid() const { return dim3(static_cast<unsigned>(pairs * tiles_per_group)); }
 };
 
 template <typename Params>
@@ -37,23 +44,30 @@ struct Scheduled {
 };
 
 struct Turn {
-  int tile;  // negative or beyond the last: nothing to do
+  int tile;
   int head;
   int batch;
+  bool idle;  // there is no such tile
 };
 
+// Query rows at the end of a group see most keys (kLastFirst); keys at its start are seen by most rows.
 template <bool kLastFirst>
-DEVICE Turn turn_of(const Schedule& schedule, int64_t block, int64_t first_shifted_head) {
-  Turn turn;
-  turn.head = static_cast<int>(block % schedule.heads);
-  block /= schedule.heads;
-  const int group = static_cast<int>(block % schedule.groups);
-  block /= schedule.groups;
-  const int rank = static_cast<int>(block % schedule.tiles_per_group);
+DEVICE Turn turn_of(const Schedule& schedule, int64_t block) {
+  const int64_t first_pair = block / (schedule.section * schedule.tiles_per_group) * schedule.section;
+  const int64_t left = schedule.pairs - first_pair, section = left < schedule.section ? left : schedule.section;
+  block -= first_pair * schedule.tiles_per_group;
+  const int rank = static_cast<int>(block / section);
   const int position = kLastFirst ? schedule.tiles_per_group - 1 - rank : rank;
-  turn.batch = static_cast<int>(block / schedule.tiles_per_group);
-  const int half = turn.head >= first_shifted_head ? schedule.tiles_per_group / 2 : 0;
+  int64_t pair = first_pair + block % section;
+
+  Turn turn;
+  turn.head = static_cast<int>(pair % schedule.heads);
+  pair /= schedule.heads;
+  const int group = static_cast<int>(pair % schedule.groups);
+  turn.batch = static_cast<int>(pair / schedule.groups);
+  const int half = turn.head >= schedule.first_shifted_head ? schedule.tiles_per_group / 2 : 0;
   turn.tile = group * schedule.tiles_per_group + position - half;
+  turn.idle = turn.tile < 0 || turn.tile >= schedule.tiles;
   return turn;
 }
 
