@@ -35,7 +35,7 @@ foreach(DIRECTION backward forward) # the longest to compile first
       set(unit ${CMAKE_BINARY_DIR}/cuda/${DIRECTION}_${element}_${HEAD_DIM}.cu)
       configure_file(csrc/cuda/instantiate.cu.in ${unit} @ONLY)
       target_sources(cuda_kernels PRIVATE ${unit})
-      if(DIRECTION STREQUAL forward) # at -O3 ptxas moves loads so far ahead that it spills 16 to 132 bytes; at -O2 none
+      if(DIRECTION STREQUAL forward) # at -O3 ptxas moves loads so far ahead that sm_80 code spills 16 to 132 bytes
         set_source_files_properties(${unit} PROPERTIES COMPILE_OPTIONS -Xptxas=-O2)
       endif()
     endforeach()
