@@ -33,7 +33,7 @@ from plot import loss_curve
 from report import banner, results
 from run_folder import begin, claim, read_marker
 from run_settings import settings
-from suitable import check_attention, check_tokens, check_training, padding_token
+from suitable import check_attention, check_tokenizer, check_tokens, check_training, padding_token
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -71,6 +71,7 @@ def main(argv: Sequence[str]) -> None:
         folder, checkpoint = claim(args, name, chosen)
     with one_clear_error(f"the tokenizer of {model_path}: "):
         tokenizer = AutoTokenizer.from_pretrained(model_path, **source)
+        check_tokenizer(tokenizer)
     with one_clear_error():
         train, held_out = read_text(text, tokenizer, args)
         padding = padding_token(tokenizer, base_config)

@@ -34,6 +34,12 @@ def check_attention(config: PreTrainedConfig) -> None:
         raise ValueError(f"its heads have {head_dim} dimensions, and S2-Attn takes multiples of 8 up to {MAX_HEAD_DIM}")
 
 
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `ValueError` if it knows no words, which is what some transformers make of a folder without its files."""
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        raise ValueError("it has special tokens alone: its files are missing")
+
+
 def check_tokens(config: PreTrainedConfig, *texts: Tokenised) -> None:
     """Raise `ValueError` if the tokenizer made tokens that the model does not know."""
     largest = max(text.largest_id for text in texts)
