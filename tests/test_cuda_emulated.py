@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -50,12 +50,14 @@ CONFLICTS = ("ldmatrix_conflicts", "cp_async_conflicts", "load_conflicts", "stor
 pytestmark = pytest.mark.parametrize("config", CONFIGS)
 
 
-@pytest.fixture(scope="session")
-def module(request: pytest.FixtureRequest) -> ModuleType:
+@pytest.fixture
+def module(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
     """All kernels that the selected tests are about, and no others: compiling one takes half a minute."""
     parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
-    configs = sorted({chosen["config"] for chosen in parameters if "config" in chosen})
-    return simt_kernels.kernels(*(Kernel(way, *config) for way in ("backward", "forward") for config in configs))
+    configs = sorted({chosen["config"] for chosen in parameters if isinstance(chosen.get("config"), Config)})
+    module = simt_kernels.kernels(*(Kernel(way, *config) for way in ("backward", "forward") for config in configs))
+    yield module
+    module.configure()  # whoever comes next finds nothing left out
 
 
 class Attention(torch.autograd.Function):
