@@ -14,7 +14,9 @@ from longlora_ext.reference import s2attn_mask
 
 
 def module():
-    return simt_kernels.kernels(Kernel("backward", "bf16", 64), Kernel("forward", "bf16", 64))
+    # Those of the fast tests of the kernels: a process has one such module.
+    configs = (("bf16", 64), ("fp16", 128))
+    return simt_kernels.kernels(*(Kernel(way, *config) for way in ("backward", "forward") for config in configs))
 
 
 @settings(deadline=None)  # the first example builds the module
