@@ -124,6 +124,13 @@ class ModelOptions:
     group_size: int | None = field(
         default=None, metadata={"help": "Tokens of an attention group, instead of --group_ratio. Even."}
     )
+    dense_steps: float = field(
+        default=0.0,
+        metadata={
+            "help": "End the training with steps of dense attention: below 1 a share of all steps (0.1), from 1 on "
+            "their number."
+        },
+    )
     full_finetune: bool = field(
         default=False, metadata={"help": "Train all weights, the paper's baseline, instead of an adapter."}
     )
@@ -286,6 +293,12 @@ def _check(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None:
         parser.error(f"--group_ratio must be above 0 and at most 1, got {asked.group_ratio}")
     if asked.group_size is not None and (asked.group_size < 2 or asked.group_size % 2):
         parser.error(f"--group_size must be even and at least 2, got {asked.group_size}")
+    if not (0 <= asked.dense_steps < 1 or (asked.dense_steps >= 1 and asked.dense_steps % 1 == 0)):
+        parser.error(
+            f"--dense_steps must be a share of the steps, from 0 to below 1, or a whole number, got {asked.dense_steps}"
+        )
+    if 0 < asked.max_steps < asked.dense_steps:
+        parser.error(f"--dense_steps {asked.dense_steps:g} is more than the {asked.max_steps} steps there are")
     for option in (
         "lora_r",
         "lora_alpha",

@@ -28,6 +28,7 @@ from checkpoints import CompletionMarker, step_of
 from convert_gguf import convert_gguf
 from corpus import stdlib_documents
 from data import PackedSequences, Tokenised, hold_out, load_documents, tokenise
+from dense_tail import DenseTail
 from measure import AFTER, Measurement, choose_documents
 from plot import loss_curve
 from report import banner, results
@@ -100,7 +101,8 @@ def main(argv: Sequence[str]) -> None:
         before = read_marker(checkpoint).get("perplexity") if checkpoint else None
         measurement = Measurement(folder, base_config, config, measured, before)
         marked["perplexity"] = measurement.record  # filled as the run goes on, written with each checkpoint
-    marker = CompletionMarker(args, marked)
+    tail = DenseTail(base.config, options.dense_steps) if options.dense_steps else None
+    callbacks = [CompletionMarker(args, marked), *filter(None, (tail, measurement))]
     # Resumed at its end, a run would do one step too many. Of one sequence an epoch is one step: all are over then.
     is_over = checkpoint is not None and 0 < args.max_steps <= step_of(checkpoint)
     trainer = Trainer(
@@ -109,7 +111,7 @@ def main(argv: Sequence[str]) -> None:
         train_dataset=torch.utils.data.Subset(sequences, [0]) if is_over else sequences,
         eval_dataset=PackedSequences(held_out, context, padding),
         data_collator=default_data_collator,
-        callbacks=[marker, measurement] if measurement else [marker],
+        callbacks=callbacks,
     )
     say(banner(options, args, base_config, model, train, sequences, checkpoint))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

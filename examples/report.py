@@ -35,12 +35,13 @@ def banner(
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * WORLD_SIZE
     steps = f"{args.max_steps:,}" if args.max_steps > 0 else f"{args.num_train_epochs:g} passes over the text,"
     dtype = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[compute_dtype(args)]
+    tail = f"the last {options.dense_steps:g} of the steps dense, " if options.dense_steps else ""
     zero = f"ZeRO-{args.deepspeed_plugin.zero_stage}" if args.deepspeed_plugin else "no DeepSpeed"
     rows = {
         "model": f"{options.model_name_or_path} ({type(config).__name__.removesuffix('Config')})",
         "context": f"{old:,} -> {new:,} tokens" if new > old else f"{new:,} tokens; the model's own is {old:,}",
         "RoPE": ", ".join(f"{key}={value}" for key, value in rope.items()) if new > old else "as it is",
-        "attention": f"groups of {config.s2attn_group_size:,} tokens in training, dense in use",
+        "attention": f"groups of {config.s2attn_group_size:,} tokens in training, {tail}dense in use",
         "training": f"{trained}: {trainable:,} of {total:,} weights, {dtype}",
         "text": f"{train.tokens:,} tokens in {len(train.lengths):,} documents; dropped: no tokens, "
         f"{train.empty:,} empty documents",

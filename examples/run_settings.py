@@ -27,5 +27,7 @@ def settings(options: ModelOptions, args: TrainingArguments) -> dict[str, Any]:
     given = {name: value for name, value in args.to_dict().items() if name in BUT or not name.startswith(MAY_DIFFER)}
     zero = dict(args.deepspeed_plugin.deepspeed_config) if args.deepspeed_plugin else {}
     given["zero_stage"] = zero.pop("zero_optimization", {}).get("stage")  # the rest is about memory and speed
+    if options.dense_steps:  # they are counted from the end
+        given |= {"max_steps": args.max_steps, "num_train_epochs": args.num_train_epochs}
     given["deepspeed"] = {name: value for name, value in zero.items() if name != "steps_per_print"}
     return {**asdict(options), **given, "processes": WORLD_SIZE}

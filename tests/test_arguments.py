@@ -44,6 +44,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         ("--lora_r 0", "--lora_r must be 1 or more, got 0"),
         ("--per_device_train_batch_size 0", "--per_device_train_batch_size must be 1 or more, got 0"),
         ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps must be 1 or more, got 0"),
+        (
+            "--dense_steps -1",
+            "--dense_steps must be a share of the steps, from 0 to below 1, or a whole number, got -1.0",
+        ),
+        ("--dense_steps 1.5", "or a whole number, got 1.5"),
+        ("--max_steps 5 --dense_steps 6", "--dense_steps 6 is more than the 5 steps there are"),
         ("--learning_rate -1", "--learning_rate must be above 0, got -1.0"),
         ("--learning_rate nan", "--learning_rate must be above 0, got nan"),
         ("--adam_beta2 1", "--adam_beta2 must be at least 0 and below 1, got 1.0"),
