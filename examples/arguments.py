@@ -20,6 +20,7 @@ import torch
 from launch import BY_DEEPSPEED, RANK, USE_CONFIGURED_STATE, WORLD_SIZE, fail, prepare_deepspeed
 from safetensors import SafetensorError
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.utils import is_liger_kernel_available
 
 HERE = Path(__file__).resolve().parent
 TINY_LLAMA = HERE / "tiny_llama"
@@ -241,6 +242,8 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingArgum
     if not asked.deepspeed and not torch.accelerator.is_available():
         # Or accelerate brings no process group up, and each of several processes takes itself for the only one.
         parser.set_defaults(use_cpu=True)
+    if asked.use_liger_kernel:
+        _check_liger(parser)
     for option in ("lora_r", "lora_alpha"):
         if asked.full_finetune and _is_given(argv, option):
             parser.error(f"--{option} says nothing with --full_finetune, which trains no adapter")
@@ -333,6 +336,16 @@ def _check(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None:
             parser.error(f"--rope_parameters must be a JSON object, got {asked.rope_parameters!r}")
     if isinstance(asked.deepspeed, str):
         _check_deepspeed(parser, asked.deepspeed)
+
+
+def _check_liger(parser: argparse.ArgumentParser) -> None:
+    missing = [] if torch.cuda.is_available() else ["a GPU"]
+    if not is_liger_kernel_available():
+        missing.append("the package liger-kernel (pip install 'longlora-ext[liger]')")
+    if missing:
+        parser.error(
+            f"--use_liger_kernel needs {' and '.join(missing)}; without it the loss is computed in tiles, on any device"
+        )
 
 
 def _check_deepspeed(parser: argparse.ArgumentParser, config: str) -> None:

@@ -30,6 +30,7 @@ from corpus import stdlib_documents
 from data import PackedSequences, Tokenised, hold_out, load_documents, tokenise
 from dense_tail import DenseTail
 from measure import AFTER, Measurement, choose_documents
+from peft import PeftModel
 from plot import loss_curve
 from report import banner, results
 from run_folder import begin, claim, read_marker
@@ -40,6 +41,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
@@ -51,6 +53,7 @@ import longlora_ext.attention  # noqa: F401  (registers attn_implementation="s2a
 from longlora_ext.adapter import lora_config, prepare_model, save_adapter
 from longlora_ext.attention import DEFAULT_GROUP_RATIO, even_group_size
 from longlora_ext.context import context_length, extend_config
+from longlora_ext.loss import refusal, tile_loss
 
 
 def main(argv: Sequence[str]) -> None:
@@ -90,6 +93,8 @@ def main(argv: Sequence[str]) -> None:
         )
         lora = {"r": options.lora_r, "lora_alpha": options.lora_alpha}
         model = prepare_model(base, None if options.full_finetune else lora_config(base, **lora))
+        if not args.use_liger_kernel:  # which has a loss of its own
+            spare_logits(model)
         if options.full_finetune and base.config.tie_word_embeddings:
             # A checkpoint has a tied weight once. Told so, the Trainer does not warn of the other name when it resumes.
             base._keys_to_ignore_on_save = list(base._tied_weights_keys or ())
@@ -168,6 +173,15 @@ def new_context(base_config: PreTrainedConfig, options: ModelOptions) -> PreTrai
     config.s2attn_context_length = new
     config.s2attn_group_size = options.group_size or even_group_size(new * ratio)
     return config
+
+
+def spare_logits(model: PreTrainedModel | PeftModel) -> None:
+    """Compute the loss without the logits of all tokens, wherever that is the same loss."""
+    reason = refusal(model)
+    if reason is None:
+        tile_loss(model)
+    else:
+        say(f"note: the logits of whole sequences are kept in memory: {reason}")
 
 
 def read_text(

@@ -67,6 +67,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         ("--deepspeed gone.json", "--deepspeed gone.json: no such file"),
         ("--deepspeed {empty}.bad", "empty.jsonl.bad: no JSON: "),
         ("--deepspeed []", "--deepspeed []: no such file"),
+        ("--use_liger_kernel", "--use_liger_kernel needs a GPU and the package liger-kernel"),
         ("--modle_name_or_path x", "unknown argument: --modle_name_or_path x"),
         ("--lr_scheduler_type zigzag", "zigzag"),
         ("--use_cpu --fp16 --bf16", "At most one of fp16 and bf16"),

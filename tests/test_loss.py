@@ -1,0 +1,183 @@
+"""The tiled loss: the same numbers as the plain one's, without the logits of all tokens."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny_models import VOCABULARY, tiny_config, tiny_model, tokens
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import CohereConfig, CohereForCausalLM, PreTrainedModel
+
+from longlora_ext.adapter import lora_config, prepare_model
+from longlora_ext.loss import refusal, tile_loss
+
+BATCH, LENGTH = 2, 24
+LOGITS = BATCH * LENGTH * VOCABULARY
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that operators made and that are still there; `peak` is the most of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(made):
+            if torch.is_tensor(leaf):
+                storage = StorageWeakRef(leaf.untyped_storage())
+                self.live[storage.cdata] = storage, leaf.untyped_storage().nbytes()
+        self.live = {key: (storage, size) for key, (storage, size) in self.live.items() if not storage.expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        return made
+
+
+def batch() -> dict[str, torch.Tensor]:
+    """Two rows, some labels of which are masked, all of one tile's among them."""
+    ids = tokens(BATCH, LENGTH)
+    labels = ids.clone()
+    labels[0, 3:14] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def gradients(model: torch.nn.Module, **inputs: Any) -> tuple[float, dict[str, torch.Tensor]]:
+    """The loss and, in training mode, the gradients of all that trains."""
+    model.train()
+    model.zero_grad()
+    loss = model(**inputs).loss
+    (3 * loss).backward()  # scaled, as trainers do
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def prepared(case: str) -> PreTrainedModel | PeftModel:
+    """A model as training has it; `case` is a few words of what it is."""
+    family = "gemma" if "gemma" in case else "llama"
+    dtype = torch.bfloat16 if "bf16" in case else torch.float32
+    model = tiny_model(family, dtype=dtype, **({"tie_word_embeddings": True} if "tied" in case else {}))
+    if "adapter" not in case:
+        return prepare_model(model, None)
+    changes: dict[str, Any] = {}
+    if "lora head" in case:
+        changes = {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["norm"]}
+    if "saved head" in case:
+        changes = {"modules_to_save": ["embed_tokens", "lm_head", "norm"]}
+    return prepare_model(model, lora_config(model, **changes))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "full", "full tied", "full gemma", "adapter", "adapter tied", "adapter tied bf16", "adapter bf16",
+        "adapter lora head", "adapter saved head",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("items", [None, 17])
+def test_loss_and_gradients_are_the_plain_ones(case: str, items: int | None) -> None:
+    plain = prepared(case)
+    tiled = tile_loss(copy.deepcopy(plain), tile=5 * VOCABULARY)
+    inputs: dict[str, Any] = batch()
+    if items is not None:
+        inputs["num_items_in_batch"] = torch.tensor(items)
+    expected, found = gradients(plain, **inputs), gradients(tiled, **inputs)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if "bf16" not in case else {"rtol": 1e-2, "atol": 1e-2}
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        torch.testing.assert_close(found[1][name], gradient, **tolerance)
+
+
+def test_labels_that_are_shifted_already() -> None:
+    """As sequence parallelism hands them in, which cuts sequences between a token and its label."""
+    inputs = batch()
+    shifted = torch.nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:]
+    model = prepared("full")
+    expected, _ = gradients(model, **inputs)
+    found, _ = gradients(tile_loss(model, tile=1), **{**inputs, "labels": shifted, "shift_labels": shifted})
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_logits_of_all_tokens_never_exist(checkpointing: bool) -> None:
+    """The most memory that tensors take at any time of a step: less than one copy of the logits, not three."""
+    ids, peaks = tokens(1, 1024), []
+    logits = 1024 * 2048 * 4  # bytes
+    for tile in (None, 16 * 2048):
+        config = tiny_config(vocab_size=2048, tie_word_embeddings=True, num_hidden_layers=1)
+        model = tiny_model(config=config, dtype=torch.float32)
+        model = prepare_model(model, lora_config(model)).train()
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if tile is not None:
+            tile_loss(model, tile)
+        with LiveBytes() as live:
+            model(input_ids=ids, labels=ids).loss.backward()
+        peaks.append(live.peak)
+    print(f"bytes of logits {logits:,}, peak {peaks[0]:,}, tiled {peaks[1]:,}")
+    assert peaks[0] > 2 * logits
+    assert peaks[1] < 0.5 * logits
+
+
+def test_a_batch_of_one_tile_is_not_computed_twice() -> None:
+    model = tile_loss(prepared("adapter"), tile=LOGITS)
+    calls = []
+    model.get_base_model().get_output_embeddings().register_forward_hook(lambda *args: calls.append(args[1][0].shape))
+    gradients(model, **batch())
+    gradients(model, **batch())
+    # of the last token, the check of it (once), of all
+    assert [shape.numel() // 32 for shape in calls] == [2, 2, 48, 2, 48]
+
+
+def test_without_labels_and_with_logits_asked_for_nothing_is_different() -> None:
+    plain = tiny_model(dtype=torch.float32)
+    tiled = tile_loss(copy.deepcopy(plain), tile=1)
+    inputs = batch()
+    assert torch.equal(tiled(inputs["input_ids"]).logits, plain(inputs["input_ids"]).logits)
+    given = tiled(**inputs, logits_to_keep=LENGTH)
+    assert given.logits.shape == (BATCH, LENGTH, VOCABULARY)
+    assert given.loss.item() == plain(**inputs).loss.item()
+    assert tiled(**inputs).logits.shape == (BATCH, 1, VOCABULARY)
+    assert tiled(**inputs).loss.item() == pytest.approx(given.loss.item(), rel=1e-6)
+    generated = tiled.generate(inputs["input_ids"], max_new_tokens=3, do_sample=False)
+    assert torch.equal(generated, plain.generate(inputs["input_ids"], max_new_tokens=3, do_sample=False))
+
+
+def cohere() -> CohereForCausalLM:
+    return CohereForCausalLM(
+        CohereConfig(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+            logit_scale=0.5, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        )
+    )  # fmt: skip
+
+
+def test_models_that_change_their_logits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = cohere()
+    assert refusal(model) == "its logits are more than its output layer's result (config.logit_scale)"
+    with pytest.raises(ValueError, match=r"CohereForCausalLM cannot be tiled: .*config\.logit_scale"):
+        tile_loss(model)
+    monkeypatch.setattr("longlora_ext.loss._CHANGES_LOGITS", ())  # as for a model that nobody has thought of
+    tile_loss(model)
+    with pytest.raises(ValueError, match="cannot be tiled: its logits are more than its output layer's result"):
+        model(**batch())
+
+
+def test_other_refusals() -> None:
+    model = tiny_model()
+    with pytest.raises(ValueError, match="tile must be 1 or more, got 0"):
+        tile_loss(model, tile=0)
+    tile_loss(model)
+    with pytest.raises(ValueError, match="LlamaForCausalLM cannot be tiled: it is tiled already"):
+        tile_loss(model)
+    from transformers import AutoModel
+
+    with pytest.raises(ValueError, match="LlamaModel cannot be tiled: it has no output layer"):
+        tile_loss(AutoModel.from_config(tiny_config()))
