@@ -9,6 +9,9 @@ type "dynamic" the old one, beyond which transformers scales), and the tokenizer
 whatever reads its folders, loads it without longlora_ext:
 
     AutoModelForCausalLM.from_pretrained("OUTPUT_FOLDER")
+
+The weights are merged one file after the other: the program needs the memory of one file, not that of the model. (DoRA
+and the like, and base models with quantised weights, are loaded whole; it says so then.)
 """
 
 from __future__ import annotations
@@ -52,6 +55,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="of the merged weights; auto (the default) is the base model's. The adapter is kept in float32: "
         "merging into bfloat16 rounds what training changed, as computing in bfloat16 does",
     )
+    parser.add_argument(
+        "--max_shard_size",
+        default="5GB",
+        metavar="SIZE",
+        help="of a weight file, which is also about what is in memory at once (default: 5GB)",
+    )
     return parser.parse_args(arguments)
 
 
@@ -65,6 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.output_folder,
             base_model=options.base_model,
             dtype=options.dtype,
+            max_shard_size=options.max_shard_size,
         )
     except (OSError, ValueError) as error:
         print(f"merge_adapter.py: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -47,7 +47,7 @@ def fp32_state(model: nn.Module, only_trainable: bool) -> dict[str, torch.Tensor
     return state if is_first_process() else {}
 
 
-def fp32_weight(parameter: nn.Parameter) -> torch.Tensor:
+def fp32_weight(parameter: torch.Tensor) -> torch.Tensor:
     """The whole weight in fp32: DeepSpeed's master if it keeps one, as the weight may be a rounding of it."""
     is_zero3 = hasattr(parameter, "ds_id")
     if not is_zero3 and not hasattr(parameter, "_hp_mapping"):
@@ -62,6 +62,6 @@ def fp32_weight(parameter: nn.Parameter) -> torch.Tensor:
         return parameter.detach().float().clone()
 
 
-def whole_shape(parameter: nn.Parameter) -> torch.Size:
+def whole_shape(parameter: torch.Tensor) -> torch.Size:
     """The shape of the weight that ZeRO-3 may have cut up."""
     return getattr(parameter, "ds_shape", parameter.shape)

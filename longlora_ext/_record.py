@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import peft
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from longlora_ext._precision import fp32_weight, whole_shape
 from longlora_ext.context import CONFIG_FIELDS, context_length
@@ -91,8 +92,8 @@ def fingerprint_of(model: nn.Module) -> dict[str, list[float]]:
     return {name: _sample(frozen[name]) for name in dict.fromkeys(names[:1] + names[-1:])}
 
 
-def _sample(parameter: nn.Parameter) -> list[float]:
-    flat = fp32_weight(parameter).flatten()
+def _sample(weight: torch.Tensor) -> list[float]:
+    flat = fp32_weight(weight).flatten()
     return flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].tolist()
 
 
@@ -111,14 +112,14 @@ def check_shape(config: PreTrainedConfig, record: dict[str, Any], base: str) -> 
         raise ValueError(f"{base} is not the base model of this adapter: it has {', '.join(differ)}")
 
 
-def check_weights(model: PreTrainedModel, record: dict[str, Any], base: str) -> None:
-    parameters = dict(model.named_parameters())
+def check_weights(weight_of: Callable[[str], torch.Tensor | None], record: dict[str, Any], base: str) -> None:
+    """Compare a few of the base model's weights, which `weight_of` finds by name, with those of training."""
     for name, values in record["base_weights"].items():
-        parameter = parameters.get(name)
-        if parameter is not None and (parameter.is_meta or not parameter.is_floating_point()):
+        weight = weight_of(name)
+        if weight is not None and (weight.is_meta or not weight.is_floating_point()):
             continue  # on disk, or quantised to other numbers
         want = torch.tensor(values)
-        have = torch.tensor([] if parameter is None else _sample(parameter))
+        have = torch.tensor([] if weight is None else _sample(weight))
         if have.shape != want.shape or not (have - want).norm() <= _SAME * want.norm():
             raise ValueError(
                 f"{base} is not the base model of this adapter: it has the same shape but other weights "

@@ -28,7 +28,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from longlora_ext._folders import appearing, on_first_process, refuse_to_overwrite
-from longlora_ext._load import load, merge
+from longlora_ext._load import load
+from longlora_ext._merge import merge
 from longlora_ext._precision import fp32_state, train_in_fp32
 from longlora_ext._record import WEIGHTS, fingerprint_of, write_record
 

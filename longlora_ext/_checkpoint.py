@@ -1,0 +1,67 @@
+"""The weights of a model folder, read one at a time: of files of any size only what is asked for comes into memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+
+class Checkpoint:
+    """Tensors by name, out of safetensors files or, mapped into memory, out of those of `torch.save`."""
+
+    def __init__(self, files: Iterable[str | Path]) -> None:
+        self._file_of = {name: str(file) for file in files for name in _open(str(file))[0]}
+        self._opened: tuple[str, Callable[[str], torch.Tensor]] | None = None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def get(self, name: str) -> Any:
+        """The tensor, whose numbers are read when they are looked at, or `None` if there is none of that name."""
+        file = self._file_of.get(name)
+        if file is None:
+            return None
+        if self._opened is None or self._opened[0] != file:
+            self._opened = file, _open(file)[1]
+        return self._opened[1](name)
+
+    def close(self) -> None:
+        """Give back the memory of what was read."""
+        self._opened = None
+
+
+def _open(file: str) -> tuple[list[str], Callable[[str], torch.Tensor]]:
+    if file.endswith(".safetensors"):
+        tensors = safe_open(file, framework="pt")
+        return list(tensors.keys()), tensors.get_tensor
+    state = load_pickled(file)
+    return list(state), state.__getitem__
+
+
+def load_pickled(file: str | Path) -> dict[str, torch.Tensor]:
+    """What `torch.save` wrote, and tensors alone: a pickle that would run code is refused."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError:  # the format of before torch 1.6 cannot be mapped
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def weight_files(model: str, **hub_arguments: Any) -> list[str]:
+    """The files with the weights of a model folder, or of a model on the hub; none if it has no such files."""
+    for single, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
+        with contextlib.suppress(OSError):
+            return [str(cached_file(model, single, **hub_arguments))]
+        with contextlib.suppress(OSError):
+            index_file = cached_file(model, index, **hub_arguments)
+            return get_checkpoint_shard_files(model, index_file, **hub_arguments)[0]
+    return []

@@ -1,0 +1,206 @@
+"""Merging shard by shard: the merged model is the adapter model, and only a shard of it is ever in memory."""
+
+import json
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from tiny_models import tokens
+from tiny_training import CONTEXT, extended_model, save_base
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+import longlora_ext._merge
+from longlora_ext.adapter import load, lora_config, merge, prepare_model, save_adapter
+
+EVERYWHERE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def fp32_base(folder: Path, family: str = "llama", **changes: object) -> Path:
+    """A base model in fp32, so that equal is equal, in several files."""
+    save_base(folder, family, **changes)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="10KB")
+    return folder
+
+
+def save_random_adapter(base: Path, folder: Path, **overrides: object) -> Path:
+    """An adapter that changes everything that it can, without a training."""
+    model = extended_model(base, torch.float32)
+    model = prepare_model(model, lora_config(model, **overrides))
+    torch.manual_seed(1)
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data.add_(torch.randn_like(weight), alpha=0.1)
+    save_adapter(model, folder)
+    return folder
+
+
+def assert_same_logits(adapter: Path, merged: Path, base: Path) -> None:
+    with torch.no_grad():
+        ids = tokens(2, 150)
+        want = load(adapter, dtype=torch.float32)(ids).logits
+        have = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)(ids).logits
+        before = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)(ids).logits
+    torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)
+    assert (have - before).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "family, changes",
+    [
+        ("llama-9-heads-on-3", {}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("qwen2", {}),
+        ("qwen2", {"tie_word_embeddings": True}),
+        ("qwen3", {}),
+        ("gemma", {}),
+    ],
+)
+def test_a_merged_model_is_the_adapter_model(family: str, changes: dict, tmp_path: Path, caplog) -> None:
+    base = fp32_base(tmp_path / "base", family, **changes)
+    adapter = save_random_adapter(base, tmp_path / "adapter")
+    merge(adapter, tmp_path / "merged", max_shard_size="10KB")
+    assert caplog.records == []  # not by PEFT
+    assert_same_logits(adapter, tmp_path / "merged", base)
+    names = [
+        json.loads((tmp_path / model / "model.safetensors.index.json").read_text()) for model in ("base", "merged")
+    ]
+    assert names[0]["weight_map"].keys() == names[1]["weight_map"].keys()
+    assert len(set(names[1]["weight_map"].values())) > 3
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"use_rslora": True, "target_modules": EVERYWHERE},
+        {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {r"layers\.1\.self_attn\.v_proj": 64}},
+        {"modules_to_save": ["embed_tokens", "lm_head", "norm", "up_proj"]},
+        {"modules_to_save": None},
+    ],
+    ids=["rslora", "patterns", "modules", "lora alone"],
+)
+def test_what_an_adapter_may_be(overrides: dict, tmp_path: Path, caplog) -> None:
+    base = fp32_base(tmp_path / "base")
+    adapter = save_random_adapter(base, tmp_path / "adapter", **overrides)
+    merge(adapter, tmp_path / "merged")
+    assert caplog.records == []
+    assert_same_logits(adapter, tmp_path / "merged", base)
+
+
+def test_what_is_more_than_single_weights_is_merged_by_peft(tmp_path: Path, caplog) -> None:
+    base = fp32_base(tmp_path / "base")
+    adapter = save_random_adapter(base, tmp_path / "dora", use_dora=True)
+    merge(adapter, tmp_path / "merged")
+    (record,) = [record for record in caplog.records if record.name.startswith("longlora_ext")]
+    assert record.getMessage().startswith("the adapter has use_dora=True: the whole model is loaded into memory")
+    assert_same_logits(adapter, tmp_path / "merged", base)
+    adapter = save_random_adapter(base, tmp_path / "bias", lora_bias=True)
+    with pytest.raises(ValueError, match=r"PEFT cannot merge .*bias: Impossible to merge LoRA with `lora_bias=True`"):
+        merge(adapter, tmp_path / "again")
+
+
+def test_a_field_of_an_unknown_peft_is_not_overlooked(monkeypatch) -> None:
+    from longlora_ext import _lora
+
+    config = LoraConfig()
+    assert _lora._obstacle(config) is None
+    monkeypatch.setattr(_lora, "_UNDERSTOOD", _lora._UNDERSTOOD - {"lora_alpha"})  # as if it were new
+    config.lora_alpha = 99
+    assert _lora._obstacle(config) == "lora_alpha=99"
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_base_models_of_torch_save(sharded: bool, tmp_path: Path, caplog) -> None:
+    base = fp32_base(tmp_path / "base")
+    adapter = save_random_adapter(base, tmp_path / "adapter")
+    state = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)  # old ones have it; it must not stay
+    parts = [dict(list(state.items())[i::2]) for i in range(2)] if sharded else [state]
+    files = [f"part-{i}.bin" for i in range(2)] if sharded else ["pytorch_model.bin"]
+    for path in base.glob("model*"):
+        path.unlink()
+    for part, file in zip(parts, files, strict=True):
+        torch.save(part, base / file)
+    if sharded:
+        file_of = {name: file for part, file in zip(parts, files, strict=True) for name in part}
+        index = {"metadata": {}, "weight_map": file_of}
+        (base / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    merge(adapter, tmp_path / "merged")
+    assert caplog.records == [] and "inv_freq" not in str(list(load_file(tmp_path / "merged/model.safetensors")))
+    assert_same_logits(adapter, tmp_path / "merged", base)
+
+
+def test_dtypes_configs_and_what_lies_beside(tmp_path: Path) -> None:
+    base = fp32_base(tmp_path / "base")
+    GenerationConfig(eos_token_id=2, temperature=0.5, do_sample=True).save_pretrained(base)
+    adapter = save_random_adapter(base, tmp_path / "adapter")
+    merge(adapter, tmp_path / "merged", dtype="bfloat16")
+    assert {weight.dtype for weight in load_file(tmp_path / "merged/model.safetensors").values()} == {torch.bfloat16}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert model.dtype == torch.bfloat16 and model.generation_config.temperature == 0.5
+    assert model.config.max_position_embeddings == CONTEXT and model.config.rope_parameters["factor"] == 4.0
+    assert (tmp_path / "merged/tokenizer.json").is_file()
+    assert "s2attn" not in (tmp_path / "merged/config.json").read_text()
+    with pytest.raises(ValueError, match=r"dtype must be a floating-point dtype .* but it is 'int3'"):
+        merge(adapter, tmp_path / "again", dtype="int3")
+    with pytest.raises(TypeError, match="unexpected argument 'device_map'"):
+        merge(adapter, tmp_path / "again", device_map="auto")
+
+
+def test_one_shard_is_in_memory_at_a_time(tmp_path: Path) -> None:
+    """Peak memory of the process (VmHWM) while it merges, with small shards and with one of the whole model."""
+    base = save_base(tmp_path / "base", hidden_size=512, intermediate_size=2048, num_hidden_layers=12)
+    adapter = save_random_adapter(base, tmp_path / "adapter", target_modules=EVERYWHERE)
+    size = (base / "model.safetensors").stat().st_size
+    merge(adapter, tmp_path / "warm-up", max_shard_size="8MB")  # what is loaded once
+    peaks = {shard: peak_while(lambda shard=shard: merge(adapter, tmp_path / shard, max_shard_size=shard))
+             for shard in ("8MB", "1GB")}  # fmt: skip
+    assert len(list((tmp_path / "8MB").glob("*.safetensors"))) > 10
+    assert peaks["8MB"] < size / 3 < size < peaks["1GB"]
+
+
+def peak_while(action) -> int:  # type: ignore[no-untyped-def]
+    """Bytes by which the process grows at most."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is the present size
+    before = peak()
+    action()
+    return peak() - before
+
+
+def peak() -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
+
+
+def test_a_disk_that_is_full_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
+    base = fp32_base(tmp_path / "base")
+    adapter = save_random_adapter(base, tmp_path / "adapter")
+    there = {path.name for path in tmp_path.iterdir()}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))  # a weight file cannot grow to its size
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*merged: .*[Ff]ile too large"):
+            merge(adapter, tmp_path / "merged")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(longlora_ext._merge.shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(OSError, match=r"cannot write .*merged: .*it takes 0.1 MB, and 0.0 MB are free"):
+        merge(adapter, tmp_path / "merged")
+    assert {path.name for path in tmp_path.iterdir()} == there
+
+
+def test_a_weight_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    base = fp32_base(tmp_path / "base")
+    adapter = save_random_adapter(base, tmp_path / "adapter")
+    weights = load_file(adapter / "adapter_model.safetensors")
+    weights["base_model.model.model.norm.weight"].fill_(1e6)  # more than float16 has
+    save_file(weights, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model.norm.weight is not finite once it is merged, in torch.float16"):
+        merge(adapter, tmp_path / "merged", dtype=torch.float16)
+    assert not (tmp_path / "merged").exists()
