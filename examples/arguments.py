@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from launch import BY_DEEPSPEED, RANK, USE_CONFIGURED_STATE, WORLD_SIZE, fail, prepare_deepspeed
@@ -47,6 +47,9 @@ RECIPE: dict[str, Any] = {
     "eval_tokens": 65536,
 }
 GLOBAL_BATCH = 64
+
+#: What is different where answers are learned (`--task sft`).
+SFT_RECIPE: dict[str, Any] = RECIPE | {"max_steps": -1, "num_train_epochs": 5}
 
 #: What is different for the tiny Llama, so that it is done in minutes on two CPU cores.
 TINY_RECIPE: dict[str, Any] = RECIPE | {
@@ -84,6 +87,9 @@ examples:
   to 32768 tokens under ZeRO-3, YaRN instead of linear scaling, attention in groups of 4096:
     deepspeed examples/finetune_llama.py --model_name_or_path my/llama --train_file 'data/*.jsonl' \\
         --context_length 32768 --rope_type yarn --group_size 4096 --deepspeed examples/ds_configs/zero3.json
+
+  to answer questions (LongAlpaca's JSON, or JSON Lines of chat messages), with the loss on the answers alone:
+    deepspeed examples/finetune_llama.py --task sft --train_file examples/data/questions.jsonl --max_steps 50
 
   go on after an interruption: the same command again, with the same --output_dir, and
     --resume_from_checkpoint latest
@@ -145,6 +151,15 @@ class DataOptions:
 
     _argument_group_name = "text"
 
+    task: Literal["text", "sft"] = field(
+        default="text",
+        metadata={
+            "help": "What to learn: text, or sft, the answers in conversations (supervised fine-tuning). For sft the "
+            'rows of --train_file are {"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}]} or '
+            '{"instruction": ..., "output": ...} with or without "input"; they are written with the model\'s chat '
+            "template or, where it has none, that of Llama 2."
+        },
+    )
     train_file: list[str] | None = field(
         default=None,
         metadata={
@@ -159,6 +174,13 @@ class DataOptions:
     )
     text_column: str = field(
         default="text", metadata={"help": "Column that holds the text of JSON, Parquet and hub datasets."}
+    )
+    rows: Literal["packed", "padded"] = field(
+        default="packed",
+        metadata={
+            "help": "For sft: packed puts several whole samples into a row of the new context, apart from each other; "
+            "padded takes one sample a row, as the original did."
+        },
     )
     eval_tokens: int = field(
         default=65536,
@@ -226,8 +248,11 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingArgum
     )
     probe = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     probe.add_argument("--model_name_or_path", "--model-name-or-path")
-    named = probe.parse_known_args(argv)[0].model_name_or_path
-    parser.set_defaults(**(TINY_RECIPE if named is None else RECIPE), **_machine_defaults())
+    probe.add_argument("--task")
+    probed = probe.parse_known_args(argv)[0]
+    named = probed.model_name_or_path
+    recipe = TINY_RECIPE if named is None else SFT_RECIPE if probed.task == "sft" else RECIPE
+    parser.set_defaults(**recipe, **_machine_defaults())
 
     asked, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -249,6 +274,9 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingArgum
             parser.error(f"--{option} says nothing with --full_finetune, which trains no adapter")
     if asked.output_dir is None:
         parser.set_defaults(output_dir="")  # named after model and context, later
+    for option, task in (("rows", "sft"), ("text_column", "text")):
+        if asked.task != task and _is_given(argv, option):
+            parser.error(f"--{option} says nothing with --task {asked.task}")
     _check(parser, asked)
 
     with one_clear_error():
@@ -325,6 +353,10 @@ def _check(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None:
         parser.error("nothing to train: give --max_steps or --num_train_epochs above 0")
     if asked.eval_file is not None and asked.train_file is None:
         parser.error("--eval_file needs --train_file")
+    if asked.task == "sft" and asked.train_file is None:
+        parser.error(
+            "--task sft needs --train_file with questions and answers; examples/data/questions.jsonl is one to try"
+        )
     if asked.resume_from_checkpoint == "latest" and asked.output_dir is None:
         parser.error("--resume_from_checkpoint latest needs the --output_dir of the run to go on with")
     if asked.rope_parameters is not None:

@@ -16,11 +16,11 @@ from __future__ import annotations
 import glob
 import hashlib
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import numpy as np
@@ -75,6 +75,9 @@ class Tokenised:
     def ids(self, document: int) -> np.ndarray:
         """The token ids of one document, int64 [length]."""
         return np.asarray(self.input_ids[document]["input_ids"], dtype=np.int64)
+
+
+SomeTokenised = TypeVar("SomeTokenised", bound=Tokenised)
 
 
 def find_files(source: str) -> list[str]:
@@ -142,6 +145,30 @@ def load_documents(sources: Sequence[str], text_column: str = "text") -> dataset
     return datasets.concatenate_datasets(parts)
 
 
+def read_tables(sources: Sequence[str]) -> Iterator[tuple[str, datasets.Dataset]]:
+    """Read files of rows, or hub datasets, one by one and with all their columns.
+
+    Args:
+        sources: As for `load_documents`; of a folder or a glob pattern the text files are left alone.
+
+    Returns:
+        The name of each file or hub dataset, and what it holds.
+
+    Raises:
+        FileNotFoundError: A source that is not there.
+        ValueError: A source without files of rows, or one that cannot be read.
+    """
+    for source in sources:
+        files = find_files(source)
+        tables = [file for file in files if READERS[Path(file).suffix] != "text"]
+        if files and not tables:
+            raise ValueError(f"{source} is text; rows are read from .json, .jsonl and .parquet files")
+        for file in tables:
+            yield file, _from_files(READERS[Path(file).suffix], [file])
+        if not files:
+            yield source, _from_hub(source)
+
+
 def tokenise(documents: datasets.Dataset | Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Tokenised:
     """Turn documents into token ids.
 
@@ -173,7 +200,7 @@ def tokenise(documents: datasets.Dataset | Sequence[str], tokenizer: PreTrainedT
     return Tokenised(rows, empty=len(documents) - len(rows))
 
 
-def hold_out(documents: Tokenised, every: int = 20) -> tuple[Tokenised, Tokenised]:
+def hold_out(documents: SomeTokenised, every: int = 20) -> tuple[SomeTokenised, SomeTokenised]:
     """Set documents aside to measure on.
 
     Args:
@@ -191,10 +218,10 @@ def hold_out(documents: Tokenised, every: int = 20) -> tuple[Tokenised, Tokenise
         head, tail = (
             datasets.Dataset.from_dict({"input_ids": [part]}, features=rows.features) for part in (ids[:cut], ids[cut:])
         )
-        return Tokenised(head, documents.empty), Tokenised(tail)
+        return replace(documents, input_ids=head), replace(documents, input_ids=tail)
     held_out = np.arange(min(every, len(rows)) - 1, len(rows), every)
     train = np.setdiff1d(np.arange(len(rows)), held_out)
-    return Tokenised(rows.select(train), documents.empty), Tokenised(rows.select(held_out))
+    return replace(documents, input_ids=rows.select(train)), replace(documents, input_ids=rows.select(held_out))
 
 
 class PackedSequences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):

@@ -4,7 +4,7 @@
     deepspeed examples/finetune_llama.py --help     # any model, any text, any length
 
 The program reads top to bottom: the model's new context, the folder to write to, the text in sequences of the
-new length, the model, the training, and what it changed.
+new length (or conversations in rows of it, to learn answers from), the model, the training, and what it changed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from launch import RANK, fail, say  # isort: skip  (first: it prepares what the libraries below look at)
@@ -24,17 +25,19 @@ import torch
 import transformers
 from accelerate import PartialState
 from arguments import DataOptions, ModelOptions, compute_dtype, one_clear_error, parse
+from chat import give_template
 from checkpoints import CompletionMarker, step_of
 from convert_gguf import convert_gguf
 from corpus import stdlib_documents
 from data import PackedSequences, Tokenised, hold_out, load_documents, tokenise
 from dense_tail import DenseTail
-from measure import AFTER, Measurement, choose_documents
+from measure import AFTER, Measurement, choose_documents, choose_samples
 from peft import PeftModel
 from plot import loss_curve
 from report import banner, results
 from run_folder import begin, claim, read_marker
 from run_settings import settings
+from samples import SampleRows, Samples, hold_out_samples, pad_rows, read_samples
 from suitable import check_attention, check_tokenizer, check_tokens, check_training, padding_token
 from transformers import (
     AutoConfig,
@@ -45,7 +48,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
-    default_data_collator,
     set_seed,
 )
 
@@ -76,10 +78,17 @@ def main(argv: Sequence[str]) -> None:
     with one_clear_error(f"the tokenizer of {model_path}: "):
         tokenizer = AutoTokenizer.from_pretrained(model_path, **source)
         check_tokenizer(tokenizer)
+        if text.task == "sft":
+            give_template(tokenizer)
     with one_clear_error():
-        train, held_out = read_text(text, tokenizer, args)
+        train, held_out = read(text, tokenizer, context, args)
         padding = padding_token(tokenizer, base_config)
-        sequences = PackedSequences(train, context, padding)
+        sequences, eval_sequences = (
+            SampleRows(part, context, padding, packed=text.rows == "packed")
+            if isinstance(part, Samples)
+            else PackedSequences(part, context, padding)
+            for part in (train, held_out)
+        )
         check_tokens(base_config, train, held_out)
         check_training(args, sequences)
         chosen |= sequences.fingerprint()
@@ -99,12 +108,16 @@ def main(argv: Sequence[str]) -> None:
             # A checkpoint has a tied weight once. Told so, the Trainer does not warn of the other name when it resumes.
             base._keys_to_ignore_on_save = list(base._tied_weights_keys or ())
 
-    measured = choose_documents(held_out, text.eval_tokens, context)
+    answers = None
+    if isinstance(held_out, Samples):
+        measured, answers = choose_samples(held_out, text.eval_tokens)
+    else:
+        measured = choose_documents(held_out, text.eval_tokens, context)
     measurement = None
     marked = {"resumable": not args.save_only_model, "settings": chosen}
     if measured:
         before = read_marker(checkpoint).get("perplexity") if checkpoint else None
-        measurement = Measurement(folder, base_config, config, measured, before)
+        measurement = Measurement(folder, base_config, config, measured, before, answers)
         marked["perplexity"] = measurement.record  # filled as the run goes on, written with each checkpoint
     tail = DenseTail(base.config, options.dense_steps) if options.dense_steps else None
     callbacks = [CompletionMarker(args, marked), *filter(None, (tail, measurement))]
@@ -114,8 +127,8 @@ def main(argv: Sequence[str]) -> None:
         model=model,
         args=args,
         train_dataset=torch.utils.data.Subset(sequences, [0]) if is_over else sequences,
-        eval_dataset=PackedSequences(held_out, context, padding),
-        data_collator=default_data_collator,
+        eval_dataset=eval_sequences,
+        data_collator=partial(pad_rows, pad_token_id=padding),
         callbacks=callbacks,
     )
     say(banner(options, args, base_config, model, train, sequences, checkpoint))
@@ -184,23 +197,27 @@ def spare_logits(model: PreTrainedModel | PeftModel) -> None:
         say(f"note: the logits of whole sequences are kept in memory: {reason}")
 
 
-def read_text(
-    text: DataOptions, tokenizer: PreTrainedTokenizerBase, args: TrainingArguments
+def read(
+    text: DataOptions, tokenizer: PreTrainedTokenizerBase, context: int, args: TrainingArguments
 ) -> tuple[Tokenised, Tokenised]:
-    """The training and the held-out documents, as tokens."""
+    """What to train on and what is held out, as tokens: documents, or `Samples` where answers are learned."""
+
+    def tokens_of(sources: list[str], option: str) -> Tokenised:
+        if text.task == "sft":
+            return read_samples(sources, tokenizer, context)
+        found = tokenise(load_documents(sources, text.text_column), tokenizer)
+        if found.tokens < 2:
+            raise ValueError(f"--{option} {' '.join(sources)} holds no text")
+        return found
+
     with args.main_process_first(desc="reading the text"):
         if text.train_file is None:
             train, held_out = (tokenise(part, tokenizer) for part in stdlib_documents())
             return train, held_out
-        train = tokenise(load_documents(text.train_file, text.text_column), tokenizer)
-        if train.tokens < 2:
-            raise ValueError(f"--train_file {' '.join(text.train_file)} holds no text")
-        if text.eval_file is None:
-            return hold_out(train)
-        held_out = tokenise(load_documents(text.eval_file, text.text_column), tokenizer)
-        if held_out.tokens < 2:
-            raise ValueError(f"--eval_file {' '.join(text.eval_file)} holds no text")
-        return train, held_out
+        train = tokens_of(text.train_file, "train_file")
+        if text.eval_file is not None:
+            return train, tokens_of(text.eval_file, "eval_file")
+        return hold_out_samples(train) if isinstance(train, Samples) else hold_out(train)
 
 
 if __name__ == "__main__":

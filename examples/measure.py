@@ -20,6 +20,7 @@ from checkpoints import write_json
 from data import Tokenised
 from launch import say
 from perplexity import sliding_window_perplexity
+from samples import Samples
 from transformers import PreTrainedConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from longlora_ext.context import context_length
@@ -66,6 +67,23 @@ def choose_documents(held_out: Tokenised, tokens: int, longest: int) -> list[np.
     return chosen
 
 
+def choose_samples(held_out: Samples, tokens: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Held-out samples to measure the answers of, in their order and whole.
+
+    Args:
+        held_out: The samples there are.
+        tokens: How many tokens to take at most.
+
+    Returns:
+        Token ids of each sample, and its labels.
+    """
+    fit = np.cumsum(held_out.lengths) <= tokens
+    if tokens and not fit.any():
+        say("no held-out sample is there, or short enough for --eval_tokens, to measure perplexity on")
+    chosen = range(int(fit.sum()))
+    return [held_out.ids(sample) for sample in chosen], [held_out.labels(sample) for sample in chosen]
+
+
 class Measurement(TrainerCallback):
     """Measures before the first step and after the last, and keeps the results in `perplexity.json`.
 
@@ -76,6 +94,7 @@ class Measurement(TrainerCallback):
         documents: Token ids to measure on.
         before: The `record` of the run up to the checkpoint that this one goes on from, if it does. Its rows are kept
             if they were measured likewise.
+        labels: What to score of them, as for `sliding_window_perplexity`; None: all.
 
     Attributes:
         record: How it was measured, and the rows so far: what the file holds.
@@ -88,17 +107,20 @@ class Measurement(TrainerCallback):
         config: PreTrainedConfig,
         documents: list[np.ndarray],
         before: dict[str, Any] | None = None,
+        labels: list[np.ndarray] | None = None,
     ) -> None:
         self.file = folder / "perplexity.json"
         self.base_config = base_config
         self.lengths = lengths_to_measure(context_length(base_config), context_length(config))
         self.documents = documents
+        self.labels = labels
         self.rows: dict[str, dict[str, float]] = {}
         lengths = np.array([len(document) for document in documents])
         self.record: dict[str, Any] = {
             "tokens": int(lengths.sum()),
             "documents": len(documents),
             "sha256": hashlib.sha256(np.concatenate([lengths, *documents]).astype("<i8").tobytes()).hexdigest(),
+            "scored": "all" if labels is None else "answers",
             "attention": "dense",
             "stride": "half the context",
             "lengths": self.lengths,
@@ -131,7 +153,7 @@ class Measurement(TrainerCallback):
         say(f"measuring perplexity: {row}")
         self.rows[row] = {
             str(length): sliding_window_perplexity(
-                model, self.documents, length, stride=length // 2, device=args.device
+                model, self.documents, length, stride=length // 2, labels=self.labels, device=args.device
             )
             for length in self.lengths
         }
@@ -140,8 +162,10 @@ class Measurement(TrainerCallback):
 
     def table(self) -> str:
         """The results as text."""
-        title = "perplexity of {tokens:,} held-out tokens in {documents} documents ({attention} attention, "
-        title += "sliding window, stride {stride})"
+        what = "{tokens:,} held-out tokens in {documents} documents"
+        if self.labels is not None:
+            what = "the answers in {documents} held-out samples of {tokens:,} tokens"
+        title = f"perplexity of {what} ({{attention}} attention, sliding window, stride {{stride}})"
         header = f"{'context':<14}" + "".join(f"{length:>10,}" for length in self.lengths)
         lines = [title.format(**self.record), "", header]
         for row in (BEFORE, SCALED, AFTER):

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+IGNORED_LABEL = -100
+
 
 @dataclass(frozen=True)
 class Window:
@@ -60,6 +62,7 @@ def sliding_window_perplexity(
     window: int,
     stride: int,
     *,
+    labels: Sequence[np.ndarray] | None = None,
     device: torch.device | str = "cpu",
     batch_tokens: int = 8192,
 ) -> float:
@@ -74,6 +77,8 @@ def sliding_window_perplexity(
         documents: Token ids, integers [length] each.
         window: Tokens of a window.
         stride: Tokens it moves by.
+        labels: What to score, integers [length] for each document: the tokens themselves, or -100 for one that is only
+            read. Default: all.
         device: Where the model takes its inputs.
         batch_tokens: How many tokens go through the model at once; one window always does.
 
@@ -83,7 +88,11 @@ def sliding_window_perplexity(
     Raises:
         ValueError: A window or stride outside its range, or no document with a token to score.
     """
-    batches = _batches(list(windows([len(d) for d in documents], window, stride)), max(1, batch_tokens // window))
+    all_windows = list(windows([len(d) for d in documents], window, stride))
+    if labels is not None:
+        all_windows = [w for w in all_windows if (_targets(w, labels) != IGNORED_LABEL).any()]
+    targets = documents if labels is None else labels
+    batches = _batches(all_windows, max(1, batch_tokens // window))
     if not batches:
         raise ValueError("no document has the 2 tokens that are needed to score one")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -94,14 +103,20 @@ def sliding_window_perplexity(
     for turn in range(0, len(batches), world):
         mine = turn + rank
         batch = batches[min(mine, len(batches) - 1)]
-        nll = _score(model, batch, documents, device)
+        nll = _score(model, batch, documents, device, targets)
         if mine < len(batches):
-            total += torch.stack([nll, nll.new_tensor(sum(w.scored for w in batch))])
+            scored = sum(int((_targets(w, targets) != IGNORED_LABEL).sum()) for w in batch)
+            total += torch.stack([nll, nll.new_tensor(scored)])
     model.train(was_training)
 
     if world > 1:
         dist.all_reduce(total)
     return math.exp(float(total[0] / total[1]))
+
+
+def _targets(window: Window, targets: Sequence[np.ndarray]) -> np.ndarray:
+    """What a window scores."""
+    return targets[window.document][window.end - window.scored : window.end]
 
 
 def _batches(all_windows: list[Window], size: int) -> list[list[Window]]:
@@ -113,14 +128,18 @@ def _batches(all_windows: list[Window], size: int) -> list[list[Window]]:
 
 
 def _score(
-    model: torch.nn.Module, batch: list[Window], documents: Sequence[np.ndarray], device: torch.device | str
+    model: torch.nn.Module,
+    batch: list[Window],
+    documents: Sequence[np.ndarray],
+    device: torch.device | str,
+    targets: Sequence[np.ndarray],
 ) -> torch.Tensor:
     """Sum of the negative log-likelihoods of the scored tokens of windows of one shape, float64 scalar."""
     ids = torch.stack([torch.as_tensor(documents[w.document][w.begin : w.end], dtype=torch.long) for w in batch])
     ids = ids.to(device)
     scored = batch[0].scored
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=scored + 1).logits
-    targets = ids[:, -scored:]
+    wanted = torch.stack([torch.as_tensor(_targets(w, targets), dtype=torch.long) for w in batch]).to(device)
     return torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="sum"
+        logits[:, :-1].flatten(0, 1).float(), wanted.flatten(), reduction="sum"
     ).double()

@@ -11,6 +11,7 @@ from arguments import ModelOptions, compute_dtype
 from data import PackedSequences, Tokenised
 from launch import WORLD_SIZE
 from measure import Measurement
+from samples import SampleRows, Samples
 from transformers import PreTrainedConfig, TrainingArguments
 
 from longlora_ext.context import context_length
@@ -22,7 +23,7 @@ def banner(
     base_config: PreTrainedConfig,
     model: torch.nn.Module,
     train: Tokenised,
-    sequences: PackedSequences,
+    sequences: PackedSequences | SampleRows,
     checkpoint: Path | None,
 ) -> str:
     """What is about to be done, a line for each thing worth checking before waiting for it."""
@@ -43,14 +44,31 @@ def banner(
         "RoPE": ", ".join(f"{key}={value}" for key, value in rope.items()) if new > old else "as it is",
         "attention": f"groups of {config.s2attn_group_size:,} tokens in training, {tail}dense in use",
         "training": f"{trained}: {trainable:,} of {total:,} weights, {dtype}",
-        "text": f"{train.tokens:,} tokens in {len(train.lengths):,} documents; dropped: no tokens, "
-        f"{train.empty:,} empty documents",
-        "sequences": f"{len(sequences):,} of {new:,} tokens, {sequences.padding:,} of them padding",
+        **_material(train, sequences),
         "steps": f"{steps} of {batch} sequences, learning rate {args.learning_rate:g}",
         "processes": f"{WORLD_SIZE}, {zero}",
         "output": f"{args.output_dir}{f', going on from {checkpoint.name}' if checkpoint else ''}",
     }
     return "\n".join(["", *(f"{key + ':':<11}{value}" for key, value in rows.items()), ""])
+
+
+def _material(train: Tokenised, sequences: PackedSequences | SampleRows) -> dict[str, str]:
+    """What is trained on, and what of it is not."""
+    length = sequences.context_length
+    if not isinstance(train, Samples) or not isinstance(sequences, SampleRows):
+        return {
+            "text": f"{train.tokens:,} tokens in {len(train.lengths):,} documents; dropped: no tokens, "
+            f"{train.empty:,} empty documents",
+            "sequences": f"{len(sequences):,} of {length:,} tokens, {sequences.padding:,} of them padding",
+        }
+    lost = train.column("lost")
+    rows = f"{len(sequences):,} of {length:,} tokens, {sequences.padding:,} of them padding, samples packed whole"
+    return {
+        "samples": f"{len(lost):,} with {train.tokens:,} tokens, {sequences.targets:,} of them in answers",
+        "too long": f"{(lost > 0).sum():,} truncated to {length:,} tokens, {lost.sum():,} tokens lost; "
+        f"{train.dropped:,} dropped, their answers begin beyond that",
+        "rows": rows if sequences.packed else f"{len(sequences):,}, one for each sample",
+    }
 
 
 def results(folder: Path, adapter: Path, measurement: Measurement | None, full_finetune: bool) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from data import PackedSequences, Tokenised
 from launch import WORLD_SIZE
+from samples import SampleRows
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
 MAX_HEAD_DIM = 256
@@ -56,7 +57,7 @@ def padding_token(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) 
     return next((token for token in known if token < config.vocab_size), 0)
 
 
-def check_training(args: TrainingArguments, sequences: PackedSequences) -> None:
+def check_training(args: TrainingArguments, sequences: PackedSequences | SampleRows) -> None:
     """Raise `ValueError` if there would be nothing to learn, or not a step to do."""
     if not sequences.targets:
         raise ValueError(f"there is nothing to learn from {sequences.tokens} tokens, none with another before it")

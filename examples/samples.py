@@ -1,0 +1,200 @@
+"""Samples to learn answers from, and how they come into rows: packed whole, or one a row.
+
+A sample is a conversation as token ids with a label for each: the token itself where it is part of an answer, -100
+elsewhere. `read_samples` makes them of files, `SampleRows` the rows that are trained on. As in `data.PackedSequences`
+position ids restart at every sample and at padding, which is how the attention knows them apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from chat import encode
+from conversations import conversation, load_conversations
+from data import IGNORED_LABEL, Tokenised, hold_out
+from transformers import PreTrainedTokenizerBase
+
+_IDS = datasets.Sequence(datasets.Value("int32"))
+FEATURES = datasets.Features(
+    {"input_ids": _IDS, "labels": _IDS, "learned": datasets.Value("int64"), "lost": datasets.Value("int64")}
+)
+
+
+@dataclass(frozen=True)
+class Samples(Tokenised):
+    """Tokenised samples. `input_ids` has a column `labels` beside that of its name, and for each sample `learned`, how
+    many of its tokens are answers, and `lost`, how many did not fit into the context.
+
+    Attributes:
+        dropped: How many were left out, as their answers begin beyond the context.
+    """
+
+    dropped: int = 0
+
+    def column(self, name: str) -> np.ndarray:
+        """`learned` or `lost`, int64 [samples]."""
+        return np.asarray(self.input_ids.select_columns([name]).with_format("numpy")[:][name], dtype=np.int64)
+
+    def labels(self, sample: int) -> np.ndarray:
+        """The labels of one sample, int64 [length]."""
+        return np.asarray(self.input_ids[sample]["labels"], dtype=np.int64)
+
+
+def read_samples(sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, context_length: int) -> Samples:
+    """Read conversations as samples of at most `context_length` tokens.
+
+    Args:
+        sources: As for `load_conversations`.
+        tokenizer: With a chat template.
+        context_length: What is longer is cut there, and dropped if no answer is left.
+
+    Raises:
+        FileNotFoundError: A source that is not there.
+        ValueError: What cannot be read or understood, with the file, the row (counting from 1) and what is expected.
+    """
+    parts = [_encoded(name, rows, tokenizer, context_length) for name, rows in load_conversations(sources)]
+    rows = datasets.concatenate_datasets(parts)
+    kept = np.flatnonzero(Samples(rows).column("learned"))
+    if not len(kept):
+        raise ValueError(
+            f"{' '.join(sources)}: no answer begins within the context of {context_length:,} tokens (--context_length)"
+        )
+    return Samples(rows.select(kept), dropped=len(rows) - len(kept))
+
+
+def _encoded(
+    name: str, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, context_length: int
+) -> datasets.Dataset:
+    def encode_row(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        (index,) = indices
+        try:
+            samples = encode(conversation({column: values[0] for column, values in batch.items()}), tokenizer)
+        except ValueError as error:
+            raise ValueError(f"{name}, row {index + 1}: {error}") from error
+        cut = [np.asarray(sample, dtype=np.int32)[:, :context_length] for sample in samples]
+        for sample in cut:
+            sample[1, 0] = IGNORED_LABEL  # nothing stands before it to predict it from
+        return {
+            "input_ids": [sample[0] for sample in cut],
+            "labels": [sample[1] for sample in cut],
+            "learned": [int((sample[1] != IGNORED_LABEL).sum()) for sample in cut],
+            "lost": [len(whole.input_ids) - part.shape[1] for whole, part in zip(samples, cut, strict=True)],
+        }
+
+    return rows.map(
+        encode_row,
+        batched=True,
+        batch_size=1,
+        with_indices=True,
+        remove_columns=rows.column_names,
+        features=FEATURES,
+        desc="reading conversations",
+    )
+
+
+def hold_out_samples(samples: Samples) -> tuple[Samples, Samples]:
+    """`(train, held_out)`: every 20th sample is held out; a single one is only trained on."""
+    if len(samples.input_ids) == 1:
+        return samples, replace(samples, input_ids=samples.input_ids.select([]))
+    return hold_out(samples)
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Put samples into as few rows as can be had easily: the longest first, each where it leaves the least room.
+
+    Args:
+        lengths: Tokens of each sample, at most `capacity`.
+        capacity: Tokens of a row.
+
+    Returns:
+        The samples of each row.
+    """
+    rows: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # tokens left in a row, and the row; sorted
+    for sample in sorted(range(len(lengths)), key=lambda sample: -lengths[sample]):
+        place = bisect_left(rooms, (lengths[sample], 0))
+        if place < len(rooms):
+            room, row = rooms.pop(place)
+        else:
+            room, row = capacity, len(rows)
+            rows.append([])
+        rows[row].append(sample)
+        insort(rooms, (room - lengths[sample], row))
+    return rows
+
+
+class SampleRows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """The rows that are trained on.
+
+    Args:
+        samples: The samples, none longer than a row.
+        context_length: Tokens of a packed row.
+        pad_token_id: What fills packed rows up.
+        packed: Several whole samples a row, or one each. The latter end where the sample does: `pad_rows` makes those
+            of one batch equally long.
+
+    Item `i` holds `input_ids`, `position_ids` and `labels`, int64 [length] each.
+    """
+
+    def __init__(self, samples: Samples, context_length: int, pad_token_id: int, packed: bool) -> None:
+        self.context_length = context_length
+        self.pad_token_id = pad_token_id
+        self.packed = packed
+        self.samples = samples.input_ids.with_format("numpy", columns=["input_ids", "labels"])
+        lengths = samples.lengths.tolist()
+        self.rows = pack(lengths, context_length) if packed else [[sample] for sample in range(len(lengths))]
+        self.tokens = sum(lengths)
+        self.targets = int(samples.column("learned").sum())
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def padding(self) -> int:
+        """Padding tokens at the ends of packed rows."""
+        return len(self) * self.context_length - self.tokens if self.packed else 0
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells the samples, and how they come into rows, from any other, as JSON."""
+        digest = hashlib.sha256()
+        for sample in self.samples:
+            for values in (sample["input_ids"], sample["labels"]):
+                digest.update(len(values).to_bytes(8, "little") + np.asarray(values).astype("<i4").tobytes())
+        return {
+            "train_samples": len(self.samples),
+            "train_tokens": self.tokens,
+            "train_sha256": digest.hexdigest(),
+            "rows": "packed" if self.packed else "padded",
+        }
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        pieces = [self.samples[sample] for sample in self.rows[index]]
+        columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in ("input_ids", "labels")}
+        columns["position_ids"] = np.concatenate([np.arange(len(piece["input_ids"])) for piece in pieces])
+        row = {name: torch.from_numpy(values.astype(np.int64)) for name, values in columns.items()}
+        return _filled(row, self.context_length, self.pad_token_id) if self.packed else row
+
+
+def pad_rows(rows: Sequence[dict[str, torch.Tensor]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """A batch: rows of `input_ids`, `position_ids` and `labels`, filled up to the longest of them."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    filled = [_filled(row, longest, pad_token_id) for row in rows]
+    return {name: torch.stack([row[name] for row in filled]) for name in filled[0]}
+
+
+def _filled(row: dict[str, torch.Tensor], length: int, pad_token_id: int) -> dict[str, torch.Tensor]:
+    """A row with padding up to a length: a piece of its own, which nothing is learned from."""
+    missing = length - len(row["input_ids"])
+    padding = {
+        "input_ids": torch.full((missing,), pad_token_id),
+        "labels": torch.full((missing,), IGNORED_LABEL),
+        "position_ids": torch.arange(missing),
+    }
+    return {name: torch.cat([values, padding[name]]) for name, values in row.items()}
