@@ -188,14 +188,14 @@ class DataOptions:
     )
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Examples stay as they are laid out; defaults are shown, except "None", which says nothing."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-class _Parser(HfArgumentParser):
+class Parser(HfArgumentParser):
     """Fails, and helps, on one process only."""
 
     def error(self, message: str) -> NoReturn:
@@ -237,13 +237,13 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingArgum
         SystemExit: On a mistake, after saying what it is; and after --help.
     """
     kinds: Any = (ModelOptions, DataOptions, TrainingArguments)
-    parser = _Parser(
+    parser = Parser(
         kinds,
         prog="finetune_llama.py",
         usage="deepspeed examples/finetune_llama.py [OPTIONS]   (or python, or torchrun, in place of deepspeed)",
         description=DESCRIPTION,
         epilog=EXAMPLES,
-        formatter_class=_HelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     probe = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

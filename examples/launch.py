@@ -33,6 +33,10 @@ if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
+#: Who speaks in `fail`: a program other than the trainer puts its name here.
+program = "finetune_llama.py"
+
+
 def say(*lines: str) -> None:
     """Print, on the first process only."""
     if RANK == 0:
@@ -48,7 +52,7 @@ def fail(message: str) -> NoReturn:
     if RANK != 0:
         time.sleep(10)
     who = "" if RANK == 0 else f"process {RANK}: "
-    print(f"finetune_llama.py: error: {who}{message}", file=sys.stderr, flush=True)
+    print(f"{program}: error: {who}{message}", file=sys.stderr, flush=True)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     sys.exit(2)

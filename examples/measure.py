@@ -7,7 +7,6 @@ trained: for the first, its rotary embedding is exchanged for that of the old co
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ from accelerate import PartialState
 from checkpoints import write_json
 from data import Tokenised
 from launch import say
-from perplexity import sliding_window_perplexity
+from perplexity import fingerprint, sliding_window_perplexity
 from samples import Samples
 from transformers import PreTrainedConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -115,11 +114,10 @@ class Measurement(TrainerCallback):
         self.documents = documents
         self.labels = labels
         self.rows: dict[str, dict[str, float]] = {}
-        lengths = np.array([len(document) for document in documents])
         self.record: dict[str, Any] = {
-            "tokens": int(lengths.sum()),
+            "tokens": sum(map(len, documents)),
             "documents": len(documents),
-            "sha256": hashlib.sha256(np.concatenate([lengths, *documents]).astype("<i8").tobytes()).hexdigest(),
+            "sha256": fingerprint(documents),
             "scored": "all" if labels is None else "answers",
             "attention": "dense",
             "stride": "half the context",

@@ -8,8 +8,9 @@ use the longer context has the lower perplexity there, and one that cannot has a
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 IGNORED_LABEL = -100
+LOSS_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,43 @@ def sliding_window_perplexity(
     return math.exp(float(total[0] / total[1]))
 
 
+@torch.no_grad()
+def document_loss(
+    model: torch.nn.Module,
+    document: np.ndarray,
+    window: int,
+    stride: int,
+    *,
+    device: torch.device | str = "cpu",
+    batch_tokens: int = 8192,
+    progress: Callable[[int], object] = lambda scored: None,
+) -> tuple[float, int]:
+    """What one document adds to the perplexity of many, on this process alone.
+
+    Args:
+        model: A model in the mode to measure it in.
+        document: Token ids, integers [length].
+        progress: Called with the number of tokens scored since its last call.
+        window, stride, device, batch_tokens:
+            As for `sliding_window_perplexity`.
+
+    Returns:
+        The sum of the negative log-likelihoods in nats, accumulated in float64, and how many tokens were scored.
+    """
+    total, tokens = 0.0, 0
+    for batch in _batches(list(windows([len(document)], window, stride)), max(1, batch_tokens // window)):
+        scored = sum(w.scored for w in batch)
+        total, tokens = total + float(_score(model, batch, [document], device, [document])), tokens + scored
+        progress(scored)
+    return total, tokens
+
+
+def fingerprint(documents: Sequence[np.ndarray]) -> str:
+    """SHA-256 of documents as token ids."""
+    lengths = np.array([len(document) for document in documents])
+    return hashlib.sha256(np.concatenate([lengths, *documents]).astype("<i8").tobytes()).hexdigest()
+
+
 def _targets(window: Window, targets: Sequence[np.ndarray]) -> np.ndarray:
     """What a window scores."""
     return targets[window.document][window.end - window.scored : window.end]
@@ -140,6 +179,10 @@ def _score(
     scored = batch[0].scored
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=scored + 1).logits
     wanted = torch.stack([torch.as_tensor(_targets(w, targets), dtype=torch.long) for w in batch]).to(device)
-    return torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), wanted.flatten(), reduction="sum"
-    ).double()
+    # In pieces: the first window of a document scores all of its tokens, and a copy of its logits in float32 would take
+    # more memory than the model.
+    pieces = zip(logits[:, :-1].flatten(0, 1).split(LOSS_TOKENS), wanted.flatten().split(LOSS_TOKENS), strict=True)
+    losses = [
+        torch.nn.functional.cross_entropy(row.float(), target, reduction="sum").double() for row, target in pieces
+    ]
+    return torch.stack(losses).sum()

@@ -1,0 +1,265 @@
+"""Evaluate a model with a long context: perplexity, passkey retrieval, one needle among several.
+
+    python examples/evaluate.py perplexity --model MODEL --text books/
+    python examples/evaluate.py --help
+
+The program reads top to bottom: the options, the model, the task with its cells, the cells one by one, the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import launch
+
+from launch import RANK, WORLD_SIZE, fail, say  # isort: skip  (first: it prepares what the libraries below look at)
+import datasets
+import peft
+import torch
+import transformers
+from arguments import HelpFormatter, Parser, one_clear_error
+from evaluation_folder import check_folder, claim, finish, finished, keep, kept
+from perplexity_task import PerplexityTask
+from processes import be_quiet, decided_by_first, gathered, together
+from prompts import ADJECTIVES, NOUNS
+from retrieval_task import RetrievalTask
+from tqdm import tqdm
+from use_model import add_model_options, add_scaling_options, check_scaling, open_model
+
+DESCRIPTION = """\
+Evaluate a base model, a merged model or an adapter on long texts.
+
+  perplexity   by a sliding window over documents, at one or several window lengths
+  passkey      does it find a pass key, over length of the text x depth of the key
+  needles      the same with several codes in the text, one of which is asked for
+
+Attention, RoPE, stride, prompts, dtype and versions are printed and written with the result. A length beyond the one
+that the model was trained on is refused unless --beyond_trained_length is given. A run that was killed goes on where it
+was by the same command. Started by torchrun or deepspeed, each process holds the model and does its part of the work.
+"""
+
+EXAMPLES = """\
+examples:
+  the tiny Llama that ships with the project, which falls apart beyond its 256 tokens:
+    python examples/evaluate.py perplexity --lengths 256 512 1024 --beyond_trained_length
+
+  an adapter on books (PG19: a folder of text files), as the paper measures it:
+    torchrun --nproc_per_node 8 examples/evaluate.py perplexity --model finetuned/my-llama-32768/adapter \\
+        --text pg19/test/ --lengths 2048 8192 32768
+
+  what scaling RoPE alone does to a base model:
+    python examples/evaluate.py perplexity --model my/llama --context_length 32768 --text pg19/test/
+
+  pass keys over length x depth, ten times a cell:
+    python examples/evaluate.py passkey --model merged/ --lengths 4096 8192 16384 32768 --trials 10
+
+`evaluate.py TASK --help` lists the options of a task. The output folder (default: evaluated/MODEL-TASK) holds
+results.json, results.txt, settings.json and, for retrieval, heat_map.png.
+"""
+
+TASKS: dict[str, Any] = {"perplexity": PerplexityTask, "passkey": RetrievalTask, "needles": RetrievalTask}
+
+
+def main(argv: Sequence[str]) -> None:
+    """The whole evaluation. What can be refused is refused before anything is computed."""
+    launch.program = "evaluate.py"
+    options = parse(argv)
+    be_quiet()
+    with together():
+        with one_clear_error(f"--model {options.model}: "):
+            opened = open_model(options, options.attention, options.group_size)
+        with one_clear_error():
+            task = TASKS[options.task](options, opened)
+        settings = task.settings | opened.description | {"versions": versions()}
+        folder = decided_by_first(lambda: claim(options.output, default_name(options), settings))
+        say(banner(settings, folder))
+        results = compute(task, folder)
+        if RANK == 0:
+            content = finished(folder) or {
+                "summary": task.summary(results),
+                "settings": settings,
+                "made": {
+                    "command": [launch.program, *argv],
+                    "processes": WORLD_SIZE,
+                    "device": str(opened.model.device),
+                    "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                },
+                "cells": results,
+            }
+            (folder / "results.txt").write_text(task.table(results))
+            pictures = task.draw(results, folder)
+            finish(folder, content)
+            say("", task.table(results), *map(str, [folder / "results.json", *pictures]))
+
+
+def compute(task: Any, folder: Path) -> dict[str, Any]:
+    """Compute what is not there yet, each process its part.
+
+    Returns:
+        On the first process, the results of all cells.
+    """
+    done = decided_by_first(lambda: finished(folder) or {"cells": kept(folder)})["cells"]
+    if len(done) == len(task.cells):
+        say(f"{folder} is complete: nothing is computed again")
+    elif done:
+        say(f"going on: {len(done)} of {len(task.cells)} parts are computed")
+    mine = [cell for cell in task.cells if cell not in done][RANK::WORLD_SIZE]
+    new = {}
+    what = "evaluating" if WORLD_SIZE == 1 else f"evaluating (1 of {WORLD_SIZE} processes)"
+    total = sum(map(task.cost, mine))
+    with tqdm(total=total, desc=what, unit=task.unit, unit_scale=True, disable=RANK != 0 or not total) as bar:
+        for cell in mine:
+            new[cell] = task.compute(cell, bar.update)
+            try:
+                keep(folder, cell, new[cell])
+            except OSError as error:
+                fail(
+                    f"{folder} cannot be written to: {error.strerror}. What is computed so far is kept; the same "
+                    "command goes on from there"
+                )
+    results = done | gathered(new)
+    return {cell: results[cell] for cell in task.cells if cell in results}
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line, on every process alike.
+
+    Raises:
+        SystemExit: On a mistake, after saying what it is; and after --help.
+    """
+    layout: dict[str, Any] = {"formatter_class": HelpFormatter, "allow_abbrev": False}
+    usage = "python examples/evaluate.py TASK [OPTIONS]   (or torchrun or deepspeed in place of python)"
+    parser = Parser(prog=launch.program, usage=usage, description=DESCRIPTION, epilog=EXAMPLES, **layout)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the deepspeed launcher
+    tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True, help="perplexity, passkey or needles")
+    for name, help_text in (
+        ("perplexity", "perplexity by a sliding window over documents"),
+        ("passkey", "a pass key in a long text, over length x depth"),
+        ("needles", "one of several codes in a long text, over length x depth"),
+    ):
+        task = tasks.add_parser(name, prog=f"{launch.program} {name}", description=help_text, **layout)
+        _add_options(task, name)
+    options = parser.parse_args(argv)
+    _check(parser, options)
+    return options
+
+
+def _add_options(parser: argparse.ArgumentParser, task: str) -> None:
+    group = parser.add_argument_group("task")
+    default = "the model's trained length" if task == "perplexity" else "four quarters of the model's trained length"
+    group.add_argument("--lengths", type=int, nargs="+", help=f"tokens of the context, one or more; default: {default}")
+    if task == "perplexity":
+        group.add_argument(
+            "--text",
+            nargs="+",
+            help="files (.txt .md .rst .py: a document each; .jsonl .json .parquet: a document a row), folders, glob "
+            "patterns, or hub datasets OWNER/NAME[:CONFIG[:SPLIT]]; default: the held-out part of Python's standard "
+            "library",
+        )
+        group.add_argument("--text_column", default="text", help="column of JSON, Parquet and hub datasets")
+        group.add_argument(
+            "--stride",
+            type=int,
+            help="tokens that the window moves by; default: 256 as in the paper, or half of the shortest length if "
+            "that is less",
+        )
+        group.add_argument(
+            "--keep_short",
+            action="store_true",
+            help="measure documents shorter than the longest length too, with what context they have; they are left "
+            "out otherwise",
+        )
+        group.add_argument("--max_documents", type=int, help="measure the first documents only")
+        group.add_argument("--max_tokens", type=int, help="measure the first tokens of each document only")
+        group.add_argument("--batch_tokens", type=int, default=8192, help="tokens at once; one window always goes")
+        group.add_argument(
+            "--attention",
+            choices=("dense", "s2"),
+            default="dense",
+            help="s2: S2-Attn at test time, as in training, which the paper compares",
+        )
+        group.add_argument("--group_size", type=int, help="tokens of a group of S2-Attn; default: as in training")
+    else:
+        group.add_argument(
+            "--depths",
+            type=float,
+            nargs="+",
+            default=[0.0, 0.25, 0.5, 0.75, 1.0],
+            help="where the needle is: 0 at the start of the text, 1 at its end",
+        )
+        group.add_argument("--trials", type=int, default=5, help="questions a cell, each for other digits")
+        group.add_argument("--seed", type=int, default=0, help="of the digits, names and places")
+        parser.set_defaults(attention="dense", group_size=None)
+    if task == "needles":
+        group.add_argument("--needles", type=int, default=4, help="codes in the text")
+    add_model_options(parser)
+    add_scaling_options(parser)
+    group = parser.add_argument_group("output")
+    group.add_argument("--output", help="folder to write; default: evaluated/MODEL-TASK")
+
+
+def _check(parser: Parser, options: argparse.Namespace) -> None:
+    """Refuse what is wrong by itself, whatever model and text are."""
+    for name in ("stride", "max_documents", "batch_tokens", "trials"):
+        value = getattr(options, name, None)
+        if value is not None and value < 1:
+            parser.error(f"--{name} must be 1 or more, got {value}")
+    for name, values in (("lengths", options.lengths or []), ("max_tokens", [getattr(options, "max_tokens", None)])):
+        for value in values:
+            if value is not None and value < 2:
+                parser.error(f"--{name} must be 2 or more, got {value}")
+    if options.lengths:
+        options.lengths = sorted(set(options.lengths))
+    if options.task == "perplexity":
+        if options.group_size is not None and options.attention != "s2":
+            parser.error("--group_size is for --attention s2")
+        if options.group_size is not None and (options.group_size < 2 or options.group_size % 2):
+            parser.error(f"--group_size must be even and at least 2, got {options.group_size}")
+    else:
+        for depth in options.depths:
+            if not 0 <= depth <= 1:
+                parser.error(f"--depths must be in 0..1, got {depth:g}")
+        options.depths = sorted(set(options.depths))
+    most = len(ADJECTIVES) * len(NOUNS)
+    if options.task == "needles" and not 2 <= options.needles <= most:
+        parser.error(f"--needles must be in 2..{most}, got {options.needles}")
+    check_scaling(parser, options)
+    if options.output is not None:
+        with one_clear_error():
+            check_folder(Path(options.output))
+
+
+def default_name(options: argparse.Namespace) -> str:
+    """What to call the output folder: the trainer's folders are called adapter, merged or model themselves."""
+    path = Path(options.model).resolve()
+    name = path.parent.name if path.name in ("adapter", "merged", "model") else path.name
+    return f"{name}-{options.task}"
+
+
+def versions() -> dict[str, str]:
+    """What the numbers were made with."""
+    modules = {"torch": torch, "transformers": transformers, "peft": peft, "datasets": datasets}
+    return {"python": platform.python_version(), **{name: str(m.__version__) for name, m in modules.items()}}
+
+
+def banner(settings: dict[str, Any], folder: Path) -> str:
+    """What is about to be measured, and how, a line for each thing."""
+    rows = {name: value for name, value in settings.items() if name not in ("weights", "sha256")}
+    lines = []
+    for name, value in {**rows, "output": folder}.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key}={entry}" for key, entry in value.items())
+        elif isinstance(value, list):
+            value = ", ".join(map(repr, value)) if name == "prompt" else " ".join(map(str, value))
+        lines.append(f"{name.replace('_', ' ') + ':':<26}{value}")
+    return "\n".join(["", *lines, ""])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,106 @@
+"""The output folder of an evaluation: what was asked, what is computed so far, and the result.
+
+    settings.json       all that the numbers depend on, written first
+    cells/NAME.json     a part of the result that is complete; each is written at once (rename) or not at all
+    results.json        everything, written last; the cells are in it and their folder goes
+
+So whatever kills a run, the same command goes on from the cells that are there, alone or with another number of
+processes. With other settings it is refused, and a finished evaluation is shown, not repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from checkpoints import write_json
+
+SETTINGS = "settings.json"
+CELLS = "cells"
+RESULTS = "results.json"
+
+
+def claim(asked: str | None, default_name: str, settings: dict[str, Any]) -> Path:
+    """The folder to write to, made if need be.
+
+    Args:
+        asked: What `--output` names. Without it a folder below `evaluated/` is taken: the first that is new or belongs
+            to an evaluation of these settings.
+        default_name: How that is called; a number is added where there is another one of that name.
+        settings: All that the numbers depend on, as JSON.
+
+    Raises:
+        ValueError: The folder holds something else, or cannot be made.
+    """
+    settings = json.loads(json.dumps(settings))
+    if asked is not None:
+        folder = Path(asked)
+        check_folder(folder)
+        differences = _differences(folder, settings)
+        if differences:
+            raise ValueError(f"--output {folder} belongs to another evaluation: {'; '.join(differences)}")
+    else:
+        names = (default_name if number == 1 else f"{default_name}-{number}" for number in count(1))
+        folders = (Path("evaluated") / name for name in names)
+        folder = next(folder for folder in folders if _is_ours(folder) and not _differences(folder, settings))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / SETTINGS, settings)
+        if finished(folder) is None:
+            (folder / CELLS).mkdir(exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output {folder} cannot be written to: {error.strerror}") from error
+    return folder
+
+
+def check_folder(folder: Path) -> None:
+    """Raise `ValueError` if something is there that no evaluation wrote."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output {folder} is a file; it must be a folder, new or of the same evaluation")
+    if not _is_ours(folder):
+        raise ValueError(f"--output {folder} is not empty and no evaluation (no {SETTINGS}): nothing is overwritten")
+
+
+def _is_ours(folder: Path) -> bool:
+    if not folder.exists():
+        return True
+    begun = [path.name for path in folder.iterdir()] if folder.is_dir() else [folder.name]
+    return SETTINGS in begun or all(name.startswith(SETTINGS) for name in begun)  # killed as it wrote them
+
+
+def _differences(folder: Path, settings: dict[str, Any]) -> list[str]:
+    """In which of its settings the evaluation in the folder differs."""
+    if not (folder / SETTINGS).is_file():
+        return []
+    then = json.loads((folder / SETTINGS).read_text())
+    names = dict.fromkeys([*then, *settings])
+    return [
+        f"{name} was {then.get(name)!r} and is {settings.get(name)!r}"
+        for name in names
+        if then.get(name) != settings.get(name)
+    ]
+
+
+def keep(folder: Path, cell: str, result: Any) -> None:
+    """Keep what was computed for a cell."""
+    write_json(folder / CELLS / f"{cell}.json", result)
+
+
+def kept(folder: Path) -> dict[str, Any]:
+    """What is computed so far, by cell."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted((folder / CELLS).glob("*.json"))}
+
+
+def finish(folder: Path, content: dict[str, Any]) -> None:
+    """Write the result, and put the parts away that are in it."""
+    write_json(folder / RESULTS, content)
+    shutil.rmtree(folder / CELLS, ignore_errors=True)
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """The result, if it is complete."""
+    path = folder / RESULTS
+    return json.loads(path.read_text()) if path.is_file() else None

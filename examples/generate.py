@@ -1,0 +1,184 @@
+"""Ask a model about a long file, and read the answer as it comes.
+
+python examples/generate.py --model finetuned/my-llama-32768/adapter --file book.txt --question "Who is Ishmael?"
+python examples/generate.py --help
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import launch
+
+from launch import WORLD_SIZE, fail  # isort: skip  (first: it prepares what the libraries below look at)
+import torch
+from arguments import HelpFormatter, Parser, one_clear_error
+from processes import be_quiet
+from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer, set_seed
+from use_model import OpenedModel, add_model_options, add_scaling_options, check_scaling, open_model
+
+DESCRIPTION = """\
+Answer a question about a long text with a base model, a merged model or an adapter.
+
+Where the tokenizer has a chat template, the text and the question behind it are a user's message. Otherwise the prompt
+is the text, a line with the question ("Question: ...") and "Answer:", which a base model goes on with. Attention is
+dense. The tokens are counted before anything is computed: more than the model was trained on are refused, unless
+--beyond_trained_length is given.
+"""
+
+EXAMPLES = """\
+examples:
+  the tiny Llama that ships with the project, which knows Python source and no English:
+    printf 'import os\\n\\n\\ndef main():\\n' | python examples/generate.py --file - --max_new_tokens 40
+
+  an adapter on a book, sampled:
+    python examples/generate.py --model finetuned/my-llama-32768/adapter --file book.txt \\
+        --question "What does the captain want?" --temperature 0.7 --top_p 0.9
+"""
+
+DEFAULT_NEW_TOKENS = 512
+SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Count, then answer."""
+    launch.program = "generate.py"
+    options = parse(argv)
+    be_quiet()
+    with one_clear_error():
+        text = read(options.file)
+    with one_clear_error(f"--model {options.model}: "):
+        opened = open_model(options)
+    with one_clear_error():
+        ids = tokens(opened.tokenizer, text, options.question).to(opened.model.device)
+        new = room_for(opened, ids.shape[1], options)
+        config = generation_config(opened, options, new)
+    print(f"{ids.shape[1]:,} tokens read, at most {new:,} to come", file=sys.stderr, flush=True)
+    set_seed(options.seed)
+    opened.model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        generation_config=config,
+        streamer=TextStreamer(opened.tokenizer, skip_prompt=True, skip_special_tokens=True),
+    )
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line.
+
+    Raises:
+        SystemExit: On a mistake, after saying what it is; and after --help.
+    """
+    parser = Parser(
+        prog=launch.program,
+        usage="python examples/generate.py --file FILE [OPTIONS]",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    group = parser.add_argument_group("text")
+    group.add_argument("--file", required=True, help="the text to read (UTF-8); - for standard input")
+    group.add_argument("--question", help="what to ask about it; without it, the model goes on with the text")
+    group = parser.add_argument_group("answer (default: as the model's generation_config says)")
+    group.add_argument(
+        "--max_new_tokens",
+        type=int,
+        help=f"tokens of the answer at most; default: what is left of the context, up to {DEFAULT_NEW_TOKENS}",
+    )
+    group.add_argument("--temperature", type=float, help="0: the likeliest token each time; above: sampled")
+    group.add_argument("--top_p", type=float, help="sample from the likeliest tokens that make up this probability")
+    group.add_argument("--top_k", type=int, help="sample from so many likeliest tokens")
+    group.add_argument("--repetition_penalty", type=float, help="above 1: against repetitions")
+    group.add_argument("--seed", type=int, default=0, help="of the sampling")
+    add_model_options(parser)
+    add_scaling_options(parser)
+    options = parser.parse_args(argv)
+    check_scaling(parser, options)
+    if options.max_new_tokens is not None and options.max_new_tokens < 1:
+        parser.error(f"--max_new_tokens must be 1 or more, got {options.max_new_tokens}")
+    if options.temperature is not None and not options.temperature >= 0:
+        parser.error(f"--temperature must be 0 or more, got {options.temperature}")
+    if WORLD_SIZE > 1:
+        fail("one process answers: start it with python")
+    return options
+
+
+def read(file: str) -> str:
+    """The text of a file, or of standard input for `-`.
+
+    Raises:
+        OSError, ValueError: There is no such file, or no text in it.
+    """
+    try:
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--file {file} is no text in UTF-8: {error.reason} at byte {error.start:,}") from error
+    if not text.strip():
+        raise ValueError(f"--file {file} holds no text")
+    return text
+
+
+def tokens(tokenizer: PreTrainedTokenizerBase, text: str, question: str | None) -> torch.Tensor:
+    """The prompt, int64 [1, tokens].
+
+    Without a question it is the text alone. With one it is a user's message in the chat template, where there is one.
+    """
+    if question is None:
+        prompt = text
+    elif tokenizer.chat_template is None:
+        prompt = f"{text.rstrip()}\n\nQuestion: {question}\nAnswer:"
+    else:
+        message = {"role": "user", "content": f"{text.rstrip()}\n\n{question}"}
+        prompt = str(tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
+    templated = question is not None and tokenizer.chat_template is not None  # it brings its own special tokens
+    encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=not templated, verbose=False)
+    return encoded["input_ids"]
+
+
+def room_for(opened: OpenedModel, prompt: int, options: argparse.Namespace) -> int:
+    """How many tokens the answer may have.
+
+    Raises:
+        ValueError: Text and answer have more tokens than the model was trained on.
+    """
+    left = opened.trained_length - prompt
+    beyond = options.beyond_trained_length
+    new: int = options.max_new_tokens or (DEFAULT_NEW_TOKENS if beyond else max(1, min(DEFAULT_NEW_TOKENS, left)))
+    what = f"the prompt has {prompt:,} tokens, with {new:,} for the answer {prompt + new:,}"
+    opened.check_length(prompt + new, beyond, what)
+    return new
+
+
+def generation_config(opened: OpenedModel, options: argparse.Namespace, new: int) -> GenerationConfig:
+    """The model's own, with what was asked for.
+
+    Raises:
+        ValueError: A value that transformers refuses.
+    """
+    model: Any = opened.model
+    config = GenerationConfig.from_dict(model.generation_config.to_dict())
+    asked = {name: getattr(options, name) for name in SAMPLING if getattr(options, name) is not None}
+    if asked.get("temperature") == 0:
+        config.do_sample = False
+        config.temperature = config.top_p = config.top_k = None
+        asked = {name: value for name, value in asked.items() if name == "repetition_penalty"}
+    elif asked.keys() & {"temperature", "top_p", "top_k"}:
+        config.do_sample = True
+    config.update(max_new_tokens=new, max_length=None, **asked)
+    tokenizer = opened.tokenizer
+    for name in ("eos_token_id", "pad_token_id"):
+        if getattr(config, name) is None:
+            setattr(config, name, getattr(tokenizer, name))
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.eos_token_id
+    config.validate(strict=True)
+    return config
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

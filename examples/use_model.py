@@ -1,0 +1,199 @@
+"""A model to use, not to train: a base model, an adapter or a merged model, all opened by one option.
+
+`open_model` knows how far the model may read, the length it was trained on, and describes it so that a result can be
+traced to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from arguments import TINY_LLAMA, Parser
+from peft import PeftConfig, PeftModel
+from suitable import check_attention, check_tokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from longlora_ext.adapter import load
+from longlora_ext.attention import NAME, group_size
+from longlora_ext.context import context_length, extend_config
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_SAMPLES = 16  # weights of each tensor that go into the fingerprint
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model ready to use.
+
+    Attributes:
+        model: In eval mode, on its device.
+        tokenizer: Its tokenizer.
+        trained_length: Tokens that it was made for: trained on, or as its RoPE was scaled by `--context_length`.
+        description: What tells it and how it is used from any other, as JSON.
+    """
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    trained_length: int
+    description: dict[str, Any]
+
+    def check_length(self, length: int, beyond: bool, what: str) -> None:
+        """Raise `ValueError` if that is more than the model was trained on, unless that is meant."""
+        if length > self.trained_length and not beyond:
+            made = "scaled to" if self.description["scaled_without_training"] else "trained on"
+            raise ValueError(
+                f"{what}, but {self.description['model']} was {made} {self.trained_length:,}. Beyond that most models "
+                "understand little; --beyond_trained_length does it nevertheless"
+            )
+
+    def forget_length(self) -> None:
+        """Let the model read the next text as if it were its first.
+
+        RoPE of the type "dynamic" keeps the frequencies of the longest text so far until a short one comes.
+        """
+        if self.description["rope"].get("rope_type") == "dynamic":
+            with torch.no_grad():
+                self.model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=self.model.device), use_cache=False)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `open_model` reads."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        default=str(TINY_LLAMA),
+        help="a base model or a merged one (a folder or a hub name), or the folder of an adapter",
+    )
+    group.add_argument("--base_model", help="where the base model of an adapter is now, if it was moved")
+    group.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="dtype to compute in; auto: bfloat16 on a GPU that has it, float32 elsewhere",
+    )
+    group.add_argument(
+        "--beyond_trained_length",
+        action="store_true",
+        help="read more tokens than the model was trained on, which is refused otherwise",
+    )
+
+
+def add_scaling_options(parser: argparse.ArgumentParser) -> None:
+    """Options for a model whose context is extended without training."""
+    group = parser.add_argument_group('a longer context without training ("scaling only")')
+    group.add_argument("--context_length", type=int, help="tokens to scale the model's RoPE to")
+    group.add_argument(
+        "--rope_type", default="linear", help="how: any RoPE type of transformers (linear, yarn, dynamic, llama3, ...)"
+    )
+    group.add_argument("--rope_parameters", type=json_object, help="further parameters of that type, as JSON")
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """A JSON object on the command line."""
+    try:
+        parsed = json.loads(text)
+    except ValueError:
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}")
+    return parsed
+
+
+def check_scaling(parser: Parser, options: argparse.Namespace) -> None:
+    """Refuse what is wrong by itself."""
+    if options.context_length is None and (options.rope_type != "linear" or options.rope_parameters):
+        parser.error("--rope_type and --rope_parameters need --context_length")
+    if options.context_length is not None and is_adapter(options.model):
+        parser.error("--context_length: an adapter brings the context that it was trained for")
+
+
+def is_adapter(path: str) -> bool:
+    """Whether that is the folder of an adapter."""
+    return (Path(path) / "adapter_config.json").is_file()
+
+
+def open_model(options: argparse.Namespace, attention: str = "dense", groups: int | None = None) -> OpenedModel:
+    """Load what `--model` names.
+
+    Args:
+        options: With the options of `add_model_options`, and perhaps those of `add_scaling_options`.
+        attention: "dense" for sdpa; "s2" for S2-Attn as in training.
+        groups: Group size for "s2", in tokens, in place of the config's.
+
+    Raises:
+        ValueError, OSError: There is no such model, or it cannot be used so.
+    """
+    path, scaled = options.model, getattr(options, "context_length", None)
+    if options.base_model and not is_adapter(path):
+        raise ValueError("--base_model is for adapters, and this is none: it has no adapter_config.json")
+    implementation = NAME if attention == "s2" else "sdpa"
+    keywords: dict[str, Any] = {"dtype": dtype_of(options.dtype), "attn_implementation": implementation}
+    if is_adapter(path):
+        model = load(path, base_model=options.base_model, **keywords)
+    else:
+        config = AutoConfig.from_pretrained(path)
+        if scaled is not None:
+            given = options.rope_parameters
+            config = extend_config(config, scaled, rope_type=options.rope_type, rope_parameters=given)
+        model = AutoModelForCausalLM.from_pretrained(path, config=config, **keywords)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base_config: PreTrainedConfig = base.config
+    described: dict[str, Any] = {"attention": f"dense ({implementation})"}
+    if attention == "s2":
+        check_attention(base_config)
+        base_config.s2attn_mode = "s2"
+        if groups is not None:
+            base_config.s2attn_group_size = groups
+        described = {"attention": "S2-Attn", "group_size": group_size(base_config)}
+    tokenizer = AutoTokenizer.from_pretrained(_tokenizer_source(path, options.base_model))
+    check_tokenizer(tokenizer)
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    model = model.to(device).eval()
+    description = {
+        "model": os.path.abspath(path) if os.path.isdir(path) else path,
+        "kind": "adapter" if isinstance(model, PeftModel) else "model",
+        "weights": _fingerprint(model),
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "context": context_length(base_config),
+        "scaled_without_training": scaled is not None,
+        "rope": dict(getattr(base_config, "rope_parameters", None) or {}),
+        **described,
+    }
+    return OpenedModel(model, tokenizer, context_length(base_config), description)
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype that `--dtype` means on this machine."""
+    if name == "auto":
+        name = "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+    return getattr(torch, name)
+
+
+def _tokenizer_source(path: str, base_model: str | None) -> str:
+    if not is_adapter(path) or (Path(path) / "tokenizer_config.json").is_file():
+        return path
+    return base_model or str(PeftConfig.from_pretrained(path).base_model_name_or_path)
+
+
+def _fingerprint(model: torch.nn.Module) -> str:
+    """SHA-256 of a few weights of each tensor: enough to tell two models apart, and fast for any size."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        flat = weight.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES]
+        digest.update(name.encode() + sample.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
