@@ -119,6 +119,7 @@ def compute(task: Any, folder: Path) -> dict[str, Any]:
             try:
                 keep(folder, cell, new[cell])
             except OSError as error:
+                bar.close()  # or the error stands behind it on its line
                 fail(
                     f"{folder} cannot be written to: {error.strerror}. What is computed so far is kept; the same "
                     "command goes on from there"

@@ -27,13 +27,14 @@ def heat_map(shares: np.ndarray, lengths: Sequence[int], depths: Sequence[float]
     columns, rows = len(lengths), len(depths)
     size = (max(5, 2.5 + 0.8 * columns), max(3, 1.5 + 0.5 * rows))
     figure, axes = pyplot.subplots(figsize=size, layout="constrained")
-    image = axes.imshow(shares, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+    image = axes.imshow(shares, cmap="viridis", vmin=0, vmax=1, aspect="auto")
     axes.set(title=title, xlabel="length (tokens)", ylabel="depth of the needle")
     axes.set_xticks(range(columns), [f"{length:,}" for length in lengths])
     axes.set_yticks(range(rows), [f"{depth:.0%}" for depth in depths])
     for row in range(rows):
         for column in range(columns):
-            axes.text(column, row, f"{shares[row, column]:.2g}", ha="center", va="center", fontsize=9)
+            colour = "black" if shares[row, column] > 0.5 else "white"
+            axes.text(column, row, f"{shares[row, column]:.2g}", color=colour, ha="center", va="center", fontsize=9)
     figure.colorbar(image, label="answered exactly")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

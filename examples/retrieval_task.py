@@ -135,7 +135,7 @@ class RetrievalTask:
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             ),
         )
-        answer = tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True)
+        answer = str(tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True))
         digits = re.search(r"\d+", answer)
         return {
             "tokens": ids.shape[1],

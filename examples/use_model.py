@@ -23,7 +23,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -40,13 +39,13 @@ class OpenedModel:
     """A model ready to use.
 
     Attributes:
-        model: In eval mode, on its device.
+        model: The `PreTrainedModel` or `PeftModel`, in eval mode, on its device.
         tokenizer: Its tokenizer.
         trained_length: Tokens that it was made for: trained on, or as its RoPE was scaled by `--context_length`.
         description: What tells it and how it is used from any other, as JSON.
     """
 
-    model: PreTrainedModel | PeftModel
+    model: Any
     tokenizer: PreTrainedTokenizerBase
     trained_length: int
     description: dict[str, Any]
@@ -56,8 +55,8 @@ class OpenedModel:
         if length > self.trained_length and not beyond:
             made = "scaled to" if self.description["scaled_without_training"] else "trained on"
             raise ValueError(
-                f"{what}, but {self.description['model']} was {made} {self.trained_length:,}. Beyond that most models "
-                "understand little; --beyond_trained_length does it nevertheless"
+                f"{what}, but {self.description['model']} was {made} {self.trained_length:,} tokens. Beyond that most "
+                "models understand little; --beyond_trained_length does it nevertheless"
             )
 
     def forget_length(self) -> None:
@@ -143,14 +142,14 @@ def open_model(options: argparse.Namespace, attention: str = "dense", groups: in
     implementation = NAME if attention == "s2" else "sdpa"
     keywords: dict[str, Any] = {"dtype": dtype_of(options.dtype), "attn_implementation": implementation}
     if is_adapter(path):
-        model = load(path, base_model=options.base_model, **keywords)
+        model: Any = load(path, base_model=options.base_model, **keywords)
     else:
         config = AutoConfig.from_pretrained(path)
         if scaled is not None:
             given = options.rope_parameters
             config = extend_config(config, scaled, rope_type=options.rope_type, rope_parameters=given)
         model = AutoModelForCausalLM.from_pretrained(path, config=config, **keywords)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     base_config: PreTrainedConfig = base.config
     described: dict[str, Any] = {"attention": f"dense ({implementation})"}
     if attention == "s2":

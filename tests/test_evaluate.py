@@ -1,0 +1,330 @@
+"""examples/evaluate.py as its users meet it: what it computes, refuses, keeps and goes on from."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import datasets
+import evaluate
+import evaluation_folder
+import launch
+import pytest
+import torch
+from data import load_documents, tokenise
+from finetune_runs import CONTEXT, ROOT, environment, make_model, torchrun
+from perplexity_task import PerplexityTask
+from test_perplexity import brute_force
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from longlora_ext.adapter import lora_config, merge, prepare_model, save_adapter
+from longlora_ext.context import extend_config
+
+LONGER = 4 * CONTEXT
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each test in a folder of its own, and the name of the trainer in errors afterwards."""
+    monkeypatch.setattr(launch, "program", launch.program)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def books(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of texts: one shorter than the model's context, two longer ones, one four times as long."""
+    folder = tmp_path_factory.mktemp("books")
+    for number, size in enumerate((20, 50, 70, 140)):
+        (folder / f"{number}.txt").write_text("".join(chr(97 + (i * i + number) % 26) for i in range(size)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter to four times the context that changes what the model says, as training would."""
+    config = extend_config(AutoConfig.from_pretrained(model), LONGER)
+    base = AutoModelForCausalLM.from_pretrained(model, config=config, attn_implementation="s2attn")
+    trained = prepare_model(base, lora_config(base))
+    torch.manual_seed(1)
+    for name, weight in trained.named_parameters():
+        if "lora_B" in name or ("norm" in name and weight.requires_grad):
+            torch.nn.init.normal_(weight, std=0.5)
+    folder = tmp_path_factory.mktemp("adapter") / "adapter"
+    save_adapter(trained, folder, AutoTokenizer.from_pretrained(model))
+    return folder
+
+
+def run(task: str, *arguments: object, output: str = "out") -> dict:
+    """What the program writes."""
+    evaluate.main([task, "--output", output, *map(str, arguments)])
+    return json.loads((Path(output) / "results.json").read_text())
+
+
+def refusal(capsys: pytest.CaptureFixture[str], task: str, *arguments: object) -> str:
+    """What the program says when it refuses."""
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main([task, *map(str, arguments)])
+    assert stopped.value.code == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("evaluate.py: error: ")]
+    assert len(said) == 1
+    return said[0]
+
+
+def test_perplexity_is_that_of_each_token_by_itself(model: Path, books: Path) -> None:
+    done = run("perplexity", "--model", model, "--text", books, "--lengths", 16, 8, 32, "--stride", 5)
+    reference = AutoModelForCausalLM.from_pretrained(model).double().eval()
+    tokenised = tokenise(load_documents([str(books)]), AutoTokenizer.from_pretrained(model))
+    documents = [tokenised.ids(number) for number in (1, 2, 3)]
+    expected = {str(length): brute_force(reference, documents, length, 5) for length in (8, 16, 32)}
+    assert done["summary"]["perplexity"] == pytest.approx(expected, rel=1e-5)
+    assert list(done["summary"]["perplexity"]) == ["8", "16", "32"]
+    settings = done["settings"]
+    assert settings["tokens"] == 51 + 71 + 141 == done["summary"]["scored_tokens"] + 3
+    assert (settings["documents"], settings["shorter_documents"]) == (3, "1 left out")
+    assert settings["attention"] == "dense (sdpa)" and settings["dtype"] == "float32"
+    assert settings["rope"]["rope_type"] == "default" and settings["stride"] == 5
+    assert settings["versions"]["torch"] == torch.__version__
+
+
+def test_short_documents_are_kept_if_asked_for(model: Path, books: Path) -> None:
+    given = ["--model", model, "--text", books, "--lengths", 32]
+    done = run("perplexity", *given, "--keep_short", "--max_tokens", 40, "--max_documents", 2)
+    assert done["settings"]["tokens"] == 21 + 40 and done["settings"]["shorter_documents"] == "kept"
+    assert done["settings"]["stride"] == 16  # the paper's 256 is too long for this window
+
+
+def test_json_and_parquet_are_the_same_text(model: Path, books: Path, tmp_path: Path) -> None:
+    texts = datasets.Dataset.from_dict({"body": [path.read_text() for path in sorted(books.iterdir())]})
+    texts.to_json(tmp_path / "texts.jsonl")
+    texts.to_parquet(tmp_path / "texts.parquet")
+    results = [
+        run("perplexity", "--model", model, "--text", *text, "--lengths", 32, output=f"out{number}")
+        for number, text in enumerate(
+            ([books], ["texts.jsonl", "--text_column", "body"], ["texts.parquet", "--text_column", "body"])
+        )
+    ]
+    assert len({result["settings"]["sha256"] for result in results}) == 1
+    assert results[0]["cells"] == results[1]["cells"] == results[2]["cells"]
+
+
+# --- which model, how far, which attention ----------------------------------------------------------------------
+
+
+def test_adapter_and_merged_model_are_alike(model: Path, adapter: Path, books: Path, tmp_path: Path) -> None:
+    merge(adapter, tmp_path / "merged")
+    given = ["--text", books, "--lengths", 32, LONGER]
+    of_adapter = run("perplexity", "--model", adapter, *given, output="a")
+    of_merged = run("perplexity", "--model", tmp_path / "merged", *given, output="b")
+    scaled = run("perplexity", "--model", model, "--context_length", LONGER, *given, output="c")
+    assert of_merged["summary"]["perplexity"] == pytest.approx(of_adapter["summary"]["perplexity"], rel=1e-5)
+    assert of_adapter["settings"]["kind"] == "adapter" and of_merged["settings"]["kind"] == "model"
+    for name in ("rope", "context", "sha256"):
+        assert of_adapter["settings"][name] == of_merged["settings"][name] == scaled["settings"][name]
+    assert scaled["settings"]["scaled_without_training"] and not of_adapter["settings"]["scaled_without_training"]
+    assert scaled["summary"]["perplexity"] != pytest.approx(of_adapter["summary"]["perplexity"], rel=1e-2)
+
+
+def test_scaling_only_is_what_an_untrained_adapter_does(model: Path, books: Path, tmp_path: Path) -> None:
+    config = extend_config(AutoConfig.from_pretrained(model), LONGER, rope_type="yarn")
+    base = AutoModelForCausalLM.from_pretrained(model, config=config, attn_implementation="s2attn")
+    save_adapter(prepare_model(base, lora_config(base)), tmp_path / "adapter")  # no tokenizer: it is the base model's
+    given = ["perplexity", "--text", books, "--lengths", LONGER]
+    of_adapter = run(*given, "--model", tmp_path / "adapter", output="a")
+    scaled = run(*given, "--model", model, "--context_length", LONGER, "--rope_type", "yarn", output="b")
+    assert of_adapter["summary"] == scaled["summary"]
+
+
+@pytest.mark.parametrize("task", ["perplexity", "passkey"])
+def test_a_length_beyond_the_trained_one_is_refused_unless_meant(
+    model: Path, adapter: Path, books: Path, capsys: pytest.CaptureFixture[str], task: str
+) -> None:
+    text = ["--text", books] if task == "perplexity" else ["--depths", 0.5, "--trials", 1]
+    said = refusal(capsys, task, "--model", adapter, *text, "--lengths", 512)
+    assert "a length of 512 tokens is asked for, but" in said and "was trained on 128 tokens." in said
+    assert "--beyond_trained_length" in said
+    said = refusal(capsys, task, "--model", model, "--context_length", 64, *text, "--lengths", 512)
+    assert "was scaled to 64 tokens." in said
+    assert not Path("evaluated").exists()
+    if task == "perplexity":
+        run(task, "--model", model, *text, "--lengths", 64, "--beyond_trained_length")
+
+
+def test_s2_at_test_time(adapter: Path, books: Path) -> None:
+    """Equal to dense attention while even the first, halved group of the shifted heads holds all tokens."""
+    results = {}
+    for name, options in {
+        "dense": [],
+        "group 8": ["--attention", "s2", "--group_size", 8],
+        "group 64": ["--attention", "s2", "--group_size", 64],
+        "as in training": ["--attention", "s2"],
+    }.items():
+        given = ["--model", adapter, "--text", books, "--lengths", 32, "--max_documents", 1]
+        results[name] = run("perplexity", *given, *options, output=name)
+    perplexity = {name: result["summary"]["perplexity"]["32"] for name, result in results.items()}
+    assert perplexity["group 64"] == pytest.approx(perplexity["dense"], rel=1e-5)
+    assert perplexity["group 8"] != pytest.approx(perplexity["dense"], rel=1e-3)
+    assert results["as in training"]["settings"]["group_size"] == LONGER // 4
+    assert results["as in training"]["settings"]["attention"] == "S2-Attn"
+
+
+def test_dynamic_rope_does_not_remember_the_text_before(model: Path, books: Path) -> None:
+    """transformers keeps the frequencies of the longest text so far: which cells a process had before must not tell."""
+    given = ["perplexity", "--model", model, "--context_length", LONGER, "--rope_type", "dynamic", "--text", books]
+    options = evaluate.parse([*map(str, given), "--lengths", "128", "--keep_short"])
+    opened = evaluate.open_model(options)
+    task = PerplexityTask(options, opened)
+    first = task.compute("length-128-document-1", lambda tokens: None)
+    task.compute("length-128-document-3", lambda tokens: None)
+    assert task.compute("length-128-document-1", lambda tokens: None) == first
+
+
+# --- interrupted, divided, repeated -----------------------------------------------------------------------------
+
+
+def test_a_killed_run_goes_on_where_it_was(
+    model: Path, books: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--model", model, "--text", books, "--lengths", 16, 32]
+    whole = run("perplexity", *given, output="whole")
+    computed: list[str] = []
+
+    def compute(self: PerplexityTask, cell: str, progress: object, original=PerplexityTask.compute) -> dict:
+        computed.append(cell)
+        if len(computed) == 3:
+            raise KeyboardInterrupt
+        return original(self, cell, progress)
+
+    monkeypatch.setattr(PerplexityTask, "compute", compute)
+    with pytest.raises(KeyboardInterrupt):
+        run("perplexity", *given)
+    assert len(list(Path("out/cells").iterdir())) == 2 and not Path("out/results.json").exists()
+    other = refusal(capsys, "perplexity", *given, "--stride", 4, "--output", "out")
+    assert "--output out belongs to another evaluation: stride was 8 and is 4" in other
+    done = run("perplexity", *given)
+    assert "going on: 2 of 6 parts are computed" in capsys.readouterr().out
+    assert done["cells"] == whole["cells"] and done["summary"] == whole["summary"]
+    assert sorted(computed) == sorted([*whole["cells"], computed[2]])  # none twice but the one that was interrupted
+    assert not Path("out/cells").exists()
+
+    written = Path("out/results.json").read_bytes()
+    run("perplexity", *given)
+    assert "out is complete: nothing is computed again" in capsys.readouterr().out
+    assert Path("out/results.json").read_bytes() == written and len(computed) == 7
+    assert "belongs to another evaluation" in refusal(capsys, "perplexity", *given, "--stride", 4, "--output", "out")
+    assert Path("out/results.json").read_bytes() == written
+
+
+def test_nothing_of_others_is_overwritten(
+    model: Path, books: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--model", model, "--text", books]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    assert "mine is not empty and no evaluation" in refusal(capsys, "perplexity", *given, "--output", "mine")
+    said = refusal(capsys, "perplexity", *given, "--output", "mine/thesis.tex")
+    assert "is a file; it must be a folder" in said
+    said = refusal(capsys, "perplexity", *given, "--output", "mine/thesis.tex/out")
+    assert "cannot be written to: Not a directory" in said
+
+
+def test_a_folder_is_found_where_none_is_given(model: Path, books: Path) -> None:
+    for stride in (5, 6, 5):
+        evaluate.main(["perplexity", "--model", str(model), "--text", str(books), "--stride", str(stride)])
+    assert sorted(path.name for path in Path("evaluated").iterdir()) == ["tiny-perplexity", "tiny-perplexity-2"]
+
+
+def test_a_full_disk_keeps_what_is_complete(
+    model: Path, books: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(path: Path, content: object, original=evaluation_folder.write_json) -> None:
+        if path.stem.endswith("document-2"):
+            raise OSError(28, "No space left on device")
+        original(path, content)
+
+    monkeypatch.setattr(evaluation_folder, "write_json", write)
+    said = refusal(capsys, "perplexity", "--model", model, "--text", books, "--output", "out")
+    assert "out cannot be written to: No space left on device. What is computed so far is kept" in said
+    assert len(list(Path("out/cells").iterdir())) == 2
+
+
+def test_two_processes_compute_what_one_computes(model: Path, books: Path) -> None:
+    given = ["--model", model, "--text", books, "--lengths", 16, 32]
+    script = str(ROOT / "examples" / "evaluate.py")
+    command = [*torchrun(2), script, "perplexity", *map(str, given), "--output", "two"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    two = json.loads(Path("two/results.json").read_text())
+    one = run("perplexity", *given, output="one")
+    assert two["made"]["processes"] == 2 and list(two["cells"]) == list(one["cells"])
+    assert two["summary"]["perplexity"] == pytest.approx(one["summary"]["perplexity"], rel=1e-6)
+    assert done.stdout.count("perplexity of 260 tokens in 3 documents") == 1 and "100%" in done.stderr
+
+
+def test_the_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    for given, expected in ((["--help"], "what scaling RoPE alone does"), (["passkey", "--help"], "--depths")):
+        with pytest.raises(SystemExit) as stopped:
+            evaluate.main(given)
+        assert stopped.value.code == 0 and expected in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("perplexity --stride 0", "--stride must be 1 or more, got 0"),
+        ("perplexity --lengths 1 8", "--lengths must be 2 or more, got 1"),
+        ("perplexity --lengths 8 --stride 8", "--stride must be less than the shortest length of 8, got 8"),
+        ("perplexity --lengths 32 --max_tokens 16", "--max_tokens 16 is less than the longest length of 32"),
+        ("perplexity --max_documents 0", "--max_documents must be 1 or more, got 0"),
+        ("perplexity --group_size 8", "--group_size is for --attention s2"),
+        ("perplexity --attention s2 --group_size 7", "--group_size must be even and at least 2, got 7"),
+        ("perplexity --attention eager", "invalid choice: 'eager'"),
+        ("perplexity --text gone.txt", "gone.txt: no such file, folder or glob pattern"),
+        ("perplexity --text {books} --lengths 512 --beyond_trained_length", "longest of 4 has 141"),
+        ("perplexity --text {empty}", "no document of 32 tokens is there, the longest of 0 has 0"),
+        ("perplexity --rope_type yarn", "--rope_type and --rope_parameters need --context_length"),
+        ("perplexity --context_length 16", "context_length must be an integer above the model's present context of 32"),
+        ("perplexity --context_length 64 --rope_type none", "rope_type must be one of default, "),
+        ("perplexity --rope_parameters 5", "argument --rope_parameters: must be a JSON object, got '5'"),
+        ("perplexity --base_model x", "--base_model is for adapters"),
+        ("perplexity --model nowhere", "--model nowhere: "),
+        ("passkey --depths 1.5", "--depths must be in 0..1, got 1.5"),
+        ("passkey --trials 0", "--trials must be 1 or more, got 0"),
+        ("passkey --lengths 32", "--lengths 32: this prompt and its answer have "),
+        ("passkey", "reads 32 tokens, and this prompt has "),
+        ("needles --needles 1", "--needles must be in 2..100, got 1"),
+        ("passkey --needles 3", "unrecognized arguments: --needles 3"),
+        ("summary", "invalid choice: 'summary'"),
+        ("", "the following arguments are required: TASK"),
+    ],
+)  # fmt: skip
+def test_a_bad_argument_is_one_clear_error(
+    model: Path, books: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: str, message: str
+) -> None:
+    (tmp_path / "empty.txt").touch()
+    words = given.format(books=books, empty=tmp_path / "empty.txt").split()
+    at = 1 if words[:1] and words[0] in evaluate.TASKS and "--model" not in words else None
+    if at:
+        words[1:1] = ["--model", str(model)]
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(words)
+    assert stopped.value.code == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
+    assert len(said) == 1 and said[0].startswith("evaluate.py") and message in said[0]
+    assert not Path("evaluated").exists()
+
+
+def test_an_adapter_takes_no_other_context(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refusal(capsys, "perplexity", "--model", adapter, "--context_length", 512)
+    assert "an adapter brings the context that it was trained for" in said
+
+
+def test_the_deepspeed_launchers_argument_is_taken(model: Path, books: Path) -> None:
+    evaluate.main(["--local_rank=0", "perplexity", "--model", str(model), "--text", str(books)])
+    assert Path("evaluated/tiny-perplexity/results.json").is_file()

@@ -1,0 +1,140 @@
+"""examples/generate.py: a question about a long text, answered by any of the three kinds of models."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import generate
+import launch
+import pytest
+import torch
+from finetune_runs import make_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from longlora_ext.adapter import lora_config, merge, prepare_model, save_adapter
+from longlora_ext.context import extend_config
+
+CONTEXT = 512
+TEXT = "The ship is called Pequod. " * 10
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[it]{% endif %}"
+)
+
+
+@pytest.fixture(autouse=True)
+def named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "program", launch.program)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of a random model whose norms are changed, so that it says something else than the base model."""
+    folder = tmp_path_factory.mktemp("models")
+    base = make_model(folder / "base")
+    config = extend_config(AutoConfig.from_pretrained(base), CONTEXT)
+    model = AutoModelForCausalLM.from_pretrained(base, config=config, attn_implementation="s2attn")
+    trained = prepare_model(model, lora_config(model))
+    torch.manual_seed(1)
+    for name, weight in trained.named_parameters():
+        if "lora_B" in name or ("norm" in name and weight.requires_grad):
+            torch.nn.init.normal_(weight, std=0.5)
+    save_adapter(trained, folder / "adapter", AutoTokenizer.from_pretrained(base))
+    return folder / "adapter"
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> Path:
+    (tmp_path / "book.txt").write_text(TEXT)
+    return tmp_path / "book.txt"
+
+
+def answer(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[str, str]:
+    """What the program prints, and says beside."""
+    generate.main([str(argument) for argument in arguments])
+    return capsys.readouterr()
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        generate.main([str(argument) for argument in arguments])
+    assert stopped.value.code == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("generate.py: error: ")]
+    assert len(said) == 1
+    return said[0]
+
+
+def test_the_answer_is_that_of_the_model(
+    adapter: Path, book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    merge(adapter, tmp_path / "merged")
+    given = ["--file", book, "--question", "Which ship?", "--max_new_tokens", 12, "--temperature", 0]
+    printed, beside = answer(capsys, "--model", adapter, *given)
+    prompt = f"{TEXT.rstrip()}\n\nQuestion: Which ship?\nAnswer:"
+    assert f"{len(prompt)} tokens read, at most 12 to come" in beside  # a token a byte
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    ids = tokenizer(prompt, return_tensors="pt")
+    said = model.generate(**ids, max_new_tokens=12, do_sample=False)[0, len(prompt) :]
+    assert printed == tokenizer.decode(said, skip_special_tokens=True) + "\n" and printed.strip()
+    assert answer(capsys, "--model", tmp_path / "merged", *given)[0] == printed
+    base = ["--model", adapter.with_name("base"), "--context_length", CONTEXT]
+    assert answer(capsys, *base, *given)[0] != printed
+
+
+def test_standard_input_and_no_question(
+    adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(TEXT))
+    _, beside = answer(capsys, "--model", adapter, "--file", "-", "--max_new_tokens", 2)
+    assert f"{len(TEXT)} tokens read" in beside
+
+
+def test_sampling_is_by_seed(adapter: Path, book: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--model", adapter, "--file", book, "--max_new_tokens", 20, "--temperature", 5.0, "--top_k", 100]
+    one, again, other = (answer(capsys, *given, "--seed", seed)[0] for seed in (1, 1, 2))
+    assert one == again != other
+
+
+def test_a_chat_template_is_used_where_there_is_one(adapter: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    tokenizer.chat_template = TEMPLATE
+    asked = tokenizer.decode(generate.tokens(tokenizer, "Some text.\n", "Why?")[0])
+    assert asked == "[user]Some text.\n\nWhy?[it]"
+    assert tokenizer.decode(generate.tokens(tokenizer, "Some text.\n", None)[0]) == "Some text.\n"
+
+
+def test_too_much_text_is_refused_with_its_count(adapter: Path, book: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--model", adapter, "--file", book]
+    said = refusal(capsys, *given, "--max_new_tokens", 243)
+    assert (
+        "the prompt has 270 tokens, with 243 for the answer 513, but" in said and "was trained on 512 tokens." in said
+    )
+    book.write_text(TEXT * 2)
+    assert "the prompt has 540 tokens, with 1 for the answer 541" in refusal(capsys, *given)
+    assert "540 tokens read, at most 3" in answer(capsys, *given, "--max_new_tokens", 3, "--beyond_trained_length")[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--file gone.txt", "No such file or directory: 'gone.txt'"),
+        ("--file {empty}", "holds no text"),
+        ("--file {binary}", "is no text in UTF-8: invalid start byte at byte 0"),
+        ("--file {book} --max_new_tokens 0", "--max_new_tokens must be 1 or more, got 0"),
+        ("--file {book} --temperature -1", "--temperature must be 0 or more, got -1.0"),
+        ("--file {book} --top_p 2", "--top_p must be above 0 and at most 1, got 2.0"),
+        ("--file {book} --top_k 0", "--top_k must be 1 or more, got 0"),
+        ("--file {book} --repetition_penalty 0", "--repetition_penalty must be above 0, got 0.0"),
+        ("--file {book} --model nowhere", "--model nowhere: "),
+        ("", "the following arguments are required: --file"),
+    ],
+)
+def test_a_bad_argument_is_one_clear_error(
+    adapter: Path, book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: str, message: str
+) -> None:
+    (tmp_path / "empty").touch()
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    words = given.format(book=book, empty=tmp_path / "empty", binary=tmp_path / "binary").split()
+    assert message in refusal(capsys, *([] if "nowhere" in given else ["--model", adapter]), *words)
