@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from longlora_ext._ulysses import sequence_parallel
 from longlora_ext.documents import doc_start_from_mask
 
 
@@ -31,7 +32,8 @@ def s2attn_mask(
     square. With a KV cache it is what `sdpa` gets: `None` or a boolean `[batch, 1, queries, keys]`.
 
     Raises:
-        `ValueError`: the mask has holes, or the model asks for anything but full causal attention.
+        `ValueError`: the mask has holes, or padding under sequence parallelism, or the model asks for anything but
+        full causal attention.
     """
     if local_size is not None:
         raise ValueError(
@@ -55,6 +57,11 @@ def s2attn_mask(
         )
     if attention_mask is None or (not torch.compiler.is_compiling() and bool(attention_mask.all())):
         return None if packed is None else packed[:, None, None, :]
+    if sequence_parallel()[1] > 1:
+        raise ValueError(
+            "attn_implementation='s2attn' takes no attention_mask with padding under sequence parallelism, where it "
+            "would not reach the attention: pack the documents, and tell them by position_ids"
+        )
     attention_mask = attention_mask[:, :kv_length]
     start = doc_start_from_mask(attention_mask)
     return torch.where(attention_mask.bool(), start, ~start)[:, None, None, :]

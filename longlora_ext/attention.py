@@ -15,6 +15,9 @@ KV cache as it is. Three fields of the model's config are read:
   eval alike.
 - `num_attention_heads`: the second half of the heads is shifted.
 
+Under DeepSpeed's Ulysses sequence parallelism (`UlyssesSPAttentionHF`, `core_attn_implementation="s2attn"`) each
+process attends with its share of the heads; documents are told by `position_ids` alone, and a mask is refused.
+
 Documents are kept apart: padding (a 2-D `attention_mask`), packing (`position_ids` that restart, or
 `cu_seq_lens_q`) all end up as the op's `doc_start`.
 """
@@ -28,6 +31,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from longlora_ext._mask import dense_mask, own_mask, s2attn_mask
+from longlora_ext._ulysses import first_shifted_head
 from longlora_ext.documents import (
     doc_start_from_cu_seqlens,
     doc_start_from_position_ids,
@@ -143,7 +147,7 @@ def s2attn_forward(
             key,
             value,
             group_size(config),
-            _first_shifted_head(module, query),
+            first_shifted_head(config.num_attention_heads, query.shape[1]),
             documents,
             scaling,
         )
@@ -187,17 +191,6 @@ def _documents(position_ids: torch.Tensor | None, kwargs: dict[str, Any], query:
         packed = doc_start_from_cu_seqlens(cu_seqlens, tokens).to(query.device)
         documents = packed if documents is None else torch.maximum(packed, documents)
     return documents
-
-
-def _first_shifted_head(module: torch.nn.Module, query: torch.Tensor) -> int:
-    config: Any = module.config
-    heads: int = config.num_attention_heads
-    if query.shape[1] != heads:
-        raise ValueError(
-            f"config.num_attention_heads is {heads}, but this layer has {query.shape[1]} heads: which of "
-            "them are shifted is not known when heads are split over ranks"
-        )
-    return heads // 2
 
 
 def _run(
