@@ -91,11 +91,14 @@ examples:
   to answer questions (LongAlpaca's JSON, or JSON Lines of chat messages), with the loss on the answers alone:
     deepspeed examples/finetune_llama.py --task sft --train_file examples/data/questions.jsonl --max_steps 50
 
+  do a run again, the very same: its arguments are in run.json, and so is this command
+    deepspeed examples/finetune_llama.py --from_manifest finetuned/llama-32768/run.json
+
   go on after an interruption: the same command again, with the same --output_dir, and
     --resume_from_checkpoint latest
 
 the output folder (default: finetuned/MODEL-CONTEXT) holds adapter/ (what was trained), perplexity.txt and .json,
-loss.png, checkpoint-*/ and run.json (the settings)
+loss.png, checkpoint-*/ and run.json (what made it: arguments, text, versions)
 """
 
 
@@ -245,6 +248,12 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingArgum
         epilog=EXAMPLES,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
+    )
+    parser.add_argument(  # read by `manifest.repeated`, before
+        "--from_manifest",
+        metavar="RUN_JSON",
+        default=argparse.SUPPRESS,
+        help="Do the run again that wrote this run.json. It stops if it would be another one: other text or settings.",
     )
     probe = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     probe.add_argument("--model_name_or_path", "--model-name-or-path")

@@ -31,6 +31,7 @@ from convert_gguf import convert_gguf
 from corpus import stdlib_documents
 from data import PackedSequences, Tokenised, hold_out, load_documents, tokenise
 from dense_tail import DenseTail
+from manifest import check_repeats, describe, finish, repeated
 from measure import AFTER, Measurement, choose_documents, choose_samples
 from peft import PeftModel
 from plot import loss_curve
@@ -60,6 +61,7 @@ from longlora_ext.loss import refusal, tile_loss
 
 def main(argv: Sequence[str]) -> None:
     """The whole run. What can be refused is refused before the training starts."""
+    argv, original = repeated(argv)
     options, text, args = parse(argv)
     be_quiet()
     dtype = compute_dtype(args)
@@ -92,7 +94,8 @@ def main(argv: Sequence[str]) -> None:
         check_tokens(base_config, train, held_out)
         check_training(args, sequences)
         chosen |= sequences.fingerprint()
-        begin(folder, checkpoint, chosen)
+        check_repeats(original, chosen)
+        begin(folder, checkpoint, chosen, describe(argv, options, text, args, config, checkpoint, chosen))
     with one_clear_error(f"--model_name_or_path {model_path}: "):
         if options.gguf_file:
             model_path = convert_gguf(model_path, options.gguf_file, folder / "base_model", dtype)
@@ -149,6 +152,7 @@ def main(argv: Sequence[str]) -> None:
         loss_curve(trainer.state.log_history, folder / "loss.png", name)
         if measurement:
             (folder / "perplexity.txt").write_text(measurement.table())
+        finish(folder, adapter, {"steps": trainer.state.global_step, "first_dense_step": tail.first if tail else None})
     say(results(folder, adapter, measurement, options.full_finetune))
     state.wait_for_everyone()
     state.destroy_process_group()

@@ -28,6 +28,15 @@ USE_CONFIGURED_STATE = {"use_configured_state": not torch.accelerator.is_availab
 #: The deepspeed launcher sets these.
 BY_DEEPSPEED = "CROSS_RANK" in os.environ and "CROSS_SIZE" in os.environ
 
+#: What stands before the program's name in a command that starts as many processes.
+LAUNCHER = (
+    f"deepspeed --num_accelerators {WORLD_SIZE}"
+    if BY_DEEPSPEED
+    else f"torchrun --nproc_per_node {WORLD_SIZE}"
+    if WORLD_SIZE > 1
+    else "python"
+)
+
 # Or DeepSpeed warns in every process that it found nothing else.
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -76,6 +77,9 @@ def main(arguments: list[str] | None = None) -> int:
             dtype=options.dtype,
             max_shard_size=options.max_shard_size,
         )
+        made_by = options.adapter_folder / "run.json"  # the manifest of the run, which goes along
+        if made_by.is_file():
+            shutil.copy(made_by, options.output_folder)
     except (OSError, ValueError) as error:
         print(f"merge_adapter.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -55,13 +55,14 @@ def claim(args: TrainingArguments, default_name: str, settings: dict[str, Any]) 
     return folder, checkpoint
 
 
-def begin(folder: Path, checkpoint: Path | None, settings: dict[str, Any]) -> None:
+def begin(folder: Path, checkpoint: Path | None, settings: dict[str, Any], manifest: dict[str, Any]) -> None:
     """Make the claimed folder that of this run. Collective.
 
     Args:
         folder: The folder, claimed.
         checkpoint: What the run goes on from.
         settings: As for `claim`, completed by what was not known then.
+        manifest: What to write into its `run.json`.
 
     Raises:
         ValueError: The checkpoint was made with other settings.
@@ -74,7 +75,7 @@ def begin(folder: Path, checkpoint: Path | None, settings: dict[str, Any]) -> No
             shutil.rmtree(leftover)
         for name in remove_incomplete(folder):
             say(f"removed {name}: the run was stopped while it wrote it")
-        write_json(folder / RUN_FILE, settings)
+        write_json(folder / RUN_FILE, manifest)
     state.wait_for_everyone()
 
 
@@ -147,13 +148,16 @@ def read_marker(checkpoint: Path) -> dict[str, Any]:
 
 
 def _compare(checkpoint: Path, settings: dict[str, Any]) -> None:
-    """Refuse a checkpoint of other settings. What was no setting then, in another version of transformers, passes."""
-    then = read_marker(checkpoint)["settings"]
-    now = json.loads(json.dumps(settings))
-    differences = [
+    """Refuse a checkpoint of other settings."""
+    if others := differences(read_marker(checkpoint)["settings"], settings):
+        raise ValueError(f"{checkpoint} belongs to another run: {'; '.join(others)}")
+
+
+def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs. What was no setting then, in another version of transformers, passes."""
+    now = json.loads(json.dumps(now))
+    return [
         f"{name} was {then[name]!r} and is {value!r}"
         for name, value in now.items()
         if name in then and then[name] != value
     ]
-    if differences:
-        raise ValueError(f"{checkpoint} belongs to another run: {'; '.join(differences)}")

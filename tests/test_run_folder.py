@@ -27,7 +27,7 @@ def claim(folder: Path | str, resume: str | None = None, settings: dict | None =
     args.output_dir = str(folder)
     settings = settings or {"seed": 1}
     claimed = run_folder.claim(args, "model-64", settings)
-    run_folder.begin(*claimed, settings)
+    run_folder.begin(*claimed, settings, settings)
     return claimed
 
 
