@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,17 @@ def _open(file: str) -> tuple[list[str], Callable[[str], torch.Tensor]]:
 
 
 def load_pickled(file: str | Path) -> dict[str, torch.Tensor]:
-    """What `torch.save` wrote, and tensors alone: a pickle that would run code is refused."""
+    """What `torch.save` wrote: tensors by name and nothing else, which is refused as it might be code."""
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError:  # the format of before torch 1.6 cannot be mapped
-        return torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # the format of before torch 1.6 cannot be mapped
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{file} has more in it than tensors, which could run code: it is not loaded") from error
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise ValueError(f"{file} is no file of tensors by name")
+    return state
 
 
 def weight_files(model: str, **hub_arguments: Any) -> list[str]:

@@ -14,7 +14,7 @@ from peft.utils.other import get_pattern_key
 from longlora_ext._checkpoint import Checkpoint
 from longlora_ext._load import naming, weights_of_adapter
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."  # of a weight's name in a file of PEFT
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 # Fields of LoraConfig that say nothing of how weights add up, or that are seen to here. Any other one, also one that a
@@ -38,13 +38,13 @@ class LoraWeights:
     def __init__(self, folder: Path) -> None:
         with naming(str(folder / "adapter_config.json")):
             self._config: Any = PeftConfig.from_pretrained(str(folder))
-        if obstacle := _obstacle(self._config):
-            raise NeedsWholeModel(f"the adapter has {obstacle}")
+        if other := obstacle(self._config):
+            raise NeedsWholeModel(f"the adapter has {other}")
         file = weights_of_adapter(folder)
         self._about = f"{file} as adapter_config.json describes it"
         with naming(self._about):
             self._weights = Checkpoint([file])
-            names = {name.removeprefix(_PREFIX): name for name in self._weights}
+            names = {name.removeprefix(PREFIX): name for name in self._weights}
             self._factors = {
                 name.removesuffix(_A) + ".weight": (names[name], names[name.removesuffix(_A) + _B])
                 for name in names
@@ -93,7 +93,7 @@ class LoraWeights:
         return new if name in self._replaced else new.add_(weight)
 
 
-def _obstacle(config: Any) -> str | None:
+def obstacle(config: Any) -> str | None:
     """What of an adapter is more than a change of single weights."""
     if type(config) is not LoraConfig:
         return f"the type {config.peft_type}"

@@ -79,15 +79,21 @@ def apply_record(config: PreTrainedConfig, record: dict[str, Any]) -> None:
 
 
 def fingerprint_of(model: nn.Module) -> dict[str, list[float]]:
-    """A few weights of the first and the last frozen matrix, under their names in the base model."""
-    frozen = {
-        name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter
-        for name, parameter in model.named_parameters()
-        if not parameter.requires_grad
-        and len(whole_shape(parameter)) == 2
-        and parameter.is_floating_point()
-        and ".original_module." not in name
-    }
+    """What the base model of a prepared model can be known by. Collective under ZeRO."""
+    return fingerprint(
+        {
+            name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter
+            for name, parameter in model.named_parameters()
+            if not parameter.requires_grad
+            and len(whole_shape(parameter)) == 2
+            and parameter.is_floating_point()
+            and ".original_module." not in name
+        }
+    )
+
+
+def fingerprint(frozen: dict[str, torch.Tensor]) -> dict[str, list[float]]:
+    """A few weights of the first and the last of the base model's matrices that are not trained."""
     names = list(frozen)
     return {name: _sample(frozen[name]) for name in dict.fromkeys(names[:1] + names[-1:])}
 

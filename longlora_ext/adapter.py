@@ -32,8 +32,9 @@ from longlora_ext._load import load
 from longlora_ext._merge import merge
 from longlora_ext._precision import fp32_state, train_in_fp32
 from longlora_ext._record import WEIGHTS, fingerprint_of, write_record
+from longlora_ext._release import import_longlora
 
-__all__ = ["load", "lora_config", "merge", "prepare_model", "save_adapter"]
+__all__ = ["import_longlora", "load", "lora_config", "merge", "prepare_model", "save_adapter"]
 
 _ADAPTER = "default"
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -108,10 +108,10 @@ def test_a_field_of_an_unknown_peft_is_not_overlooked(monkeypatch) -> None:
     from longlora_ext import _lora
 
     config = LoraConfig()
-    assert _lora._obstacle(config) is None
+    assert _lora.obstacle(config) is None
     monkeypatch.setattr(_lora, "_UNDERSTOOD", _lora._UNDERSTOOD - {"lora_alpha"})  # as if it were new
     config.lora_alpha = 99
-    assert _lora._obstacle(config) == "lora_alpha=99"
+    assert _lora.obstacle(config) == "lora_alpha=99"
 
 
 @pytest.mark.parametrize("sharded", [False, True])

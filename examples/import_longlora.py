@@ -1,0 +1,69 @@
+#!/usr/bin/env python
+"""Make an adapter folder out of one that the original LongLoRA wrote, or its authors released.
+
+    python examples/import_longlora.py RELEASE OUTPUT_FOLDER --context_length 8192
+
+RELEASE is a folder with adapter_config.json, adapter_model.bin and trainable_params.bin, such as
+Llama-2-7b-longlora-8k; of a checkpoint of your own, the original's get_trainable_weights.py makes these. What comes out
+is used like any adapter of this project:
+
+    python examples/merge_adapter.py OUTPUT_FOLDER merged/
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from pathlib import Path
+
+from longlora_ext.adapter import import_longlora
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS
+    )
+    parser.add_argument("release", type=Path, metavar="RELEASE", help="the original's folder")
+    parser.add_argument(
+        "output_folder",
+        type=Path,
+        metavar="OUTPUT_FOLDER",
+        help="the adapter folder to write; it must not exist, or be empty, and appears when it is complete",
+    )
+    parser.add_argument(
+        "--context_length",
+        type=int,
+        required=True,
+        metavar="TOKENS",
+        help="what it was trained for: none of its files says, but its name (8k is 8192, 100k is 100000)",
+    )
+    parser.add_argument(
+        "--base_model",
+        metavar="MODEL",
+        help="a folder or hub name of the base model, in place of the one that adapter_config.json names",
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of one library about another
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where installed, says that it found no GPU
+    try:
+        import_longlora(
+            options.release,
+            options.output_folder,
+            context_length=options.context_length,
+            base_model=options.base_model,
+        )
+    except (OSError, ValueError) as error:
+        print(f"import_longlora.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(f"imported: {options.output_folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

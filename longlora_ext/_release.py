@@ -1,0 +1,133 @@
+"""`import_longlora`: the adapters that LongLoRA's own code has written, and its authors have released, as ours."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from longlora_ext._checkpoint import Checkpoint, load_pickled, weight_files
+from longlora_ext._folders import appearing, refuse_to_overwrite
+from longlora_ext._load import base_of, naming
+from longlora_ext._lora import PREFIX, obstacle
+from longlora_ext._record import WEIGHTS, fingerprint, write_record
+from longlora_ext.context import extend_config
+
+_log = logging.getLogger(__name__)
+_LORA, _TRAINED = "adapter_model.bin", "trainable_params.bin"
+_ADDED = 64  # more rows than these are no special tokens that were added, but the embedding of another model
+
+
+def import_longlora(
+    release: str | os.PathLike[str],
+    output_folder: str | os.PathLike[str],
+    *,
+    context_length: int,
+    base_model: str | None = None,
+) -> None:
+    """
+    Make an adapter folder out of one of the original LongLoRA.
+
+    The original adds a padding token to the vocabulary (32,001 tokens for Llama 2). Nothing is learned of padding, so
+    its row of the embedding is left out, a line in the log says so, and the vocabulary is that of the base model.
+
+    Args:
+        release (`str` or `os.PathLike`):
+            A folder with `adapter_config.json`, `adapter_model.bin` (LoRA) and `trainable_params.bin` (embedding and
+            norms; there is none if LoRA alone was trained). Pickles with more than tensors in them are refused.
+        output_folder (`str` or `os.PathLike`):
+            Must not exist, or be empty; it appears when it is complete. [`load`] and [`merge`] take it.
+        context_length (`int`):
+            What it was trained for, which none of the files says: 8192 for `Llama-2-7b-longlora-8k`. It makes the
+            linear RoPE factor, as in the original.
+        base_model (`str`, *optional*):
+            A folder or hub name, in place of the one that `adapter_config.json` names.
+
+    Raises:
+        `FileExistsError`: the output folder holds something.
+        `FileNotFoundError`: a file, or the base model, is missing.
+        `ValueError`: the files cannot be read, or do not fit the base model.
+    """
+    release, target = Path(release), Path(output_folder)
+    refuse_to_overwrite(target)
+    for name in ("adapter_config.json", _LORA):
+        if not (release / name).is_file():
+            raise FileNotFoundError(f"{release} has no {name}: it is no adapter of the original LongLoRA")
+    base = base_of(release, base_model)
+    with naming(str(release)):
+        given: Any = PeftConfig.from_pretrained(str(release))
+        lora = _named(load_pickled(release / _LORA))
+        trained = _named(load_pickled(release / _TRAINED)) if (release / _TRAINED).is_file() else {}
+    if other := obstacle(given):
+        raise ValueError(f"{release} is no adapter of the original LongLoRA: it has {other}")
+    with naming(f"the base model {base}"):
+        config = extend_config(AutoConfig.from_pretrained(base), context_length)
+        weights = Checkpoint(weight_files(base))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shapes = {name: weight.shape for name, weight in model.named_parameters()}  # a tied one once
+    _check_lora(lora, shapes, given.r, base)
+    trained = {name: _fitted(name, weight, shapes.get(name), base) for name, weight in trained.items()}
+    peft_config = LoraConfig(
+        r=given.r,
+        lora_alpha=given.lora_alpha,
+        lora_dropout=given.lora_dropout,
+        target_modules=given.target_modules,
+        modules_to_save=sorted({name.split(".")[-2] for name in trained}) or None,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=os.path.abspath(base) if os.path.isdir(base) else base,
+        inference_mode=True,
+        ensure_weight_tying=bool(config.tie_word_embeddings and trained),
+    )
+    frozen = {name: weights.get(name) for name in shapes if len(shapes[name]) == 2 and name not in trained}
+    if any(weight is None for weight in frozen.values()):
+        raise ValueError(f"cannot load the base model {base}: its weights are not there")
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    tied = {  # PEFT looks for a tied weight under all of its names
+        name: trained[names[id(parameter)]]
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if names[id(parameter)] in trained
+    }
+    tensors = {
+        PREFIX + name: weight.to(torch.float32, copy=True).contiguous()
+        for name, weight in (lora | trained | tied).items()
+    }
+    with appearing(target) as unfinished:
+        save_file(tensors, unfinished / WEIGHTS, metadata={"format": "pt"})
+        peft_config.save_pretrained(str(unfinished))
+        write_record(unfinished, config, fingerprint(frozen))
+
+
+def _named(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """By the names of the base model, as far as there are such. The original's own scripts take the prefix off one of
+    the two files."""
+    return {name.removeprefix(PREFIX).replace(".default.", "."): weight for name, weight in weights.items()}
+
+
+def _check_lora(lora: dict[str, torch.Tensor], shapes: dict[str, torch.Size], rank: int, base: str) -> None:
+    for name, factor in lora.items():
+        module, _, half = name.rpartition(".lora_")
+        rows, columns = shapes.get(f"{module}.weight", (0, 0))
+        want = {"A.weight": (rank, columns), "B.weight": (rows, rank)}.get(half)
+        if not rows or tuple(factor.shape) != want:
+            raise ValueError(f"{_LORA} does not fit {base}: {name} has size {list(factor.shape)}")
+
+
+def _fitted(name: str, weight: torch.Tensor, shape: torch.Size | None, base: str) -> torch.Tensor:
+    """The weight in the base model's shape: without the rows of tokens that were added to the vocabulary."""
+    if shape is not None and len(shape) == 2 and weight.shape[1:] == shape[1:] and 0 < len(weight) - shape[0] <= _ADDED:
+        _log.warning(
+            "%s has %d rows, and the vocabulary of the base model %d tokens: what the original added, for padding, is "
+            "left out", name, len(weight), shape[0],
+        )  # fmt: skip
+        return weight[: shape[0]]
+    if weight.shape != shape:
+        there = "has no such weight" if shape is None else f"has {list(shape)}"
+        raise ValueError(f"{_TRAINED} does not fit {base}: {name} has size {list(weight.shape)}, and the model {there}")
+    return weight
