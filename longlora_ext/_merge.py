@@ -155,6 +155,16 @@ def _by_shards(
     new = {name: _like(weights.get(in_base), dtype) for name, (in_base, _) in sources.items()}
     plan = split_torch_state_dict_into_shards(new, max_shard_size=max_shard_size)
 
+    def merged(name: str) -> torch.Tensor:
+        in_base, in_adapter = sources[name]
+        weight = weights.get(in_base)
+        if in_adapter is None:
+            return weight.to(new[name].dtype)
+        weight = adapter.merged(in_adapter, weight).to(new[name].dtype)
+        if not weight.isfinite().all():
+            raise ValueError(f"{name} is not finite once it is merged, in {weight.dtype}")
+        return weight
+
     def write(output: Path) -> None:
         room, needed = shutil.disk_usage(output).free, plan.metadata["total_size"]
         if room < needed:
@@ -166,18 +176,9 @@ def _by_shards(
             (output / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         with tqdm(total=len(new), desc="merging", unit="weight") as bar:
             for file, names in plan.filename_to_tensors.items():
-                shard = {}
-                for name in names:
-                    in_base, in_adapter = sources[name]
-                    weight = weights.get(in_base)
-                    if in_adapter:
-                        weight = adapter.merged(in_adapter, weight)
-                    shard[name] = weight.to(new[name].dtype)
-                    if in_adapter and not shard[name].isfinite().all():
-                        raise ValueError(f"{name} is not finite once it is merged, in {new[name].dtype}")
-                    bar.update()
-                save_file(shard, output / file, metadata={"format": "pt"})
-                weights.close()
+                save_file({name: merged(name) for name in names}, output / file, metadata={"format": "pt"})
+                weights.close()  # or what was read of it stays in memory
+                bar.update(len(names))
 
     return write
 

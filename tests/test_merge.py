@@ -161,7 +161,7 @@ def test_one_shard_is_in_memory_at_a_time(tmp_path: Path) -> None:
     peaks = {shard: peak_while(lambda shard=shard: merge(adapter, tmp_path / shard, max_shard_size=shard))
              for shard in ("8MB", "1GB")}  # fmt: skip
     assert len(list((tmp_path / "8MB").glob("*.safetensors"))) > 10
-    assert peaks["8MB"] < size / 3 < size < peaks["1GB"]
+    assert peaks["8MB"] < size / 2 < size < peaks["1GB"], peaks
 
 
 def peak_while(action) -> int:  # type: ignore[no-untyped-def]
