@@ -25,7 +25,7 @@ import torch
 import transformers
 from arguments import HelpFormatter, Parser, one_clear_error
 from evaluation_folder import check_folder, claim, finish, finished, keep, kept
-from perplexity_task import PerplexityTask
+from perplexity_task import SCORES, PerplexityTask
 from processes import be_quiet, decided_by_first, gathered, together
 from prompts import ADJECTIVES, NOUNS
 from retrieval_task import RetrievalTask
@@ -49,9 +49,13 @@ examples:
   the tiny Llama that ships with the project, which falls apart beyond its 256 tokens:
     python examples/evaluate.py perplexity --lengths 256 512 1024 --beyond_trained_length
 
-  an adapter on books (PG19: a folder of text files), as the paper measures it:
+  an adapter on books (PG19: a folder of text files), at three lengths, on eight GPUs:
     torchrun --nproc_per_node 8 examples/evaluate.py perplexity --model finetuned/my-llama-32768/adapter \\
         --text pg19/test/ --lengths 2048 8192 32768
+
+  to compare with the paper's tables, on the data of the original project:
+    torchrun --nproc_per_node 8 examples/evaluate.py perplexity --model finetuned/my-llama-32768/adapter \\
+        --text pg19/test.bin --lengths 2048 8192 32768 --score all
 
   what scaling RoPE alone does to a base model:
     python examples/evaluate.py perplexity --model my/llama --context_length 32768 --text pg19/test/
@@ -104,7 +108,8 @@ def compute(task: Any, folder: Path) -> dict[str, Any]:
     Returns:
         On the first process, the results of all cells.
     """
-    done = decided_by_first(lambda: finished(folder) or {"cells": kept(folder)})["cells"]
+    there = decided_by_first(lambda: finished(folder) or {"cells": kept(folder)})["cells"]
+    done = {cell: result for cell, result in there.items() if cell in task.cells}
     if len(done) == len(task.cells):
         say(f"{folder} is complete: nothing is computed again")
     elif done:
@@ -125,7 +130,7 @@ def compute(task: Any, folder: Path) -> dict[str, Any]:
                     "command goes on from there"
                 )
     results = done | gathered(new)
-    return {cell: results[cell] for cell in task.cells if cell in results}
+    return {cell: results[cell] for cell in task.cells if cell in results}  # in their order
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -160,8 +165,8 @@ def _add_options(parser: argparse.ArgumentParser, task: str) -> None:
             "--text",
             nargs="+",
             help="files (.txt .md .rst .py: a document each; .jsonl .json .parquet: a document a row), folders, glob "
-            "patterns, or hub datasets OWNER/NAME[:CONFIG[:SPLIT]]; default: the held-out part of Python's standard "
-            "library",
+            "patterns, or hub datasets OWNER/NAME[:CONFIG[:SPLIT]]; .bin: token ids of 16 bits, one document, as the "
+            "original project publishes them; default: the held-out part of Python's standard library",
         )
         group.add_argument("--text_column", default="text", help="column of JSON, Parquet and hub datasets")
         group.add_argument(
@@ -169,6 +174,13 @@ def _add_options(parser: argparse.ArgumentParser, task: str) -> None:
             type=int,
             help="tokens that the window moves by; default: 256 as in the paper, or half of the shortest length if "
             "that is less",
+        )
+        group.add_argument(
+            "--score",
+            choices=tuple(SCORES),
+            default="last",
+            help="last: each token once, with the most context; all: all tokens of each window again, as the program "
+            "that the paper was measured with",
         )
         group.add_argument(
             "--keep_short",

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints import write_json
+from folder_lock import lock
 
 SETTINGS = "settings.json"
+LOCK = SETTINGS + ".lock"
 CELLS = "cells"
 RESULTS = "results.json"
 
@@ -33,7 +35,7 @@ def claim(asked: str | None, default_name: str, settings: dict[str, Any]) -> Pat
         settings: All that the numbers depend on, as JSON.
 
     Raises:
-        ValueError: The folder holds something else, or cannot be made.
+        ValueError: The folder holds something else, another process writes to it, or it cannot be made.
     """
     settings = json.loads(json.dumps(settings))
     if asked is not None:
@@ -48,6 +50,8 @@ def claim(asked: str | None, default_name: str, settings: dict[str, Any]) -> Pat
         folder = next(folder for folder in folders if _is_ours(folder) and not _differences(folder, settings))
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not lock(folder / LOCK):
+            raise ValueError(f"--output {folder}: another process is writing to it; wait for its end or stop it first")
         write_json(folder / SETTINGS, settings)
         if finished(folder) is None:
             (folder / CELLS).mkdir(exist_ok=True)
@@ -68,7 +72,7 @@ def _is_ours(folder: Path) -> bool:
     if not folder.exists():
         return True
     begun = [path.name for path in folder.iterdir()] if folder.is_dir() else [folder.name]
-    return SETTINGS in begun or all(name.startswith(SETTINGS) for name in begun)  # killed as it wrote them
+    return SETTINGS in begun or all(name.startswith(SETTINGS) for name in begun)  # killed before they were written
 
 
 def _differences(folder: Path, settings: dict[str, Any]) -> list[str]:

@@ -16,6 +16,8 @@ import launch
 from launch import WORLD_SIZE, fail  # isort: skip  (first: it prepares what the libraries below look at)
 import torch
 from arguments import HelpFormatter, Parser, one_clear_error
+from chat import LLAMA_2
+from jinja2 import TemplateError
 from processes import be_quiet
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer, set_seed
 from use_model import OpenedModel, add_model_options, add_scaling_options, check_scaling, open_model
@@ -23,10 +25,10 @@ from use_model import OpenedModel, add_model_options, add_scaling_options, check
 DESCRIPTION = """\
 Answer a question about a long text with a base model, a merged model or an adapter.
 
-Where the tokenizer has a chat template, the text and the question behind it are a user's message. Otherwise the prompt
-is the text, a line with the question ("Question: ...") and "Answer:", which a base model goes on with. Attention is
-dense. The tokens are counted before anything is computed: more than the model was trained on are refused, unless
---beyond_trained_length is given.
+Where the tokenizer has a chat template (an adapter trained with --task sft brings one), the text and the question
+behind it are a user's message. Otherwise the prompt is the text, a line with the question ("Question: ...") and
+"Answer:", which a base model goes on with. Attention is dense. The tokens are counted before anything is computed: more
+than the model was trained on are refused, unless --beyond_trained_length is given.
 """
 
 EXAMPLES = """\
@@ -53,6 +55,8 @@ def main(argv: Sequence[str]) -> None:
     with one_clear_error(f"--model {options.model}: "):
         opened = open_model(options)
     with one_clear_error():
+        if options.chat_template is not None:
+            opened.tokenizer.chat_template = chat_template(options.chat_template)
         ids = tokens(opened.tokenizer, text, options.question).to(opened.model.device)
         new = room_for(opened, ids.shape[1], options)
         config = generation_config(opened, options, new)
@@ -83,6 +87,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     group = parser.add_argument_group("text")
     group.add_argument("--file", required=True, help="the text to read (UTF-8); - for standard input")
     group.add_argument("--question", help="what to ask about it; without it, the model goes on with the text")
+    group.add_argument(
+        "--chat_template",
+        help="a Jinja file, or llama2, in place of the tokenizer's own: for models that were taught to follow "
+        "instructions and come without one",
+    )
     group = parser.add_argument_group("answer (default: as the model's generation_config says)")
     group.add_argument(
         "--max_new_tokens",
@@ -108,6 +117,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(f"--top_k must be 1 or more, got {options.top_k}")
     if options.repetition_penalty is not None and not options.repetition_penalty > 0:
         parser.error(f"--repetition_penalty must be above 0, got {options.repetition_penalty}")
+    if options.chat_template is not None and options.question is None:
+        parser.error("--chat_template needs a --question")
     if WORLD_SIZE > 1:
         fail("one process answers: start it with python")
     return options
@@ -128,10 +139,22 @@ def read(file: str) -> str:
     return text
 
 
+def chat_template(name: str) -> str:
+    """What `--chat_template` names.
+
+    Raises:
+        OSError: There is no such file.
+    """
+    return LLAMA_2 if name == "llama2" else Path(name).read_text(encoding="utf-8")
+
+
 def tokens(tokenizer: PreTrainedTokenizerBase, text: str, question: str | None) -> torch.Tensor:
     """The prompt, int64 [1, tokens].
 
     Without a question it is the text alone. With one it is a user's message in the chat template, where there is one.
+
+    Raises:
+        ValueError: The template fails.
     """
     if question is None:
         prompt = text
@@ -139,7 +162,10 @@ def tokens(tokenizer: PreTrainedTokenizerBase, text: str, question: str | None) 
         prompt = f"{text.rstrip()}\n\nQuestion: {question}\nAnswer:"
     else:
         message = {"role": "user", "content": f"{text.rstrip()}\n\n{question}"}
-        prompt = str(tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
+        try:
+            prompt = str(tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
+        except TemplateError as error:
+            raise ValueError(f"the chat template cannot be used: {error}") from error
     templated = question is not None and tokenizer.chat_template is not None  # it brings its own special tokens
     encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=not templated, verbose=False)
     return encoded["input_ids"]

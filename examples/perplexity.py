@@ -31,13 +31,16 @@ class Window:
     scored: int
 
 
-def windows(lengths: Sequence[int], window: int, stride: int) -> Iterator[Window]:
+def windows(lengths: Sequence[int], window: int, stride: int, *, score_all: bool = False) -> Iterator[Window]:
     """The windows over documents of these lengths.
 
     Args:
         lengths: Tokens of each document; a document of fewer than 2 has nothing to score.
         window: Tokens of a window, 2 or more.
         stride: Tokens it moves by, in 1..window - 1.
+        score_all: Score every window as a whole, tokens that the one before scored too, and leave out a last window
+            that is not full. So does the program that the LongLoRA paper was measured with: it tells how well a model
+            reads with anything from 1 to `window - 1` tokens of context, and is higher than with the most context.
 
     Raises:
         ValueError: A window or stride outside its range.
@@ -47,6 +50,11 @@ def windows(lengths: Sequence[int], window: int, stride: int) -> Iterator[Window
     if not 1 <= stride < window:
         raise ValueError(f"stride must be in 1..{window - 1} (below the window), got {stride}")
     for document, length in enumerate(lengths):
+        if score_all:
+            begins = range(0, max(1, length - window + 1), stride)
+            ends = (min(begin + window, length) for begin in begins)
+            yield from (Window(document, b, e, e - b - 1) for b, e in zip(begins, ends, strict=True) if e - b > 1)
+            continue
         scored_up_to = 1  # the first token has nothing to be predicted from
         for begin in range(0, length, stride):
             end = min(begin + window, length)
@@ -117,32 +125,32 @@ def sliding_window_perplexity(
 
 
 @torch.no_grad()
-def document_loss(
+def windows_loss(
     model: torch.nn.Module,
-    document: np.ndarray,
-    window: int,
-    stride: int,
+    documents: Sequence[np.ndarray],
+    some_windows: Sequence[Window],
     *,
     device: torch.device | str = "cpu",
     batch_tokens: int = 8192,
     progress: Callable[[int], object] = lambda scored: None,
 ) -> tuple[float, int]:
-    """What one document adds to the perplexity of many, on this process alone.
+    """What some windows add to the perplexity, on this process alone.
 
     Args:
         model: A model in the mode to measure it in.
-        document: Token ids, integers [length].
+        documents: Token ids, integers [length] each.
+        some_windows: Windows over them, at least one.
+        device: Where the model takes its inputs.
+        batch_tokens: How many tokens go through the model at once; one window always does.
         progress: Called with the number of tokens scored since its last call.
-        window, stride, device, batch_tokens:
-            As for `sliding_window_perplexity`.
 
     Returns:
         The sum of the negative log-likelihoods in nats, accumulated in float64, and how many tokens were scored.
     """
     total, tokens = 0.0, 0
-    for batch in _batches(list(windows([len(document)], window, stride)), max(1, batch_tokens // window)):
+    for batch in _batches(some_windows, max(1, batch_tokens // max(w.end - w.begin for w in some_windows))):
         scored = sum(w.scored for w in batch)
-        total, tokens = total + float(_score(model, batch, [document], device, [document])), tokens + scored
+        total, tokens = total + float(_score(model, batch, documents, device, documents)), tokens + scored
         progress(scored)
     return total, tokens
 
@@ -158,7 +166,7 @@ def _targets(window: Window, targets: Sequence[np.ndarray]) -> np.ndarray:
     return targets[window.document][window.end - window.scored : window.end]
 
 
-def _batches(all_windows: list[Window], size: int) -> list[list[Window]]:
+def _batches(all_windows: Sequence[Window], size: int) -> list[list[Window]]:
     """Windows of one shape side by side, at most `size` of them."""
     by_shape: dict[tuple[int, int], list[Window]] = {}
     for w in all_windows:

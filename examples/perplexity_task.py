@@ -1,7 +1,9 @@
 """Perplexity by a sliding window over documents, at several window lengths.
 
-A cell is one document at one length. All lengths score the very same tokens, so that what differs is the context alone:
-a document shorter than the longest length is left out, or kept at all lengths (`--keep_short`).
+A cell is some windows of one document at one length. All lengths score the very same tokens, so that what differs is
+the context alone: a document shorter than the longest length is left out, or kept at all lengths (`--keep_short`).
+
+`--score all` is for the paper's numbers: it scores each window as a whole, as the program that they were made with.
 """
 
 from __future__ import annotations
@@ -9,32 +11,37 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 from corpus import stdlib_documents
-from data import load_documents, tokenise
+from data import Tokenised, load_documents, tokenise
 from launch import say
-from perplexity import document_loss, fingerprint
+from perplexity import Window, fingerprint, windows, windows_loss
 from processes import first_process_first
 from suitable import check_tokens
 from use_model import OpenedModel
 
 PAPERS_STRIDE = 256
+TOKEN_IDS = ".bin"
+PART_TOKENS = 2**20  # to read for one cell, about
+SCORES = {"last": "each token once, with the most context", "all": "all tokens of each window"}
 
 
 class PerplexityTask:
     """Perplexity of a text.
 
     Args:
-        options: `text`, `text_column`, `lengths`, `stride`, `max_documents`, `max_tokens`, `keep_short`,
+        options: `text`, `text_column`, `lengths`, `stride`, `score`, `max_documents`, `max_tokens`, `keep_short`,
             `batch_tokens`.
         opened: The model.
 
     Attributes:
         settings: What the numbers depend on beside the model.
-        cells: What there is to compute: a length and the number of a document by name.
+        cells: What there is to compute: windows by name.
 
     Raises:
         ValueError, OSError: No text to measure on, or a length beyond what the model was trained on.
@@ -53,29 +60,34 @@ class PerplexityTask:
         if options.max_tokens is not None and options.max_tokens < longest:
             raise ValueError(f"--max_tokens {options.max_tokens} is less than the longest length of {longest}")
         self.batch_tokens: int = options.batch_tokens
+        self.has_ids = any(source.endswith(TOKEN_IDS) for source in options.text or ())
         self.documents, left_out = self._read(options)
         self.settings = {
             "task": "perplexity",
             "lengths": self.lengths,
             "stride": self.stride,
+            "score": SCORES[options.score],
             "text": " ".join(options.text or ["the held-out part of Python's standard library"]),
             "documents": len(self.documents),
             "tokens": sum(map(len, self.documents)),
             "shorter_documents": f"{left_out} left out" if left_out else "kept" if options.keep_short else "none",
-            "special_tokens": "those that the tokenizer adds to a document, and its end-of-sequence token behind",
+            "special_tokens": "as in the file" if self.has_ids else "the tokenizer's own, end-of-sequence behind",
             "sha256": fingerprint(self.documents),
         }
-        self.cells = {
-            f"length-{length}-document-{number}": (length, number)
-            for length in self.lengths
-            for number in range(len(self.documents))
-        }
+        self.cells: dict[str, list[Window]] = {}
+        self.length_of: dict[str, int] = {}
+        sizes = [len(document) for document in self.documents]
+        for length in self.lengths:
+            all_windows = windows(sizes, length, self.stride, score_all=options.score == "all")
+            for number, of_document in groupby(all_windows, key=lambda window: window.document):
+                for some in _parts(list(of_document), max(1, PART_TOKENS // length)):
+                    cell = f"length-{length}-document-{number}-tokens-{some[0].begin}-{some[-1].end}"
+                    self.cells[cell], self.length_of[cell] = some, length
 
     def _read(self, options: argparse.Namespace) -> tuple[list[np.ndarray], int]:
         """The documents to measure on, and how many were too short."""
-        tokenizer, longest = self.opened.tokenizer, self.lengths[-1]
-        texts = (lambda: load_documents(options.text, options.text_column)) if options.text else lambda: _held_out()
-        found = first_process_first(lambda: tokenise(texts(), tokenizer))
+        longest = self.lengths[-1]
+        found = first_process_first(lambda: self._tokens(options.text, options.text_column))
         check_tokens(self.opened.model.config, found)
         lengths = found.lengths.tolist()
         enough = 2 if options.keep_short else longest
@@ -92,49 +104,63 @@ class PerplexityTask:
         documents = [found.ids(number)[: options.max_tokens] for number in chosen[: options.max_documents]]
         return documents, short
 
+    def _tokens(self, sources: list[str] | None, column: str) -> Tokenised:
+        if not sources:
+            return tokenise(stdlib_documents()[1], self.opened.tokenizer)
+        if not self.has_ids:
+            return tokenise(load_documents(sources, column), self.opened.tokenizer)
+        ids = [_read_ids(source) for source in sources if source.endswith(TOKEN_IDS)]
+        if len(ids) < len(sources):
+            raise ValueError(f"--text: files of token ids ({TOKEN_IDS}) and of text cannot be mixed")
+        features = datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32"))})
+        return Tokenised(datasets.Dataset.from_dict({"input_ids": ids}, features=features))
+
     def cost(self, cell: str) -> int:
         """Tokens that are scored in a cell."""
-        return len(self.documents[self.cells[cell][1]]) - 1
+        return sum(window.scored for window in self.cells[cell])
 
     def compute(self, cell: str, progress: Callable[[int], object]) -> dict[str, Any]:
-        """Score one document at one length."""
-        length, number = self.cells[cell]
+        """Score the windows of a cell."""
         self.opened.forget_length()
-        loss, tokens = document_loss(
-            self.opened.model,
-            self.documents[number],
-            length,
-            self.stride,
-            device=self.opened.model.device,
-            batch_tokens=self.batch_tokens,
-            progress=progress,
-        )
-        return {"negative_log_likelihood": loss, "tokens": tokens, "perplexity": math.exp(loss / tokens)}
+        model = self.opened.model
+        options: dict[str, Any] = {"device": model.device, "batch_tokens": self.batch_tokens, "progress": progress}
+        loss, tokens = windows_loss(model, self.documents, self.cells[cell], **options)
+        return {"negative_log_likelihood": loss, "scored": tokens}
 
     def summary(self, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        """Perplexity by length over all tokens."""
+        """By length, perplexity and how many tokens were scored."""
+        of_length: dict[int, list[dict[str, Any]]] = {length: [] for length in self.lengths}
+        for cell, result in results.items():
+            of_length[self.length_of[cell]].append(result)
+        scored = {length: sum(part["scored"] for part in parts) for length, parts in of_length.items()}
+        loss = {length: math.fsum(p["negative_log_likelihood"] for p in parts) for length, parts in of_length.items()}
         return {
-            "perplexity": {str(length): self._perplexity(results, length) for length in self.lengths},
-            "scored_tokens": sum(result["tokens"] for result in results.values()) // len(self.lengths),
+            "perplexity": {str(length): math.exp(loss[length] / scored[length]) for length in self.lengths},
+            "scored": {str(length): scored[length] for length in self.lengths},
         }
-
-    def _perplexity(self, results: dict[str, dict[str, Any]], length: int) -> float:
-        of_length = [results[cell] for cell, (its_length, _) in self.cells.items() if its_length == length]
-        loss = math.fsum(result["negative_log_likelihood"] for result in of_length)
-        return math.exp(loss / sum(result["tokens"] for result in of_length))
 
     def table(self, results: dict[str, dict[str, Any]]) -> str:
         """The results as text."""
         summary = self.summary(results)
-        title = f"perplexity of {summary['scored_tokens']:,} tokens in {len(self.documents)} documents"
-        values = "".join(f"{value:>10.3f}" for value in summary["perplexity"].values())
-        lengths = "".join(f"{length:>10,}" for length in self.lengths)
-        return f"{title}\n\n{'window':<12}{lengths}\n{'perplexity':<12}{values}\n"
+        title = "perplexity of {tokens:,} tokens in {documents} documents (scored: {score})".format(**self.settings)
+        rows = {
+            "window": "".join(f"{length:>12,}" for length in self.lengths),
+            "scored": "".join(f"{scored:>12,}" for scored in summary["scored"].values()),
+            "perplexity": "".join(f"{value:>12.3f}" for value in summary["perplexity"].values()),
+        }
+        return "\n".join([title, "", *(f"{name:<12}{row}" for name, row in rows.items())]) + "\n"
 
     def draw(self, results: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
         """Nothing: a row of numbers needs no picture."""
         return []
 
 
-def _held_out() -> list[str]:
-    return stdlib_documents()[1]
+def _parts(items: list[Window], size: int) -> list[list[Window]]:
+    return [items[begin : begin + size] for begin in range(0, len(items), size)]
+
+
+def _read_ids(file: str) -> np.ndarray:
+    """Token ids as the original project publishes its evaluation data: 16 bits each and nothing else."""
+    if Path(file).stat().st_size % 2:
+        raise ValueError(f"{file} is no file of token ids of 16 bits: it has an odd number of bytes")
+    return np.fromfile(file, dtype="<u2")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 from itertools import count
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from checkpoints import MARKER, find_resumable, remove_incomplete, write_json
+from folder_lock import lock
 from launch import say
 from transformers import TrainingArguments
 
@@ -20,9 +20,6 @@ LOCK_FILE = RUN_FILE + ".lock"
 
 #: What was trained: an adapter, or after full fine-tuning a model.
 RESULTS = ("adapter", "model")
-
-#: The lock of this process' folder, held until the process ends, however it ends.
-_locks: list[IO[str]] = []
 
 
 def claim(args: TrainingArguments, default_name: str, settings: dict[str, Any]) -> tuple[Path, Path | None]:
@@ -99,20 +96,12 @@ def _is_free(folder: Path) -> bool:
 
 
 def _lock(folder: Path) -> bool:
-    """Create the folder and lock it, unless another process has. Workers that this process forks do not share it."""
+    """Create the folder and lock it, unless another process has."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / LOCK_FILE, "a")  # noqa: SIM115  (open as long as the process lives)
+        return lock(folder / LOCK_FILE)
     except OSError as error:
         raise ValueError(f"--output_dir {folder} cannot be written to: {error.strerror}") from error
-    _locks.append(file)
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError as error:
-        say(f"note: {folder} cannot be locked ({error.strerror}): take care that no two runs write to it")
-    return True
 
 
 def _check_folder(folder: Path, resume: str | None) -> None:

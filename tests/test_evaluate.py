@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 from pathlib import Path
 
@@ -10,12 +11,15 @@ import datasets
 import evaluate
 import evaluation_folder
 import launch
+import numpy as np
+import perplexity_task
 import pytest
 import torch
 from data import load_documents, tokenise
 from finetune_runs import CONTEXT, ROOT, environment, make_model, torchrun
 from perplexity_task import PerplexityTask
 from test_perplexity import brute_force
+from test_run_folder import held
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from longlora_ext.adapter import lora_config, merge, prepare_model, save_adapter
@@ -86,7 +90,7 @@ def test_perplexity_is_that_of_each_token_by_itself(model: Path, books: Path) ->
     assert done["summary"]["perplexity"] == pytest.approx(expected, rel=1e-5)
     assert list(done["summary"]["perplexity"]) == ["8", "16", "32"]
     settings = done["settings"]
-    assert settings["tokens"] == 51 + 71 + 141 == done["summary"]["scored_tokens"] + 3
+    assert settings["tokens"] == 51 + 71 + 141 == done["summary"]["scored"]["32"] + 3
     assert (settings["documents"], settings["shorter_documents"]) == (3, "1 left out")
     assert settings["attention"] == "dense (sdpa)" and settings["dtype"] == "float32"
     assert settings["rope"]["rope_type"] == "default" and settings["stride"] == 5
@@ -112,6 +116,30 @@ def test_json_and_parquet_are_the_same_text(model: Path, books: Path, tmp_path: 
     ]
     assert len({result["settings"]["sha256"] for result in results}) == 1
     assert results[0]["cells"] == results[1]["cells"] == results[2]["cells"]
+
+
+def test_the_papers_way_to_score_on_the_originals_data(model: Path, tmp_path: Path) -> None:
+    """The mean over all full windows of the loss of a whole window, which is what transformers makes of labels."""
+    ids = np.random.default_rng(0).integers(0, 257, 75)
+    ids.astype("<u2").tofile(tmp_path / "test.bin")
+    done = run("perplexity", "--model", model, "--text", "test.bin", "--lengths", 32, "--stride", 5, "--score", "all")
+    reference = AutoModelForCausalLM.from_pretrained(model)
+    windows = torch.tensor(np.array([ids[begin : begin + 32] for begin in range(0, 75 - 32 + 1, 5)]))
+    losses = [reference(window[None], labels=window[None]).loss.item() for window in windows]
+    assert done["summary"]["perplexity"]["32"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
+    assert done["summary"]["scored"]["32"] == 31 * len(losses) == 31 * 9
+    assert done["settings"]["score"] == "all tokens of each window" and done["settings"]["tokens"] == 75
+
+
+def test_a_long_document_is_many_cells(model: Path, books: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that one book keeps all processes busy and is not begun anew after an interruption."""
+    given = ["--model", model, "--text", books, "--lengths", 16, 32]
+    whole = run("perplexity", *given, output="whole")
+    monkeypatch.setattr(perplexity_task, "PART_TOKENS", 64)
+    parts = run("perplexity", *given, output="parts")
+    assert len(whole["cells"]) == 6 and len(parts["cells"]) > 15
+    assert parts["summary"]["scored"] == whole["summary"]["scored"]
+    assert parts["summary"]["perplexity"] == pytest.approx(whole["summary"]["perplexity"], rel=1e-6)
 
 
 # --- which model, how far, which attention ----------------------------------------------------------------------
@@ -180,9 +208,9 @@ def test_dynamic_rope_does_not_remember_the_text_before(model: Path, books: Path
     options = evaluate.parse([*map(str, given), "--lengths", "128", "--keep_short"])
     opened = evaluate.open_model(options)
     task = PerplexityTask(options, opened)
-    first = task.compute("length-128-document-1", lambda tokens: None)
-    task.compute("length-128-document-3", lambda tokens: None)
-    assert task.compute("length-128-document-1", lambda tokens: None) == first
+    first = task.compute("length-128-document-1-tokens-0-51", lambda tokens: None)
+    task.compute("length-128-document-3-tokens-0-141", lambda tokens: None)
+    assert task.compute("length-128-document-1-tokens-0-51", lambda tokens: None) == first
 
 
 # --- interrupted, divided, repeated -----------------------------------------------------------------------------
@@ -234,6 +262,12 @@ def test_nothing_of_others_is_overwritten(
     assert "cannot be written to: Not a directory" in said
 
 
+def test_a_folder_belongs_to_one_process(model: Path, books: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with held(Path("out/settings.json.lock")):
+        said = refusal(capsys, "perplexity", "--model", model, "--text", books, "--output", "out")
+    assert "--output out: another process is writing to it" in said
+
+
 def test_a_folder_is_found_where_none_is_given(model: Path, books: Path) -> None:
     for stride in (5, 6, 5):
         evaluate.main(["perplexity", "--model", str(model), "--text", str(books), "--stride", str(stride)])
@@ -244,7 +278,7 @@ def test_a_full_disk_keeps_what_is_complete(
     model: Path, books: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def write(path: Path, content: object, original=evaluation_folder.write_json) -> None:
-        if path.stem.endswith("document-2"):
+        if "document-2" in path.stem:
             raise OSError(28, "No space left on device")
         original(path, content)
 
@@ -264,7 +298,7 @@ def test_two_processes_compute_what_one_computes(model: Path, books: Path) -> No
     one = run("perplexity", *given, output="one")
     assert two["made"]["processes"] == 2 and list(two["cells"]) == list(one["cells"])
     assert two["summary"]["perplexity"] == pytest.approx(one["summary"]["perplexity"], rel=1e-6)
-    assert done.stdout.count("perplexity of 260 tokens in 3 documents") == 1 and "100%" in done.stderr
+    assert done.stdout.count("perplexity of 263 tokens in 3 documents") == 1 and "100%" in done.stderr
 
 
 def test_the_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
@@ -284,6 +318,10 @@ def test_the_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         ("perplexity --max_documents 0", "--max_documents must be 1 or more, got 0"),
         ("perplexity --group_size 8", "--group_size is for --attention s2"),
         ("perplexity --attention s2 --group_size 7", "--group_size must be even and at least 2, got 7"),
+        ("perplexity --score some", "invalid choice: 'some'"),
+        ("perplexity --text {ids} {books}", "files of token ids (.bin) and of text cannot be mixed"),
+        ("perplexity --text {ids}", "the text has the token id 300, but the model's vocabulary has 257 tokens"),
+        ("perplexity --text {odd}", "odd.bin is no file of token ids of 16 bits"),
         ("perplexity --attention eager", "invalid choice: 'eager'"),
         ("perplexity --text gone.txt", "gone.txt: no such file, folder or glob pattern"),
         ("perplexity --text {books} --lengths 512 --beyond_trained_length", "longest of 4 has 141"),
@@ -308,7 +346,10 @@ def test_a_bad_argument_is_one_clear_error(
     model: Path, books: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: str, message: str
 ) -> None:
     (tmp_path / "empty.txt").touch()
-    words = given.format(books=books, empty=tmp_path / "empty.txt").split()
+    (tmp_path / "ids.bin").write_bytes(np.full(40, 300, "<u2").tobytes())
+    (tmp_path / "odd.bin").write_bytes(b"odd")
+    files = {name.partition(".")[0]: tmp_path / name for name in ("empty.txt", "ids.bin", "odd.bin")}
+    words = given.format(books=books, **files).split()
     at = 1 if words[:1] and words[0] in evaluate.TASKS and "--model" not in words else None
     if at:
         words[1:1] = ["--model", str(model)]

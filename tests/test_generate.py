@@ -103,6 +103,20 @@ def test_a_chat_template_is_used_where_there_is_one(adapter: Path) -> None:
     asked = tokenizer.decode(generate.tokens(tokenizer, "Some text.\n", "Why?")[0])
     assert asked == "[user]Some text.\n\nWhy?[it]"
     assert tokenizer.decode(generate.tokens(tokenizer, "Some text.\n", None)[0]) == "Some text.\n"
+    tokenizer.chat_template = generate.chat_template("llama2")
+    assert (
+        tokenizer.decode(generate.tokens(tokenizer, "Some text.\n", "Why?")[0]) == "[INST] Some text.\n\nWhy? [/INST]"
+    )
+
+
+def test_a_chat_template_can_be_given(adapter: Path, book: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (book.parent / "template.jinja").write_text(TEMPLATE)
+    given = ["--model", adapter, "--file", book, "--question", "Why?", "--max_new_tokens", 1]
+    _, beside = answer(capsys, *given, "--chat_template", book.parent / "template.jinja")
+    assert f"{len('[user]' + TEXT.rstrip() + '  Why?[it]')} tokens read" in beside
+    (book.parent / "template.jinja").write_text("{{ raise_exception('no users') }}")
+    said = refusal(capsys, *given, "--chat_template", book.parent / "template.jinja")
+    assert "the chat template cannot be used: no users" in said
 
 
 def test_too_much_text_is_refused_with_its_count(adapter: Path, book: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,6 +142,8 @@ def test_too_much_text_is_refused_with_its_count(adapter: Path, book: Path, caps
         ("--file {book} --top_k 0", "--top_k must be 1 or more, got 0"),
         ("--file {book} --repetition_penalty 0", "--repetition_penalty must be above 0, got 0.0"),
         ("--file {book} --model nowhere", "--model nowhere: "),
+        ("--file {book} --chat_template llama2", "--chat_template needs a --question"),
+        ("--file {book} --question Why --chat_template gone", "No such file or directory: 'gone'"),
         ("", "the following arguments are required: --file"),
     ],
 )

@@ -84,9 +84,10 @@ def test_leftovers_of_a_kill_are_removed(tmp_path: Path) -> None:
 
 
 @contextmanager
-def another_run_in(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True)
-    command = [sys.executable, "-c", HOLDER, str(folder / "run.json.lock")]
+def held(lock: Path) -> Iterator[None]:
+    """A lock in a new folder, held by another process."""
+    lock.parent.mkdir(parents=True)
+    command = [sys.executable, "-c", HOLDER, str(lock)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "locked\n"
         try:
@@ -97,7 +98,7 @@ def another_run_in(folder: Path) -> Iterator[None]:
 
 def test_a_folder_belongs_to_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with another_run_in(tmp_path / "finetuned" / "model-64"):
+    with held(tmp_path / "finetuned" / "model-64" / "run.json.lock"):
         for resume in (None, "latest"):
             with pytest.raises(ValueError, match="another run is writing to it"):
                 claim("finetuned/model-64", resume)
