@@ -33,6 +33,7 @@ Tensor empty_row_stats(const Tensor& q) {
   return torch::stable::new_empty(q, {sizes, 3}, lse_dtype(q));
 }
 
+// A tensor of none has a null pointer.
 Tensor empty_floats(const Tensor& q, int64_t count) {
   return torch::stable::new_empty(q, {&count, 1}, ScalarType::Float);
 }

@@ -33,7 +33,7 @@ BINDINGS = RUNTIME / "bindings.cpp"
 CUDA = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "simt"
 CXX = shlex.split(os.environ.get("CXX", "g++"))
-JOBS = 2  # a CuTe kernel takes the compiler 1 GB
+JOBS = int(os.environ.get("MAX_JOBS", "2"))  # a CuTe kernel takes the compiler 1 GB
 
 COMMON_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # -O1: -O0 runs 60 times slower, -O2 no faster. CuTe reads registers as other types than they were written as.

@@ -44,6 +44,7 @@ CONFIGS = [
     pytest.param(config, id="-".join(map(str, config)), marks=[] if config in FAST else pytest.mark.full)
     for config in map(Config._make, product(("bf16", "fp16"), (64, 128, 256)))
 ]
+TOKENS = {64: 400, 128: 400, 256: 200}  # by head dim: four tiles of keys in each kernel, or more
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CONFLICTS = ("ldmatrix_conflicts", "cp_async_conflicts", "load_conflicts", "store_conflicts")
 
@@ -127,12 +128,12 @@ def test_shapes(module: ModuleType, config: Config, shape: str, deterministic: b
 
 @pytest.mark.full
 @pytest.mark.parametrize("deterministic", [False, True], ids=["atomic", "deterministic"])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("shape", SHAPES)
 def test_seeds(module: ModuleType, config: Config, shape: str, seed: int, deterministic: bool) -> None:
-    """The order of blocks, warps and lanes changes nothing."""
+    """The order of blocks, warps and lanes changes nothing. The two dtypes share the seeds."""
     problem = Problem(**SHAPES[shape], documents=True, head_dim=config.head_dim, dtype=DTYPES[config.dtype])
-    check(module, problem, problem.doc_start(), deterministic, 100 + seed)
+    check(module, problem, problem.doc_start(), deterministic, 100 + 2 * list(DTYPES).index(config.dtype) + seed)
 
 
 @pytest.mark.parametrize("columns", [8, 24, 56])
@@ -210,20 +211,25 @@ def test_no_token_sees_the_future(module: ModuleType, config: Config) -> None:
 
 
 def test_deterministic_gives_the_same_bits(module: ModuleType, config: Config) -> None:
-    """In whatever order the blocks run. Where dq is summed up by atomics, it alone may differ, in its last bits."""
-    q, k, v = Problem(seqlen=400, heads=2, kv_heads=1, head_dim=config.head_dim, dtype=DTYPES[config.dtype]).tensors()
+    """In whatever order the blocks run. Where dq is summed up by atomics, it alone differs, in its last bits."""
+    problem = Problem(seqlen=TOKENS[config.head_dim], heads=2, kv_heads=1, head_dim=config.head_dim)
+    q, k, v = (x.to(DTYPES[config.dtype]) for x in problem.tensors())
+    k += 100  # which cancels out in dq, but for the rounding of its sums: that reaches the bits left by the dtype
     dout = torch.randn_like(q)
 
     def results(deterministic: bool, seed: int) -> tuple[Tensor, ...]:
         module.configure(seed)
-        return outputs_and_grads(Run(module, 400, None, {"first_shifted_head": 2}, deterministic), q, k, v, dout)
+        run = Run(module, problem.seqlen, None, {"first_shifted_head": 2}, deterministic)
+        return outputs_and_grads(run, q, k, v, dout)
 
     out, dq, dk, dv = results(True, 0)
     for seed in range(1, 4):
         assert all(torch.equal(a, b) for a, b in zip(results(True, seed), (out, dq, dk, dv), strict=True))
-    by_atomics = results(False, 0)
-    assert_same(by_atomics[1], dq)
-    assert all(torch.equal(by_atomics[i], exact) for i, exact in ((0, out), (2, dk), (3, dv)))
+    by_atomics = [results(False, seed) for seed in range(4)]
+    for result in by_atomics:
+        assert_same(result[1], dq)
+        assert all(torch.equal(result[i], exact) for i, exact in ((0, out), (2, dk), (3, dv)))
+    assert any(not torch.equal(result[1], by_atomics[0][1]) for result in by_atomics)
 
 
 @pytest.mark.parametrize("layout", ["heads_first", "fused", "sliced", "expanded"])
@@ -282,14 +288,10 @@ def test_nothing_beside_the_tensors(module: ModuleType, config: Config) -> None:
     # A doc_start that is none makes wrong results, and no more.
     for doc_start, deterministic in product((None, problem.doc_start(), garbage, backwards), (False, True)):
         module.configure()
-        out, lse = simt_kernels.forward(module, q, k, v, 80, doc_start)
-        grads = simt_kernels.backward(module, dout, q, k, v, out, lse, 80, doc_start, deterministic=deterministic)
-
-        module.configure()
         described = simt_kernels.problem(module, q, k, 80, doc_start, None, None)
         inputs = [guarded(x, math.nan) for x in (q, k, v, dout)]
         outputs = [guarded(torch.full_like(x, math.nan), 7.0) for x in (q, q, k, v)]
-        floats = [lse.numel(), lse.numel(), module.dq_scratch_floats(described, deterministic)]
+        floats = [2 * 150, 2 * 150, module.dq_scratch_floats(described, deterministic)]
         scratch = [guarded(torch.full((n,), math.nan), 7.0) for n in floats]
         in_q, in_k, in_v, in_dout = (simt_kernels.view(module, x.tensor) for x in inputs)
         to_out, *to_grads = (simt_kernels.view(module, x.tensor) for x in outputs)
@@ -298,8 +300,11 @@ def test_nothing_beside_the_tensors(module: ModuleType, config: Config) -> None:
         module.forward(described, is_bfloat16, in_q, in_k, in_v, to_out, to_lse)
         views = (in_dout, in_q, in_k, in_v, to_out, *to_grads)
         module.backward(described, is_bfloat16, deterministic, *views, to_lse, *to_scratch)
-
         assert all(x.intact() for x in (*outputs, *scratch))
+
+        # The same as where nothing is beside.
+        out, lse = simt_kernels.forward(module, q, k, v, 80, doc_start)
+        grads = simt_kernels.backward(module, dout, q, k, v, out, lse, 80, doc_start, deterministic=deterministic)
         assert torch.equal(scratch[0].tensor.view_as(lse), lse) and torch.isfinite(out).all()
         for actual, expected in zip(outputs, (out, *grads), strict=True):
             torch.testing.assert_close(actual.tensor, expected, rtol=0, atol=0, equal_nan=True)
@@ -394,12 +399,12 @@ def test_no_instruction_more_than_needed(
 
 def test_each_site_is_needed(module: ModuleType, config: Config) -> None:
     """Without any one barrier, commit or wait the kernels are stopped or wrong, for one of a few seeds at least."""
-    problem = Problem(seqlen=400, heads=2, kv_heads=1, group_size=400, head_dim=config.head_dim)
+    problem = Problem(seqlen=TOKENS[config.head_dim], heads=2, kv_heads=1, head_dim=config.head_dim)
     q, k, v = (x.to(DTYPES[config.dtype]) for x in problem.tensors())
     dout = torch.randn_like(q)
 
     def results(deterministic: bool) -> tuple[Tensor, ...]:
-        return outputs_and_grads(Run(module, 400, None, {}, deterministic), q, k, v, dout)
+        return outputs_and_grads(Run(module, problem.seqlen, None, {}, deterministic), q, k, v, dout)
 
     module.configure()
     right = {deterministic: results(deterministic) for deterministic in (False, True)}

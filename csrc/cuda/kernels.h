@@ -7,7 +7,8 @@
 
 namespace longlora::cuda {
 
-// How many floats BackwardParams::dq_scratch must hold; 0 where backward needs none.
+// How many floats BackwardParams::dq_scratch must hold; 0 where backward needs none. It is null then, and must be:
+// where there is scratch, backward begins by setting it to zero (prepare_rows).
 int64_t dq_scratch_floats(const Problem& problem, bool deterministic);
 
 // Queue the kernels on `stream`, a cudaStream_t of the current device, and return. Nothing is allocated and nothing

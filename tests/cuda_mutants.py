@@ -1,0 +1,62 @@
+"""Mistakes planted in the CUDA kernels: all of them in one build, from which the environment chooses."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import simt_build
+
+CHOSEN = "LONGLORA_MUTANT"
+SWITCH = f"""#pragma once
+#include <cstdlib>
+// Which of the mistakes is made; 0: none.
+inline const int mutant = std::getenv("{CHOSEN}") ? std::atoi(std::getenv("{CHOSEN}")) : 0;
+"""
+
+
+class Mutant(NamedTuple):
+    file: str
+    right: str  # an expression
+    wrong: str  # another
+    found_by: str  # a test of the emulated kernels, or a sanitizer
+    where: str = "{}"  # `right` and what stands around it; this stands in the file once
+
+
+def plant(csrc: Path, mutants: Mapping[str, Mutant]) -> None:
+    """Make each expression `right` a choice between it and its `wrong` ones. Mutants count from 1, in their order."""
+    (csrc / "mutant.h").write_text(SWITCH)
+    choices: dict[str, dict[tuple[int, str], str]] = defaultdict(lambda: defaultdict(str))
+    for number, (file, right, wrong, _, where) in enumerate(mutants.values(), 1):
+        text, place = (csrc / file).read_text(), where.replace("{}", right, 1)
+        assert text.count(place) == 1, f"{place!r} in {file}"
+        at = text.index(place) + where.index("{}")
+        choices[file][at, right] += f"mutant == {number} ? ({wrong}) : "
+    for file, places in choices.items():
+        text = (csrc / file).read_text()
+        for (at, right), choice in sorted(places.items(), reverse=True):
+            text = f"{text[:at]}({choice}{right}){text[at + len(right) :]}"
+        (csrc / file).write_text(f'#include "{csrc}/mutant.h"\n{text}')
+
+
+def copy_sources(to: Path) -> Path:
+    """A copy of the sources and tests, which builds by itself. Returns its root."""
+    for folder in ("csrc", "tests", "benchmarks"):
+        shutil.copytree(simt_build.ROOT / folder, to / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(simt_build.ROOT / "pyproject.toml", to)
+    return to
+
+
+def run_tests(tree: Path, expression: str, mutant: int = 0) -> subprocess.CompletedProcess[str]:
+    """Of the emulated kernels, those that pytest's `-k expression` selects, until one fails."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", expression]
+    environment = {**os.environ, CHOSEN: str(mutant)}
+    return subprocess.run(
+        [*command, "tests/test_cuda_emulated.py"], cwd=tree, env=environment, capture_output=True, text=True
+    )
