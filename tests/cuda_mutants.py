@@ -1,4 +1,7 @@
-"""Mistakes planted in the CUDA kernels: all of them in one build, from which the environment chooses."""
+"""Mistakes planted in the CUDA kernels: all of them in one build, from which the environment chooses.
+
+Compiling the kernels takes a minute, and what a mistake changes in them is seldom more than an expression.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,12 @@ import shutil
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import simt_build
+from simt_build import Kernel
 
 CHOSEN = "LONGLORA_MUTANT"
 SWITCH = f"""#pragma once
@@ -60,3 +64,11 @@ def run_tests(tree: Path, expression: str, mutant: int = 0) -> subprocess.Comple
     return subprocess.run(
         [*command, "tests/test_cuda_emulated.py"], cwd=tree, env=environment, capture_output=True, text=True
     )
+
+
+def build_kernels(tree: Path, kernels: Sequence[Kernel], sanitizer: str) -> Path:
+    """The module of a copy's kernels."""
+    wanted = ", ".join(f"simt_build.Kernel{tuple(kernel)}" for kernel in kernels)
+    build = f"import simt_build; print(simt_build.build_kernels([{wanted}], {sanitizer!r}))"
+    command = [sys.executable, "-c", build]
+    return Path(subprocess.run(command, cwd=tree / "tests", capture_output=True, text=True, check=True).stdout.strip())

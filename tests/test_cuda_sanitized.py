@@ -1,0 +1,67 @@
+"""The emulated CUDA kernels under AddressSanitizer and ThreadSanitizer, and whether these would see a mistake."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import simt_build
+from cuda_mutants import CHOSEN, Mutant, build_kernels, copy_sources, plant
+from simt_build import Kernel
+
+pytestmark = pytest.mark.full
+
+FOUND = {"address": "AddressSanitizer: heap-", "thread": "ThreadSanitizer: data race"}
+
+# What leaves most results right: rows past the end are multiplied by zeros; blocks that add up without atomics are no
+# mistake to the emulator, which runs one after the other.
+MUTANTS = {
+    "lse past the end": Mutant("cuda/bwd_tiles.h", "inside", "true", "address", "lse_log2[m] = {} ?"),
+    "doc_start past the end": Mutant("cuda/mask.h", "cute::min(row, seqlen - 1)", "row", "address"),
+    "rows of out past the end": Mutant("cuda/bwd_around.h", "row < rows", "true", "address", "problem.head_dim && {}"),
+    "tile before the first": Mutant("cuda/scheduler.h", "turn.tile < 0", "false", "address"),
+    "scratch of whole tiles": Mutant(
+        "cuda/dispatch.cu", "(problem.seqlen + rows - 1) / rows * rows", "problem.seqlen", "address"
+    ),
+    "sums without atomics": Mutant(
+        "cuda/mainloop_bwd.h", "atomic_add(sums + i * kThreads, dq(i))", "void(sums[i * kThreads] += dq(i))", "thread"
+    ),
+    "lse of the next head": Mutant("cuda/kernel_forward.h", "i < rows", "i <= rows", "thread"),
+    "tile past the last": Mutant("cuda/scheduler.h", "turn.tile >= schedule.tiles", "false", "thread"),
+}
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tree = copy_sources(tmp_path_factory.mktemp("sanitized") / "tree")
+    plant(tree / "csrc", MUTANTS)
+    return tree
+
+
+@pytest.fixture(scope="module")
+def module_for(tree: Path) -> Callable[[str], Path]:
+    kernels = [Kernel(way, "fp16", 64) for way in ("backward", "forward")]
+    return cache(lambda sanitizer: build_kernels(tree, kernels, sanitizer))
+
+
+def run(sanitizer: str, module: Path) -> subprocess.CompletedProcess[str]:
+    return simt_build.run_sanitized(sanitizer, simt_build.ROOT / "tests" / "cuda_sanitized.py", module)
+
+
+@pytest.mark.parametrize("sanitizer", FOUND)
+def test_nothing_is_found(module_for: Callable[[str], Path], sanitizer: str) -> None:
+    result = run(sanitizer, module_for(sanitizer))
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("number, name", enumerate(MUTANTS, 1))
+def test_mutants_are_found(
+    module_for: Callable[[str], Path], number: int, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sanitizer = MUTANTS[name].found_by
+    monkeypatch.setenv(CHOSEN, str(number))
+    result = run(sanitizer, module_for(sanitizer))
+    assert result.returncode and FOUND[sanitizer] in result.stderr, result.stderr
