@@ -96,7 +96,7 @@ def test_no_mutant_no_failure(tree: Path) -> None:
     assert result.returncode == 0, result.stdout
 
 
-@pytest.mark.parametrize("number, name", enumerate(MUTANTS, 1))
+@pytest.mark.parametrize("number, name", list(enumerate(MUTANTS, 1)))
 def test_mutants_are_found(tree: Path, number: int, name: str) -> None:
     test = MUTANTS[name].found_by
     result = run_tests(tree, f"{CONFIG} and {test}", number)

@@ -57,7 +57,7 @@ def test_nothing_is_found(module_for: Callable[[str], Path], sanitizer: str) -> 
     assert (result.returncode, result.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("number, name", enumerate(MUTANTS, 1))
+@pytest.mark.parametrize("number, name", list(enumerate(MUTANTS, 1)))
 def test_mutants_are_found(
     module_for: Callable[[str], Path], number: int, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
