@@ -256,6 +256,26 @@ def test_strided_inputs(module: ModuleType, config: Config, layout: str) -> None
     assert all(torch.equal(a, b) for a, b in zip(actual, dense, strict=True))
 
 
+@pytest.mark.parametrize(
+    "shape, strides", [((2, 100), (2**31 + 8, 2048)), ((1, 390), (2048, 2**23 - 8))], ids=["batch", "rows"]
+)
+def test_offsets_beyond_32_bits(
+    module: ModuleType, config: Config, shape: tuple[int, int], strides: tuple[int, int]
+) -> None:
+    """Sequences, or tiles, begin more than 2^31 elements behind the first. The memory between is never touched."""
+    (batch, seqlen), size, dtype = shape, config.head_dim, DTYPES[config.dtype]
+    storage = torch.empty((batch - 1) * strides[0] + seqlen * strides[1], dtype=dtype)
+    places = ((batch, seqlen, 2, size), (*strides, size, 1))
+    q, k, v, dout = (storage.as_strided(*places, 2 * size * i) for i in range(4))
+    for x in (q, k, v, dout):
+        x.copy_(torch.randn(x.shape))
+    run = Run(module, 40, None, {}, deterministic=True)
+    module.configure()
+    actual = outputs_and_grads(run, q, k, v, dout)
+    dense = outputs_and_grads(run, *(x.contiguous() for x in (q, k, v)), dout.contiguous())
+    assert all(torch.equal(a, b) for a, b in zip(actual, dense, strict=True))
+
+
 class Guarded:
     """A tensor within a larger one full of `guard`."""
 

@@ -13,15 +13,17 @@ from cuda_mutants import Mutant, copy_sources, plant, run_tests
 
 pytestmark = pytest.mark.full
 
-# Whose tiles are longer than wide in the forward and wider than long in the backward.
+# The forward's tiles have more rows than keys, the backward's more keys than rows.
 CONFIG = "fp16-128"
 
 SHAPES, DOCUMENTS, COUNTS = "test_shapes", "test_documents", "test_no_instruction_more_than_needed"
 GUARDS, LSE, GQA = "test_nothing_beside_the_tensors", "test_log_sum_exp", "GQA"
+FAR = "test_offsets_beyond_32_bits"
 
 # Of the sources.
 KV_HEAD = "head / (problem.heads / problem.kv_heads)"
 FIRST = "Visibility(problem, batch, head).first_key(row)"
+BATCH, ROWS = "batch * view.batch_stride", "first_row * view.row_stride"
 ROW, COLUMN = "get<0>(where(0, m, k))", "get<1>(where(0, m, k))"
 
 MUTANTS = {
@@ -80,6 +82,8 @@ MUTANTS = {
     "columns stored": Mutant("cuda/copy.h", f"{COLUMN} < columns", f"{COLUMN} <= columns", GUARDS, "{})"),
     "log-sum-exp past the end": Mutant("cuda/kernel_forward.h", "i < rows", "i <= rows", GUARDS),
     "delta past the end": Mutant("cuda/bwd_around.h", "row < rows", "true", GUARDS, "thread % 8 == 0 && {}"),
+    "batch in 32 bits": Mutant("cuda/copy.h", BATCH, f"static_cast<int>({BATCH})", FAR),
+    "rows in 32 bits": Mutant("cuda/copy.h", ROWS, f"static_cast<int>({ROWS})", FAR),
 }
 
 
@@ -100,7 +104,9 @@ def test_no_mutant_no_failure(tree: Path) -> None:
 def test_mutants_are_found(tree: Path, number: int, name: str) -> None:
     test = MUTANTS[name].found_by
     result = run_tests(tree, f"{CONFIG} and {test}", number)
-    assert re.search(f"FAILED tests/test_cuda_emulated.py::.*{test}", result.stdout), result.stdout + result.stderr
+    failed = re.search(f"FAILED tests/test_cuda_emulated.py::.*{test}", result.stdout)
+    crashed = re.search(rf"Segmentation fault[\s\S]* in {test}", result.stderr)
+    assert failed or crashed, result.stdout + result.stderr
 
 
 def test_other_swizzle_is_found(tmp_path: Path) -> None:
