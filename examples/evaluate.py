@@ -9,7 +9,7 @@ The program reads top to bottom: the options, the model, the task with its cells
 from __future__ import annotations
 
 import argparse
-import platform
+import shlex
 import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -18,13 +18,10 @@ from typing import Any
 
 import launch
 
-from launch import RANK, WORLD_SIZE, fail, say  # isort: skip  (first: it prepares what the libraries below look at)
-import datasets
-import peft
-import torch
-import transformers
+from launch import LAUNCHER, RANK, WORLD_SIZE, fail, say  # isort: skip  (first: it prepares what the libraries below look at)
 from arguments import HelpFormatter, Parser, one_clear_error
 from evaluation_folder import check_folder, claim, finish, finished, keep, kept
+from manifest import commit, versions
 from perplexity_task import SCORES, PerplexityTask
 from processes import be_quiet, decided_by_first, gathered, together
 from prompts import ADJECTIVES, NOUNS
@@ -89,7 +86,8 @@ def main(argv: Sequence[str]) -> None:
                 "summary": task.summary(results),
                 "settings": settings,
                 "made": {
-                    "command": [launch.program, *argv],
+                    "command": f"{LAUNCHER} {shlex.join([sys.argv[0], *argv])}",
+                    "commit": commit(),
                     "processes": WORLD_SIZE,
                     "device": str(opened.model.device),
                     "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -255,19 +253,13 @@ def default_name(options: argparse.Namespace) -> str:
     return f"{name}-{options.task}"
 
 
-def versions() -> dict[str, str]:
-    """What the numbers were made with."""
-    modules = {"torch": torch, "transformers": transformers, "peft": peft, "datasets": datasets}
-    return {"python": platform.python_version(), **{name: str(m.__version__) for name, m in modules.items()}}
-
-
 def banner(settings: dict[str, Any], folder: Path) -> str:
     """What is about to be measured, and how, a line for each thing."""
     rows = {name: value for name, value in settings.items() if name not in ("weights", "sha256")}
     lines = []
     for name, value in {**rows, "output": folder}.items():
         if isinstance(value, dict):
-            value = ", ".join(f"{key}={entry}" for key, entry in value.items())
+            value = ", ".join(f"{key}={entry}" for key, entry in value.items() if entry is not None)
         elif isinstance(value, list):
             value = ", ".join(map(repr, value)) if name == "prompt" else " ".join(map(str, value))
         lines.append(f"{name.replace('_', ' ') + ':':<26}{value}")

@@ -18,6 +18,7 @@ from typing import Any
 
 from checkpoints import write_json
 from folder_lock import lock
+from run_folder import differences
 
 SETTINGS = "settings.json"
 LOCK = SETTINGS + ".lock"
@@ -37,13 +38,11 @@ def claim(asked: str | None, default_name: str, settings: dict[str, Any]) -> Pat
     Raises:
         ValueError: The folder holds something else, another process writes to it, or it cannot be made.
     """
-    settings = json.loads(json.dumps(settings))
     if asked is not None:
         folder = Path(asked)
         check_folder(folder)
-        differences = _differences(folder, settings)
-        if differences:
-            raise ValueError(f"--output {folder} belongs to another evaluation: {'; '.join(differences)}")
+        if others := _differences(folder, settings):
+            raise ValueError(f"--output {folder} belongs to another evaluation: {'; '.join(others)}")
     else:
         names = (default_name if number == 1 else f"{default_name}-{number}" for number in count(1))
         folders = (Path("evaluated") / name for name in names)
@@ -77,15 +76,8 @@ def _is_ours(folder: Path) -> bool:
 
 def _differences(folder: Path, settings: dict[str, Any]) -> list[str]:
     """In which of its settings the evaluation in the folder differs."""
-    if not (folder / SETTINGS).is_file():
-        return []
-    then = json.loads((folder / SETTINGS).read_text())
-    names = dict.fromkeys([*then, *settings])
-    return [
-        f"{name} was {then.get(name)!r} and is {settings.get(name)!r}"
-        for name in names
-        if then.get(name) != settings.get(name)
-    ]
+    path = folder / SETTINGS
+    return differences(json.loads(path.read_text()), settings) if path.is_file() else []
 
 
 def keep(folder: Path, cell: str, result: Any) -> None:

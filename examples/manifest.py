@@ -77,7 +77,7 @@ def check_repeats(manifest: dict[str, Any] | None, settings: dict[str, Any]) -> 
         raise ValueError(
             f"this is not the run that --from_manifest names: {'; '.join(others)}. It was: {manifest['command']}"
         )
-    if others := differences(manifest["versions"], _versions()):
+    if others := differences(manifest["versions"], versions()):
         say(f"note: the same run with other versions: {'; '.join(others)}")
 
 
@@ -106,8 +106,8 @@ def describe(
         "arguments": _absolute(_split(argv)[1]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "from": str(checkpoint) if checkpoint else None,
-        "commit": _commit(),
-        "versions": _versions(),
+        "commit": commit(),
+        "versions": versions(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
         "model": {
             "name": options.model_name_or_path,
@@ -162,7 +162,8 @@ def _command(manifest: Path) -> str:
     return f"{LAUNCHER} {shlex.join([str(program), '--from_manifest', str(manifest)])}"
 
 
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
+    """What is installed of all that a result may depend on."""
     found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
     for package in PACKAGES:
         try:
@@ -172,7 +173,7 @@ def _versions() -> dict[str, str | None]:
     return found
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit that this program is at, where it lies in a checkout; "+" for one with changes."""
 
     def git(*words: str) -> str:

@@ -95,6 +95,7 @@ def test_perplexity_is_that_of_each_token_by_itself(model: Path, books: Path) ->
     assert settings["attention"] == "dense (sdpa)" and settings["dtype"] == "float32"
     assert settings["rope"]["rope_type"] == "default" and settings["stride"] == 5
     assert settings["versions"]["torch"] == torch.__version__
+    assert done["made"]["command"].startswith("python ") and "--stride 5" in done["made"]["command"]
 
 
 def test_short_documents_are_kept_if_asked_for(model: Path, books: Path) -> None:

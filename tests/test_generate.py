@@ -10,6 +10,7 @@ import launch
 import pytest
 import torch
 from finetune_runs import make_model
+from tokenizers import processors
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from longlora_ext.adapter import lora_config, merge, prepare_model, save_adapter
@@ -103,9 +104,15 @@ def test_a_chat_template_is_used_where_there_is_one(adapter: Path) -> None:
     asked = tokenizer.decode(generate.tokens(tokenizer, "Some text.\n", "Why?")[0])
     assert asked == "[user]Some text.\n\nWhy?[it]"
     assert tokenizer.decode(generate.tokens(tokenizer, "Some text.\n", None)[0]) == "Some text.\n"
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
+    )
+    assert tokenizer.decode(generate.tokens(tokenizer, "Some text.\n", None)[0]) == "<bos>Some text.\n"
     tokenizer.chat_template = generate.chat_template("llama2")
     assert (
-        tokenizer.decode(generate.tokens(tokenizer, "Some text.\n", "Why?")[0]) == "[INST] Some text.\n\nWhy? [/INST]"
+        tokenizer.decode(generate.tokens(tokenizer, "Some text.\n", "Why?")[0])
+        == "<bos>[INST] Some text.\n\nWhy? [/INST]"
     )
 
 

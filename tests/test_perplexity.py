@@ -8,6 +8,7 @@ from pathlib import Path
 
 import measure
 import numpy as np
+import perplexity
 import pytest
 import torch
 import torch.distributed as dist
@@ -60,6 +61,13 @@ def test_perplexity_is_that_of_each_token_by_itself(window: int, stride: int) ->
     assert sliding_window_perplexity(model, documents, window, stride, batch_tokens=1) == pytest.approx(
         expected, rel=1e-6
     )
+
+
+def test_losses_in_pieces_are_those_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, documents = make_model().double().eval(), make_documents(33, 16)
+    at_once = sliding_window_perplexity(model, documents, 16, 5)
+    monkeypatch.setattr(perplexity, "LOSS_TOKENS", 4)
+    assert sliding_window_perplexity(model, documents, 16, 5) == pytest.approx(at_once, rel=1e-6)
 
 
 @settings(max_examples=200, deadline=None)

@@ -131,10 +131,29 @@ def test_questions_do_not_depend_on_what_was_asked_before(tokenizer) -> None:
     assert changed != one.compute(cell, lambda asked: None)
 
 
+def test_dynamic_rope_does_not_remember_the_text_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What transformers keeps of a longer text is gone before the next question."""
+    monkeypatch.setattr(launch, "program", launch.program)
+    given = ["--model", make_model(tmp_path / "tiny"), "--context_length", 900, "--rope_type", "dynamic"]
+    options = evaluate.parse(["passkey", *map(str, given), "--lengths", "400", "900", "--trials", "1"])
+    opened = evaluate.open_model(options)
+    task = RetrievalTask(options, opened)
+    heard: list[torch.Tensor] = []
+    opened.model.model.rotary_emb.register_forward_hook(lambda module, given, output: heard.append(output[0].clone()))
+    for cell in ("length-400-depth-0.5", "length-900-depth-0.5", "length-400-depth-0.5"):
+        task.compute(cell, lambda asked: None)
+    prefills = [cosine for cosine in heard if cosine.shape[1] > 1]
+    assert prefills[0].shape == prefills[2].shape != prefills[1].shape
+    assert torch.equal(prefills[0], prefills[2])
+
+
 def test_needles_are_different_things_with_different_codes() -> None:
     asked = needles(random.Random(0), 100)
     codes = re.findall(r"\d{5}", "".join(asked.needles))
     assert len(set(codes)) == len(set(asked.needles)) == 100 and asked.answer == codes[0]
+    for seed in range(100):
+        codes = re.findall(r"\d{5}", "".join(needles(random.Random(seed), 100).needles))
+        assert len(set(codes)) == 100
     assert passkey(random.Random(0)).prompt(10, [0.5]).count("The pass key is") == 2  # the needle and the question
 
 
