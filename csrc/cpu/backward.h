@@ -1,40 +1,44 @@
-// Backward, in two passes that never write to the same place: dK and dV per block of keys, dQ per block of
-// query rows. Probabilities are computed anew in each (7 matrix products for 5), which saves an fp32 dQ the
-// size of q and makes the result the same from run to run and for any number of threads.
+// Backward in one pass over the tiles, five matrix products each: dK and dV of a block of keys stay in scratch while
+// its queries pass by, dQ is summed in query_gradient.h.
 #pragma once
 
-#include "tile.h"
+#include "blocks.h"
+#include "pack.h"
+#include "query_gradient.h"
+#include "scratch.h"
 
 namespace longlora::cpu::LONGLORA_ISA {
 
-constexpr int kBackwardRows = 64;
-constexpr int kBackwardKeys = 64;
+// Of query rows and of keys. On the diagonal only strips of it are computed, up to the last key that a strip sees.
+constexpr int kBackwardBlock = 128;
+constexpr int kStrip = 32;
 
 // delta = rowsum(dout * out) of one block of query rows, lanes being rows, summed in gemm's order: in a row that sees
 // one key, where out = v, it then cancels dout * v to exactly nothing.
 template <typename T>
 struct DeltaTile {
+  using E = Multiplied<T>;
   using Acc = Accumulate<T>;
 
-  static int64_t scratch_size(int64_t head_dim) { return 2 * head_dim * kBackwardRows + kBackwardRows; }
-
-  DeltaTile(const BackwardParams& params, Acc* scratch)
+  DeltaTile(const BackwardParams& params, Arena& arena)
       : p(params),
         head_dim(static_cast<int>(params.problem.head_dim)),
-        dout_t(scratch),
-        out_t(dout_t + head_dim * kBackwardRows),
-        delta(out_t + head_dim * kBackwardRows) {}
+        dout_t(arena.take<E>(head_dim / kPack<E> * kBackwardBlock)),
+        out_t(arena.take<E>(head_dim / kPack<E> * kBackwardBlock)),
+        delta(arena.take<Acc>(kBackwardBlock)) {}
 
   void run(int64_t batch, int64_t head, int64_t m0) {
-    const int rows = static_cast<int>(lesser<int64_t>(kBackwardRows, p.problem.seqlen - m0));
-    load_transposed<T>(p.dout, batch, m0, head, rows, head_dim, kBackwardRows, 1, dout_t);
-    load_transposed<T>(p.out, batch, m0, head, rows, head_dim, kBackwardRows, 1, out_t);
-    for (int r = 0; r < kBackwardRows; r += kLanes<Acc>) {
+    const int rows = static_cast<int>(lesser<int64_t>(kBackwardBlock, p.problem.seqlen - m0));
+    load_transposed<T>({p.dout, batch, m0, head, rows}, head_dim, kBackwardBlock, dout_t);
+    load_transposed<T>({p.out, batch, m0, head, rows}, head_dim, kBackwardBlock, out_t);
+    const int summed = head_dim / kPack<E>;
+    for (int r = 0; r < rows; r += kLanes<Acc>) {
       Vector<Acc> sum = {};
-      for (int begin = 0; begin < head_dim; begin += kChain) {
+      for (int begin = 0; begin < summed; begin += kChain) {
         Vector<Acc> chain = {};
-        for (int d = begin; d < lesser(begin + kChain, head_dim); ++d)
-          chain += as_vector(dout_t + d * kBackwardRows + r) * as_vector(out_t + d * kBackwardRows + r);
+        for (int d = begin; d < lesser(begin + kChain, summed); ++d)
+          chain = multiply_add(as_vector(dout_t + d * kBackwardBlock + r), as_vector(out_t + d * kBackwardBlock + r),
+                               chain);
         sum += chain;
       }
       as_vector(delta + r) = sum;
@@ -46,187 +50,170 @@ struct DeltaTile {
  private:
   const BackwardParams& p;
   const int head_dim;
-  Acc* const dout_t;  // [head_dim, rows]
-  Acc* const out_t;
+  E* const dout_t;  // [head_dim, rows]
+  E* const out_t;
   Acc* const delta;
 };
 
-// dK and dV of one block of keys, over every query head of its group (GQA is reduced here, in registers and
-// scratch) and every query block from the diagonal up to the first whose keys all lie past this block.
+// dK and dV of one block of keys, over every query head of its group (GQA is reduced here) and every query block from
+// the diagonal up to the first whose keys all lie past this block; and its part of their dQ.
 template <typename T>
-struct KeyGradientTile {
+struct GradientTile {
+  using E = Multiplied<T>;
   using Acc = Accumulate<T>;
 
-  static int64_t scratch_size(int64_t head_dim) {
-    const int64_t pitch = round_up(head_dim, kPad);
-    return kBackwardKeys * 2 * (head_dim + pitch) + kBackwardRows * 2 * (pitch + kBackwardKeys);
-  }
-
-  KeyGradientTile(const BackwardParams& params, Acc* scratch)
+  GradientTile(const BackwardParams& params, Arena& arena)
       : p(params),
         head_dim(static_cast<int>(params.problem.head_dim)),
         pitch(static_cast<int>(round_up(head_dim, kPad))),
-        k_t(scratch),
-        v_t(k_t + head_dim * kBackwardKeys),
-        dk(v_t + head_dim * kBackwardKeys),
-        dv(dk + kBackwardKeys * pitch),
-        q(dv + kBackwardKeys * pitch),
-        dout(q + kBackwardRows * pitch),
-        probs(dout + kBackwardRows * pitch),
-        dscores(probs + kBackwardRows * kBackwardKeys) {}
+        scale_log2(scale_log2_of<Acc>(params.problem)),
+        k_t(arena.take<E>(head_dim / kPack<E> * kBackwardBlock)),
+        v_t(arena.take<E>(head_dim / kPack<E> * kBackwardBlock)),
+        k(arena.take<E>(kBackwardBlock / kPack<E> * pitch)),
+        q(arena.take<E>(kBackwardBlock * pitch / kPack<E>)),
+        dout(arena.take<E>(kBackwardBlock * pitch / kPack<E>)),
+        summed_q(kPack<E> == 1 ? q : arena.take<E>(kBackwardBlock / kPack<E> * pitch)),
+        summed_dout(kPack<E> == 1 ? dout : arena.take<E>(kBackwardBlock / kPack<E> * pitch)),
+        dk(arena.take<Acc>(kBackwardBlock * pitch)),
+        dv(arena.take<Acc>(kBackwardBlock * pitch)),
+        scores(arena.take<Acc>(kBackwardBlock * kBackwardBlock)),
+        dprobs(arena.take<Acc>(kBackwardBlock * kBackwardBlock)),
+        probs(arena.take<E>(kBackwardBlock * kBackwardBlock / kPack<E>)),
+        dscores(arena.take<E>(kBackwardBlock * kBackwardBlock / kPack<E>)),
+        dscore_rows(kPack<E> == 1 ? dscores : arena.take<E>(kBackwardBlock * kBackwardBlock / kPack<E>)) {}
 
-  void run(int64_t batch, int64_t kv_head, int64_t n0) {
+  void run(const QueryGradients<Acc>& dq, int64_t dq_head, int64_t batch, int64_t kv_head, int64_t n0) {
     const Problem& problem = p.problem;
-    const int keys = static_cast<int>(lesser<int64_t>(kBackwardKeys, problem.seqlen - n0));
-    load_transposed<T>(p.k, batch, n0, kv_head, keys, head_dim, kBackwardKeys, 1, k_t);
-    load_transposed<T>(p.v, batch, n0, kv_head, keys, head_dim, kBackwardKeys, 1, v_t);
-    std::memset(dk, 0, sizeof(Acc) * kBackwardKeys * pitch);
-    std::memset(dv, 0, sizeof(Acc) * kBackwardKeys * pitch);
+    const int keys = static_cast<int>(lesser<int64_t>(kBackwardBlock, problem.seqlen - n0));
+    load_transposed<T>({p.k, batch, n0, kv_head, keys}, head_dim, kBackwardBlock, k_t);
+    load_transposed<T>({p.v, batch, n0, kv_head, keys}, head_dim, kBackwardBlock, v_t);
+    load_summed_rows<T>({p.k, batch, n0, kv_head, keys}, head_dim, pitch, k);
+    std::memset(dk, 0, sizeof(Acc) * kBackwardBlock * pitch);
+    std::memset(dv, 0, sizeof(Acc) * kBackwardBlock * pitch);
 
     const int64_t heads_per_kv = problem.heads / problem.kv_heads;
-    for (int64_t head = kv_head * heads_per_kv; head < (kv_head + 1) * heads_per_kv; ++head) {
-      for (int64_t m0 = n0; m0 < problem.seqlen; m0 += kBackwardRows) {
-        const QueryBlock<kBackwardRows> block(problem, batch, head, m0);
+    for (int64_t i = 0; i < heads_per_kv; ++i) {
+      const int64_t head = kv_head * heads_per_kv + i;
+      for (int64_t m0 = n0; m0 < problem.seqlen; m0 += kBackwardBlock) {
+        const QueryBlock<kBackwardBlock> block(problem, batch, head, m0);
         const int rows = block.row_end(n0 + keys - 1);
         if (rows == 0) break;  // nor does any later row look back this far
-        step(block, batch, head, n0, keys, rows);
+        load(batch, head, m0, rows);
+        products(block, batch, head, n0, keys, rows);
+        const int64_t key_block = n0 / kBackwardBlock, query_block = m0 / kBackwardBlock;
+        Acc* sums = dq.wait_for_turn(dq_head + i, query_block, key_block, block.begin_key() / kBackwardBlock);
+        add_to_dq(sums, m0 - n0, keys, rows);
+        for (int r = 0; m0 == n0 && r < rows; ++r)  // the diagonal comes last
+          store_row<T>(sums + r * pitch, static_cast<Acc>(problem.scale), head_dim,
+                       row_of<T>(p.dq, batch, m0 + r, head));
+        dq.pass_turn(dq_head + i, query_block, key_block);
       }
     }
     for (int j = 0; j < keys; ++j) {
-      store_row<T>(dk + j * pitch, static_cast<Acc>(M_LN2), head_dim, row_of<T>(p.dk, batch, n0 + j, kv_head));
+      store_row<T>(dk + j * pitch, static_cast<Acc>(problem.scale), head_dim, row_of<T>(p.dk, batch, n0 + j, kv_head));
       store_row<T>(dv + j * pitch, 1, head_dim, row_of<T>(p.dv, batch, n0 + j, kv_head));
     }
   }
 
  private:
-  void step(const QueryBlock<kBackwardRows>& block, int64_t batch, int64_t head, int64_t n0, int keys, int rows) {
-    // The same products in the same order as in the forward: scores that match lse to the bit.
-    const Acc scale_log2 = static_cast<Acc>(p.problem.scale * M_LOG2E);
-    load_rows<T>(p.q, batch, block.m0, head, rows, head_dim, pitch, scale_log2, q);
-    load_rows<T>(p.dout, batch, block.m0, head, rows, head_dim, pitch, 1, dout);
-    std::memset(probs, 0, sizeof(Acc) * rows * kBackwardKeys);
-    std::memset(dscores, 0, sizeof(Acc) * rows * kBackwardKeys);
-    gemm<Operand::kPlain>(rows, kBackwardKeys, head_dim, q, pitch, k_t, kBackwardKeys, probs, kBackwardKeys);
-    gemm<Operand::kPlain>(rows, kBackwardKeys, head_dim, dout, pitch, v_t, kBackwardKeys, dscores, kBackwardKeys);
+  void load(int64_t batch, int64_t head, int64_t m0, int rows) {
+    load_rows<T>({p.q, batch, m0, head, rows}, head_dim, pitch, q);
+    load_rows<T>({p.dout, batch, m0, head, rows}, head_dim, pitch, dout);
+    if (kPack<E> == 1) return;
+    load_summed_rows<T>({p.q, batch, m0, head, rows}, head_dim, pitch, summed_q);
+    load_summed_rows<T>({p.dout, batch, m0, head, rows}, head_dim, pitch, summed_dout);
+  }
 
+  // How many keys the rows up to `row` see, where the block of rows is `ahead` of that of keys.
+  static int keys_seen(int64_t ahead, int row, int keys) {
+    return static_cast<int>(lesser<int64_t>(ahead + row, keys));
+  }
+
+  // Scores and probabilities, and what they give dK and dV.
+  void products(const QueryBlock<kBackwardBlock>& block, int64_t batch, int64_t head, int64_t n0, int keys, int rows) {
+    const int64_t ahead = block.m0 - n0;
+    const int strip = ahead == 0 ? kStrip : kBackwardBlock;
     const int64_t row_stats = (batch * p.problem.heads + head) * p.problem.seqlen + block.m0;
     const Acc* lse = static_cast<const Acc*>(p.lse) + row_stats;
     const Acc* delta = static_cast<const Acc*>(p.delta) + row_stats;
-    for (int r = 0; r < rows; ++r) {
-      Acc* prob = probs + r * kBackwardKeys;
-      Acc* dscore = dscores + r * kBackwardKeys;
-      const int begin = static_cast<int>(greater<int64_t>(block.first[r] - n0, 0));
-      const int end = static_cast<int>(lesser<int64_t>(block.m0 + r + 1 - n0, keys));
-      for (int j = 0; j < begin; ++j) prob[j] = -INFINITY;
-      for (int j = end; j < kBackwardKeys; ++j) prob[j] = -INFINITY;
-      const Acc lse_log2 = static_cast<Acc>(lse[r] * M_LOG2E);
-      for (int j = 0; j < kBackwardKeys; j += kLanes<Acc>) {
-        const Vector<Acc> probability = exp2(as_vector(prob + j) - lse_log2);
-        as_vector(prob + j) = probability;
-        as_vector(dscore + j) = probability * (as_vector(dscore + j) - delta[r]);
-      }
+    for (int r = 0; r < rows; r += strip) {
+      const int count = lesser(strip, rows - r);
+      const int seen = static_cast<int>(round_up(keys_seen(ahead, r + count, keys), kLanes<Acc>));
+      const int64_t row = r * pitch / kPack<E>;
+      gemm<Operand::kPlain>(Update::kStore, count, seen, head_dim / kPack<E>, q + row, pitch / kPack<E>, k_t,
+                            kBackwardBlock, scores + r * kBackwardBlock, kBackwardBlock);
+      gemm<Operand::kPlain>(Update::kStore, count, seen, head_dim / kPack<E>, dout + row, pitch / kPack<E>, v_t,
+                            kBackwardBlock, dprobs + r * kBackwardBlock, kBackwardBlock);
+      for (int i = r; i < r + count; i += kPack<E>)
+        softmax(block, n0, i, lesser(kPack<E>, rows - i), keys, seen, lse, delta);
     }
-    gemm<Operand::kTransposed>(keys, pitch, rows, probs, kBackwardKeys, dout, pitch, dv, pitch);
-    gemm<Operand::kTransposed>(keys, pitch, rows, dscores, kBackwardKeys, q, pitch, dk, pitch);
+    for (int j = 0; j < keys; j += strip) {
+      const int count = lesser(strip, keys - j);
+      const int first = ahead == 0 ? j : 0;  // rows above see none of these keys
+      if (first >= rows) break;
+      const int summed = (rows - first + kPack<E> - 1) / kPack<E>;
+      const int64_t from = first / kPack<E>;
+      gemm<Operand::kTransposed>(Update::kAdd, count, pitch, summed, probs + from * kBackwardBlock + j, kBackwardBlock,
+                                 summed_dout + from * pitch, pitch, dv + j * pitch, pitch);
+      gemm<Operand::kTransposed>(Update::kAdd, count, pitch, summed, dscores + from * kBackwardBlock + j,
+                                 kBackwardBlock, summed_q + from * pitch, pitch, dk + j * pitch, pitch);
+    }
+  }
+
+  // P and dS of `count` rows from r on, which make one row of operand elements.
+  void softmax(const QueryBlock<kBackwardBlock>& block, int64_t n0, int r, int count, int keys, int seen,
+               const Acc* lse, const Acc* delta) {
+    Acc lse_log2[kPack<E>];
+    for (int i = 0; i < count; ++i) {
+      Acc* const score = scores + (r + i) * kBackwardBlock;
+      const int begin = static_cast<int>(greater<int64_t>(block.first[r + i] - n0, 0));
+      const int end = static_cast<int>(lesser<int64_t>(block.m0 + r + i + 1 - n0, keys));
+      for (int j = 0; j < begin; ++j) score[j] = -INFINITY;
+      for (int j = end; j < seen; ++j) score[j] = -INFINITY;
+      lse_log2[i] = static_cast<Acc>(lse[r + i] * M_LOG2E);
+    }
+    for (int j = 0; j < seen; j += kLanes<Acc>) {
+      Vector<Acc> prob[kPack<E>] = {}, dscore[kPack<E>] = {};
+      for (int i = 0; i < count; ++i) {
+        const int64_t at = (r + i) * kBackwardBlock + j;
+        prob[i] = exp2(as_vector(scores + at) * scale_log2 - lse_log2[i]);
+        dscore[i] = prob[i] * (as_vector(dprobs + at) - delta[r + i]);
+        store_packed(dscore[i], dscore_rows + at / kPack<E>);
+      }
+      const int64_t at = r / kPack<E> * kBackwardBlock + j;
+      as_vector(probs + at) = pack(prob, E());
+      as_vector(dscores + at) = pack(dscore, E());
+    }
+  }
+
+  void add_to_dq(Acc* sums, int64_t ahead, int keys, int rows) {
+    const int strip = ahead == 0 ? kStrip : kBackwardBlock;
+    for (int r = 0; r < rows; r += strip) {
+      const int count = lesser(strip, rows - r);
+      const int summed = (keys_seen(ahead, r + count, keys) + kPack<E> - 1) / kPack<E>;
+      gemm<Operand::kPlain>(Update::kAdd, count, pitch, summed, dscore_rows + r * kBackwardBlock / kPack<E>,
+                            kBackwardBlock / kPack<E>, k, pitch, sums + r * pitch, pitch);
+    }
   }
 
   const BackwardParams& p;
   const int head_dim;
   const int pitch;
-  Acc* const k_t;  // [head_dim, keys]
-  Acc* const v_t;
-  Acc* const dk;  // [keys, pitch], times log2(e) too much, as q is
+  const Acc scale_log2;
+  E* const k_t;  // [head_dim, keys]
+  E* const v_t;
+  E* const k;         // [keys, pitch], summed over keys
+  E* const q;         // [rows, pitch], summed over head_dim
+  E* const dout;      // likewise
+  E* const summed_q;  // [rows, pitch], summed over rows
+  E* const summed_dout;
+  Acc* const dk;  // [keys, pitch], not yet times scale
   Acc* const dv;
-  Acc* const q;  // [rows, pitch], times scale * log2(e)
-  Acc* const dout;
-  Acc* const probs;  // [rows, keys]
-  Acc* const dscores;
-};
-
-// dQ of one block of query rows: the forward's walk over its keys, scores transposed as there.
-template <typename T>
-struct QueryGradientTile {
-  using Acc = Accumulate<T>;
-
-  static int64_t scratch_size(int64_t head_dim) {
-    const int64_t pitch = round_up(head_dim, kPad);
-    return kBackwardRows * (2 * head_dim + pitch + 2 + 2 * kBackwardKeys) + 2 * kBackwardKeys * pitch;
-  }
-
-  QueryGradientTile(const BackwardParams& params, Acc* scratch)
-      : p(params),
-        head_dim(static_cast<int>(params.problem.head_dim)),
-        pitch(static_cast<int>(round_up(head_dim, kPad))),
-        q_t(scratch),
-        dout_t(q_t + head_dim * kBackwardRows),
-        dq(dout_t + head_dim * kBackwardRows),
-        lse_log2(dq + kBackwardRows * pitch),
-        delta(lse_log2 + kBackwardRows),
-        scores(delta + kBackwardRows),
-        dscores(scores + kBackwardKeys * kBackwardRows),
-        k(dscores + kBackwardKeys * kBackwardRows),
-        v(k + kBackwardKeys * pitch) {}
-
-  void run(int64_t batch, int64_t head, int64_t m0) {
-    const Problem& problem = p.problem;
-    const QueryBlock<kBackwardRows> block(problem, batch, head, m0);
-    const int64_t kv_head = head / (problem.heads / problem.kv_heads);
-    const Acc scale_log2 = static_cast<Acc>(problem.scale * M_LOG2E);
-    load_transposed<T>(p.q, batch, m0, head, block.rows, head_dim, kBackwardRows, scale_log2, q_t);
-    load_transposed<T>(p.dout, batch, m0, head, block.rows, head_dim, kBackwardRows, 1, dout_t);
-    std::memset(dq, 0, sizeof(Acc) * kBackwardRows * pitch);
-    const int64_t row_stats = (batch * problem.heads + head) * problem.seqlen + m0;
-    for (int r = 0; r < kBackwardRows; ++r) {
-      const bool valid = r < block.rows;
-      lse_log2[r] = valid ? static_cast<Acc>(static_cast<const Acc*>(p.lse)[row_stats + r] * M_LOG2E) : 0;
-      delta[r] = valid ? static_cast<const Acc*>(p.delta)[row_stats + r] : 0;
-    }
-    for (int64_t n0 = block.begin_key(); n0 < block.end_key(); n0 += kBackwardKeys) {
-      const int keys = static_cast<int>(lesser<int64_t>(kBackwardKeys, block.end_key() - n0));
-      const RowRun<Acc, kBackwardRows> run(block, n0, keys);
-      if (run.size() <= 0) continue;
-      load_rows<T>(p.k, batch, n0, kv_head, keys, head_dim, pitch, 1, k);
-      load_rows<T>(p.v, batch, n0, kv_head, keys, head_dim, pitch, 1, v);
-      step(block, run, n0, keys);
-    }
-    for (int r = 0; r < block.rows; ++r)
-      store_row<T>(dq + r * pitch, static_cast<Acc>(problem.scale), head_dim, row_of<T>(p.dq, batch, m0 + r, head));
-  }
-
- private:
-  void step(const QueryBlock<kBackwardRows>& block, const RowRun<Acc, kBackwardRows>& run, int64_t n0, int keys) {
-    for (int j = 0; j < keys; ++j) {
-      std::memset(scores + j * kBackwardRows + run.begin, 0, sizeof(Acc) * run.size());
-      std::memset(dscores + j * kBackwardRows + run.begin, 0, sizeof(Acc) * run.size());
-    }
-    gemm<Operand::kPlain>(keys, run.size(), head_dim, k, pitch, q_t + run.begin, kBackwardRows, scores + run.begin,
-                          kBackwardRows);
-    gemm<Operand::kPlain>(keys, run.size(), head_dim, v, pitch, dout_t + run.begin, kBackwardRows, dscores + run.begin,
-                          kBackwardRows);
-    block.mask(scores, n0, keys, run.begin, run.end);
-    for (int j = 0; j < keys; ++j) {
-      for (int r = run.begin; r < run.end; r += kLanes<Acc>) {
-        Vector<Acc>& dscore = as_vector(dscores + j * kBackwardRows + r);
-        const Vector<Acc> score = as_vector(scores + j * kBackwardRows + r);
-        dscore = exp2(score - as_vector(lse_log2 + r)) * (dscore - as_vector(delta + r));
-      }
-    }
-    gemm<Operand::kTransposed>(run.size(), pitch, keys, dscores + run.begin, kBackwardRows, k, pitch,
-                               dq + run.begin * pitch, pitch);
-  }
-
-  const BackwardParams& p;
-  const int head_dim;
-  const int pitch;
-  Acc* const q_t;     // [head_dim, rows], times scale * log2(e)
-  Acc* const dout_t;  // [head_dim, rows]
-  Acc* const dq;      // [rows, pitch], not yet times scale
-  Acc* const lse_log2;
-  Acc* const delta;
-  Acc* const scores;  // [keys, rows]
-  Acc* const dscores;
-  Acc* const k;  // [keys, pitch]
-  Acc* const v;
+  Acc* const scores;  // [rows, keys]
+  Acc* const dprobs;
+  E* const probs;        // [rows, keys], summed over rows
+  E* const dscores;      // likewise
+  E* const dscore_rows;  // [rows, keys], summed over keys
 };
 
 }  // namespace longlora::cpu::LONGLORA_ISA

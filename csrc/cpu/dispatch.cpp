@@ -12,6 +12,7 @@ namespace longlora::cpu {
   extern const Kernels kernels; \
   }
 #ifdef LONGLORA_X86
+LONGLORA_DECLARE(avx512bf16)
 LONGLORA_DECLARE(avx512)
 LONGLORA_DECLARE(avx2)
 #endif
@@ -27,13 +28,16 @@ struct Choice {
 };
 
 const Kernels& choose() {
+#ifdef LONGLORA_X86
+  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                          __builtin_cpu_supports("avx512vl");
+#endif
   const Choice choices[] = {
 #ifdef LONGLORA_X86
-      // The levels x86-64-v4 and -v3 that the two are compiled for.
-      {"avx512",
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"),
-       &avx512::kernels},
+      // The levels x86-64-v4 and -v3 that the kernels are compiled for.
+      {"avx512bf16", has_avx512 && __builtin_cpu_supports("avx512bf16"), &avx512bf16::kernels},
+      {"avx512", has_avx512, &avx512::kernels},
       {"avx2",
        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
            __builtin_cpu_supports("f16c"),

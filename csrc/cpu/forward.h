@@ -4,7 +4,9 @@
 // reduction across lanes, and K and V are read as they lie.
 #pragma once
 
-#include "tile.h"
+#include "blocks.h"
+#include "pack.h"
+#include "scratch.h"
 
 namespace longlora::cpu::LONGLORA_ISA {
 
@@ -13,33 +15,29 @@ constexpr int kForwardKeys = 64;
 
 template <typename T>
 struct ForwardTile {
+  using E = Multiplied<T>;
   using Acc = Accumulate<T>;
 
-  // Scratch of one thread, in elements.
-  static int64_t scratch_size(int64_t head_dim) {
-    const int64_t pitch = round_up(head_dim, kPad);
-    return kForwardRows * (head_dim + pitch + 2 + kForwardKeys) + 2 * kForwardKeys * pitch;
-  }
-
-  ForwardTile(const ForwardParams& params, Acc* scratch)
+  ForwardTile(const ForwardParams& params, Arena& arena)
       : p(params),
         head_dim(static_cast<int>(params.problem.head_dim)),
         pitch(static_cast<int>(round_up(head_dim, kPad))),
-        q_t(scratch),
-        out(q_t + head_dim * kForwardRows),
-        row_max(out + kForwardRows * pitch),
-        row_sum(row_max + kForwardRows),
-        scores(row_sum + kForwardRows),
-        k(scores + kForwardKeys * kForwardRows),
-        v(k + kForwardKeys * pitch) {}
+        scale_log2(scale_log2_of<Acc>(params.problem)),
+        q_t(arena.take<E>(head_dim / kPack<E> * kForwardRows)),
+        out(arena.take<Acc>(kForwardRows * pitch)),
+        row_max(arena.take<Acc>(kForwardRows)),
+        row_sum(arena.take<Acc>(kForwardRows)),
+        scores(arena.take<Acc>(kForwardKeys * kForwardRows)),
+        probs(arena.take<E>(kForwardKeys / kPack<E> * kForwardRows)),
+        k(arena.take<E>(kForwardKeys * pitch / kPack<E>)),
+        v(arena.take<E>(kForwardKeys / kPack<E> * pitch)) {}
 
   void run(int64_t batch, int64_t head, int64_t m0) {
     const Problem& problem = p.problem;
     const QueryBlock<kForwardRows> block(problem, batch, head, m0);
     const int64_t kv_head = head / (problem.heads / problem.kv_heads);
 
-    const Acc scale_log2 = static_cast<Acc>(problem.scale * M_LOG2E);
-    load_transposed<T>(p.q, batch, m0, head, block.rows, head_dim, kForwardRows, scale_log2, q_t);
+    load_transposed<T>({p.q, batch, m0, head, block.rows}, head_dim, kForwardRows, q_t);
     std::memset(out, 0, sizeof(Acc) * kForwardRows * pitch);
     for (int r = 0; r < kForwardRows; ++r) {
       row_max[r] = -INFINITY;
@@ -49,8 +47,8 @@ struct ForwardTile {
       const int keys = static_cast<int>(lesser<int64_t>(kForwardKeys, block.end_key() - n0));
       const RowRun<Acc, kForwardRows> run(block, n0, keys);
       if (run.size() <= 0) continue;  // the end of a document that this block does not reach back to
-      load_rows<T>(p.k, batch, n0, kv_head, keys, head_dim, pitch, 1, k);
-      load_rows<T>(p.v, batch, n0, kv_head, keys, head_dim, pitch, 1, v);
+      load_rows<T>({p.k, batch, n0, kv_head, keys}, head_dim, pitch, k);
+      load_summed_rows<T>({p.v, batch, n0, kv_head, keys}, head_dim, pitch, v);
       step(block, run, n0, keys);
     }
     finish(block, batch, head);
@@ -58,12 +56,12 @@ struct ForwardTile {
 
  private:
   void step(const QueryBlock<kForwardRows>& block, const RowRun<Acc, kForwardRows>& run, int64_t n0, int keys) {
-    for (int j = 0; j < keys; ++j) std::memset(scores + j * kForwardRows + run.begin, 0, sizeof(Acc) * run.size());
-    gemm<Operand::kPlain>(keys, run.size(), head_dim, k, pitch, q_t + run.begin, kForwardRows, scores + run.begin,
-                          kForwardRows);
+    gemm<Operand::kPlain>(Update::kStore, keys, run.size(), head_dim / kPack<E>, k, pitch / kPack<E>, q_t + run.begin,
+                          kForwardRows, scores + run.begin, kForwardRows);
     block.mask(scores, n0, keys, run.begin, run.end);
     for (int r = run.begin; r < run.end; r += kLanes<Acc>) softmax(keys, r);
-    gemm<Operand::kTransposed>(run.size(), pitch, keys, scores + run.begin, kForwardRows, v, pitch,
+    const int summed = (keys + kPack<E> - 1) / kPack<E>;
+    gemm<Operand::kTransposed>(Update::kAdd, run.size(), pitch, summed, probs + run.begin, kForwardRows, v, pitch,
                                out + run.begin * pitch, pitch);
   }
 
@@ -73,14 +71,17 @@ struct ForwardTile {
     Vector<Acc> tile_max = as_vector(scores + r);
     for (int j = 1; j < keys; ++j) tile_max = maximum<Acc>(tile_max, as_vector(scores + j * kForwardRows + r));
     const Vector<Acc> old_max = as_vector(row_max + r);
-    const Vector<Acc> new_max = maximum<Acc>(old_max, tile_max);
+    const Vector<Acc> new_max = maximum<Acc>(old_max, tile_max * scale_log2);
     // A row that has seen no key yet keeps -inf; subtracting 0 instead avoids inf - inf.
     const Vector<Acc> origin = new_max == -INFINITY ? Vector<Acc>{} : new_max;
     Vector<Acc> sum = {};
-    for (int j = 0; j < keys; ++j) {
-      Vector<Acc>& score = as_vector(scores + j * kForwardRows + r);
-      score = exp2(score - origin);
-      sum += score;
+    for (int j = 0; j < keys; j += kPack<E>) {
+      Vector<Acc> prob[kPack<E>] = {};
+      for (int i = 0; i < kPack<E> && j + i < keys; ++i) {
+        prob[i] = exp2(as_vector(scores + (j + i) * kForwardRows + r) * scale_log2 - origin);
+        sum += prob[i];
+      }
+      as_vector(probs + j / kPack<E> * kForwardRows + r) = pack(prob, E());
     }
     const Vector<Acc> rescale = exp2(old_max - origin);
     as_vector(row_max + r) = new_max;
@@ -104,13 +105,15 @@ struct ForwardTile {
   const ForwardParams& p;
   const int head_dim;
   const int pitch;
-  Acc* const q_t;      // [head_dim, rows], times scale * log2(e)
+  const Acc scale_log2;
+  E* const q_t;        // [head_dim, rows]
   Acc* const out;      // [rows, pitch], not yet divided by row_sum
-  Acc* const row_max;  // base 2
+  Acc* const row_max;  // of the scores times scale_log2, rounded: where it stays, the rescaling is exactly 1
   Acc* const row_sum;
   Acc* const scores;  // [keys, rows]
-  Acc* const k;       // [keys, pitch]
-  Acc* const v;
+  E* const probs;     // [keys, rows]
+  E* const k;         // [keys, pitch]
+  E* const v;         // [keys, pitch]
 };
 
 }  // namespace longlora::cpu::LONGLORA_ISA

@@ -1,0 +1,78 @@
+// Blocks of query rows, and which keys they see.
+#pragma once
+
+#include "../groups.h"
+#include "../params.h"
+#include "simd.h"
+
+namespace longlora::cpu::LONGLORA_ISA {
+
+// What scores are multiplied with for a softmax in base 2. Above zero, so that masked scores stay -inf.
+template <typename Acc>
+Acc scale_log2_of(const Problem& problem) {
+  return greater(static_cast<Acc>(problem.scale * M_LOG2E), static_cast<Acc>(1.2e-38));
+}
+
+// One block of query rows of one head, and which keys each row sees: row r sees first[r]..m0+r. `first`
+// never decreases, so the rows that see a given key are one run, [row_begin(key), row_end(key)).
+template <int kRows>
+struct QueryBlock {
+  int64_t m0;
+  int rows;
+  int64_t first[kRows];
+
+  QueryBlock(const Problem& p, int64_t batch, int64_t head, int64_t m0_)
+      : m0(m0_), rows(static_cast<int>(lesser<int64_t>(kRows, p.seqlen - m0_))) {
+    const auto first_of = [&](int r) {
+      const int64_t doc_start = p.doc_start ? p.doc_start[batch * p.seqlen + m0 + r] : 0;
+      return first_key<int64_t>(m0 + r, doc_start, p.group_size, head >= p.first_shifted_head);
+    };
+    first[0] = first_of(0);
+    first[rows - 1] = first_of(rows - 1);
+    const bool same = first[0] == first[rows - 1];  // then so are those between, and no division is needed
+    for (int r = 1; r < rows - 1; ++r) first[r] = same ? first[0] : first_of(r);
+  }
+
+  int64_t begin_key() const { return first[0]; }
+  int64_t end_key() const { return m0 + rows; }
+
+  int row_begin(int64_t key) const { return static_cast<int>(lesser<int64_t>(greater<int64_t>(key - m0, 0), rows)); }
+  int row_end(int64_t key) const {  // how many rows have first <= key
+    int low = 0;
+    for (int high = rows; low < high;) {
+      const int middle = (low + high) / 2;
+      if (first[middle] <= key)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    return low;
+  }
+
+  // scores[keys, kRows], transposed: -inf where a row in [begin, end) does not see a key of n0.. .
+  template <typename Acc>
+  void mask(Acc* scores, int64_t n0, int keys, int begin, int end) const {
+    if (first[rows - 1] <= n0 && n0 + keys - 1 <= m0 + begin) return;
+    for (int j = 0; j < keys; ++j) {
+      Acc* row = scores + j * kRows;
+      const int run_begin = lesser(row_begin(n0 + j), end);
+      for (int r = begin; r < run_begin; ++r) row[r] = -INFINITY;
+      for (int r = greater(row_end(n0 + j), begin); r < end; ++r) row[r] = -INFINITY;
+    }
+  }
+};
+
+// The vectors of query rows that take part in one tile of keys: those that see any of it, rounded to whole
+// vectors. Above the diagonal and past a group's end nothing is computed.
+template <typename Acc, int kRows>
+struct RowRun {
+  int begin, end;
+
+  RowRun(const QueryBlock<kRows>& block, int64_t n0, int keys)
+      : begin(block.row_begin(n0) / kLanes<Acc> * kLanes<Acc>),
+        end(static_cast<int>(round_up(block.row_end(n0 + keys - 1), kLanes<Acc>))) {}
+
+  int size() const { return end - begin; }
+};
+
+}  // namespace longlora::cpu::LONGLORA_ISA
