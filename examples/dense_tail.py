@@ -43,7 +43,7 @@ class DenseTail(TrainerCallback):
     ) -> None:
         self.first = state.max_steps - dense_count(self.asked, state.max_steps) + 1
         if state.global_step < self.first <= state.max_steps:
-            say(f"dense attention in the steps {self.first:,} to {state.max_steps:,}")
+            say(f"dense attention from step {self.first:,} of {state.max_steps:,} on")
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -31,6 +31,7 @@ from convert_gguf import convert_gguf
 from corpus import stdlib_documents
 from data import PackedSequences, Tokenised, hold_out, load_documents, tokenise
 from dense_tail import DenseTail
+from full_disk import writing_to
 from manifest import check_repeats, describe, finish, repeated
 from measure import AFTER, Measurement, choose_documents, choose_samples
 from peft import PeftModel
@@ -135,24 +136,27 @@ def main(argv: Sequence[str]) -> None:
         callbacks=callbacks,
     )
     say(banner(options, args, base_config, model, train, sequences, checkpoint))
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if trainer.state.global_step == 0:
-        fail("not a single step was done: there is nothing to save")
+    with writing_to(folder):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if trainer.state.global_step == 0:
+            fail("not a single step was done: there is nothing to save")
 
-    state = PartialState()
-    adapter = folder / ("model" if options.full_finetune else "adapter")
-    if state.is_main_process and checkpoint and adapter.exists():
-        # The run was at its end before, or was shorter then. The checkpoint it went on from has all that is needed.
-        shutil.rmtree(adapter)
-    state.wait_for_everyone()
-    save_adapter(model, adapter, tokenizer)
-    if measurement:
-        measurement.measure(model, args, AFTER)
-    if state.is_main_process:
-        loss_curve(trainer.state.log_history, folder / "loss.png", name)
+        state = PartialState()
+        adapter = folder / ("model" if options.full_finetune else "adapter")
+        if state.is_main_process and checkpoint and adapter.exists():
+            # The run was at its end before, or was shorter then. The checkpoint it went on from has all that is needed.
+            shutil.rmtree(adapter)
+        state.wait_for_everyone()
+        save_adapter(model, adapter, tokenizer)
         if measurement:
-            (folder / "perplexity.txt").write_text(measurement.table())
-        finish(folder, adapter, {"steps": trainer.state.global_step, "first_dense_step": tail.first if tail else None})
+            measurement.measure(model, args, AFTER)
+        if state.is_main_process:
+            loss_curve(trainer.state.log_history, folder / "loss.png", name)
+            if measurement:
+                (folder / "perplexity.txt").write_text(measurement.table())
+            finish(
+                folder, adapter, {"steps": trainer.state.global_step, "first_dense_step": tail.first if tail else None}
+            )
     say(results(folder, adapter, measurement, options.full_finetune))
     state.wait_for_everyone()
     state.destroy_process_group()

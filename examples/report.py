@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from arguments import ModelOptions, compute_dtype
 from data import PackedSequences, Tokenised
+from dense_tail import dense_count
 from launch import WORLD_SIZE
 from measure import Measurement
 from samples import SampleRows, Samples
@@ -36,7 +37,11 @@ def banner(
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * WORLD_SIZE
     steps = f"{args.max_steps:,}" if args.max_steps > 0 else f"{args.num_train_epochs:g} passes over the text,"
     dtype = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[compute_dtype(args)]
-    tail = f"the last {options.dense_steps:g} of the steps dense, " if options.dense_steps else ""
+    tail = ""
+    if options.dense_steps:
+        counted = args.max_steps > 0 or options.dense_steps >= 1
+        dense = f"{dense_count(options.dense_steps, args.max_steps):,}" if counted else f"{options.dense_steps:.0%}"
+        tail = f"dense in the last {dense} steps, "
     zero = f"ZeRO-{args.deepspeed_plugin.zero_stage}" if args.deepspeed_plugin else "no DeepSpeed"
     rows = {
         "model": f"{options.model_name_or_path} ({type(config).__name__.removesuffix('Config')})",

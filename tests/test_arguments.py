@@ -61,6 +61,15 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         ("--train_file {character}", "there is nothing to learn from 1 tokens"),
         ("--eval_tokens -1", "--eval_tokens must be 0 or more, got -1"),
         ("--max_steps 0 --num_train_epochs 0", "nothing to train"),
+        (
+            "--task sft",
+            "--task sft needs --train_file with questions and answers; examples/data/questions.jsonl is one",
+        ),
+        ("--task chat", "argument --task: invalid choice: 'chat'"),
+        ("--rows padded", "--rows says nothing with --task text"),
+        ("--task sft --train_file {text} --text_column x", "--text_column says nothing with --task sft"),
+        ("--task sft --train_file {text}", "text.jsonl has the columns text; --task sft takes rows of "),
+        ("--task sft --train_file {character}", "character.txt is text; rows are read from .json, .jsonl and .parquet"),
         ("--eval_file x.txt", "--eval_file needs --train_file"),
         ("--resume_from_checkpoint latest", "needs the --output_dir of the run to go on with"),
         ("--resume_from_checkpoint gone", "gone: no complete checkpoint"),
@@ -177,6 +186,15 @@ def test_a_named_model_gets_the_recipe_of_the_paper() -> None:
     assert getattr(args, arguments.CHECKPOINTING) is True
     _, _, args = parsed("--model_name_or_path", "some/model", "--per_device_train_batch_size", "16")
     assert args.gradient_accumulation_steps == 4
+
+
+def test_answers_are_learned_for_five_passes_as_the_original_did() -> None:
+    sft = ("--task", "sft", "--train_file", "x.jsonl")
+    _, _, args = parsed("--model_name_or_path", "some/model", *sft)
+    assert (args.num_train_epochs, args.max_steps, args.learning_rate) == (5, -1, 2e-5)
+    _, _, args = parsed("--model_name_or_path", "some/model", *sft, "--max_steps", "9")
+    assert args.max_steps == 9
+    assert parsed(*sft)[2].max_steps == arguments.TINY_RECIPE["max_steps"]
 
 
 def test_the_tiny_llama_gets_its_own() -> None:

@@ -60,7 +60,7 @@ def test_the_last_steps_of_a_run_are_dense_also_when_it_goes_on(
     finetune_llama.main([*small_run(*inputs, tmp_path / "grouped"), "--eval_tokens", "0"])
     dense = [*small_run(*inputs, tmp_path / "dense"), "--eval_tokens", "0", "--dense_steps", "0.5"]
     finetune_llama.main(dense)
-    assert "dense attention in the steps 4 to 6" in capsys.readouterr().out
+    assert "dense attention from step 4 of 6 on" in capsys.readouterr().out
     grouped, whole = losses(tmp_path / "grouped"), losses(tmp_path / "dense")
     assert [whole[step] == grouped[step] for step in range(1, 7)] == [True] * 3 + [False] * 3
     assert json.loads((tmp_path / "dense" / "adapter" / "longlora.json").read_text())["config"]["s2attn_mode"] == "auto"

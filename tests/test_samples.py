@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -230,7 +231,8 @@ def test_a_run_learns_answers(model: Path, tmp_path: Path, capsys: pytest.Captur
     assert "checkpoint-6 belongs to another run: train_sha256 was" in capsys.readouterr().err
 
 
-ROWS = {
+#: What stands in the file, and what is said of it.
+BAD = {
     "columns": (
         [{"prompt": "x", "answer": "y"}],
         "data.jsonl has the columns prompt, answer; --task sft takes rows of",
@@ -239,21 +241,29 @@ ROWS = {
         [{"messages": ASKED}, {"messages": [{"role": "bot", "content": "x"}]}],
         "data.jsonl, row 2: message 1 has the role 'bot'; known are system, user, assistant",
     ),
+    "keys": ([{"messages": [{"from": "human", "value": "x"}]}], "data.jsonl, row 1: message 1 is {'from': 'human',"),
     "answer": ([alpaca(1), alpaca(1, "")], "data.jsonl, row 2: its output is empty: there is no answer to learn"),
+    "number": ([{"instruction": "x", "output": 5}], "data.jsonl, row 1: its output is 5, not text"),
     "turns": ([{"messages": [ASKED[1], *ASKED[1:3]]}], "data.jsonl, row 1: the model's chat template refuses it: "),
-    "long": ([alpaca(500)], "no answer begins within the context of 128 tokens (--context_length)"),
-    "empty": ([], "data.jsonl"),
+    "long": ([alpaca(500)], "data.jsonl: no answer begins within the context of 128 tokens (--context_length)"),
+    "lines": (b'{"instruction": "x"\n', "cannot read "),
+    "bytes": (b'{"instruction": "\xff"}\n', "cannot read "),
+    "none": (b"", "data.jsonl"),
+    "list": (b"[]", "data.jsonl"),
 }
 
 
-@pytest.mark.parametrize("what", ROWS)
+@pytest.mark.parametrize("what", BAD)
 def test_bad_conversations_are_one_clear_error(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
 ) -> None:
-    rows, message = ROWS[what]
-    text = write(tmp_path / "data.jsonl", *rows)
+    content, message = BAD[what]
+    text = tmp_path / "data.jsonl"
+    text.write_bytes(content) if isinstance(content, bytes) else write(text, *content)
     with pytest.raises(SystemExit) as stopped:
-        finetune_llama.main([*small_run(model, Path(text), tmp_path / "out"), "--task", "sft"])
+        finetune_llama.main([*small_run(model, text, tmp_path / "out"), "--task", "sft"])
     assert stopped.value.code == 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("finetune_llama.py: error: ")]
+    print(said)
     assert len(said) == 1 and message in said[0]
+    assert os.listdir(tmp_path / "out") == ["run.json.lock"]
