@@ -314,11 +314,15 @@ def _arrow_column(rows: datasets.Dataset) -> pyarrow.ChunkedArray:
 
 def _from_files(reader: str, files: list[str]) -> datasets.Dataset:
     options = {"sample_by": "document"} if reader == "text" else {}
+    nothing = [file for file in files if reader != "text" and Path(file).stat().st_size == 0]
+    if nothing:
+        raise ValueError(f"{nothing[0]} is empty")
     try:
         return datasets.load_dataset(reader, data_files=files, split="train", **options)
     except Exception as error:  # datasets wraps what went wrong in errors of its own, several deep
         cause = error.__cause__ or error
-        raise ValueError(f"cannot read {', '.join(files[:3])} as {reader}: {_in_short(cause)}") from error
+        reason = "it has no rows" if "corresponds to no data" in str(cause) else _in_short(cause)
+        raise ValueError(f"cannot read {', '.join(files[:3])} as {reader}: {reason}") from error
 
 
 def _from_hub(source: str) -> datasets.Dataset:

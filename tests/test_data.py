@@ -185,6 +185,8 @@ def test_text_column_does_not_concern_text_files(files: Path) -> None:
         (lambda folder: _write(folder / "x.jsonl", b'{"body": "x"}\n'), "no column 'text'; it has body"),
         (lambda folder: _write(folder / "x.jsonl", b'{"text": [1, 2]}\n'), "not text"),
         (lambda folder: _write(folder / "x.jsonl", b'{"text": "x\n'), "cannot read .*x.jsonl as json"),
+        (lambda folder: _write(folder / "x.jsonl", b""), "x.jsonl is empty"),
+        (lambda folder: _write(folder / "x.json", b"[]"), "x.json as json: it has no rows"),
         (lambda folder: _write(folder / "x.txt", b"\xff\xfe\xfa"), "cannot read .*x.txt as text: .*utf-8"),
         (lambda folder: _write(folder / "x.parquet", b"nothing"), "cannot read .*x.parquet as parquet"),
     ],

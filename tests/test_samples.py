@@ -247,9 +247,8 @@ BAD = {
     "turns": ([{"messages": [ASKED[1], *ASKED[1:3]]}], "data.jsonl, row 1: the model's chat template refuses it: "),
     "long": ([alpaca(500)], "data.jsonl: no answer begins within the context of 128 tokens (--context_length)"),
     "lines": (b'{"instruction": "x"\n', "cannot read "),
-    "bytes": (b'{"instruction": "\xff"}\n', "cannot read "),
-    "none": (b"", "data.jsonl"),
-    "list": (b"[]", "data.jsonl"),
+    "nothing": (b"", "data.jsonl is empty"),
+    "list": (b"[]", "data.jsonl as json: it has no rows"),
 }
 
 
@@ -264,6 +263,5 @@ def test_bad_conversations_are_one_clear_error(
         finetune_llama.main([*small_run(model, text, tmp_path / "out"), "--task", "sft"])
     assert stopped.value.code == 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("finetune_llama.py: error: ")]
-    print(said)
     assert len(said) == 1 and message in said[0]
     assert os.listdir(tmp_path / "out") == ["run.json.lock"]
