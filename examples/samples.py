@@ -8,16 +8,17 @@ position ids restart at every sample and at padding, which is how the attention 
 from __future__ import annotations
 
 import hashlib
+import inspect
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import chat
+import conversations
 import datasets
 import numpy as np
 import torch
-from chat import encode
-from conversations import conversation, load_conversations
 from data import IGNORED_LABEL, Tokenised, hold_out
 from transformers import PreTrainedTokenizerBase
 
@@ -25,6 +26,10 @@ _IDS = datasets.Sequence(datasets.Value("int32"))
 FEATURES = datasets.Features(
     {"input_ids": _IDS, "labels": _IDS, "learned": datasets.Value("int64"), "lost": datasets.Value("int64")}
 )
+
+#: What makes the samples. `datasets` takes results from its cache as long as the function is the same that it calls,
+#: and does not look at what that function calls.
+_CODE = "".join(inspect.getsource(module) for module in (chat, conversations))
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,9 @@ def read_samples(sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, con
         FileNotFoundError: A source that is not there.
         ValueError: What cannot be read or understood, with the file, the row (counting from 1) and what is expected.
     """
-    parts = [_encoded(name, rows, tokenizer, context_length) for name, rows in load_conversations(sources)]
+    parts = [
+        _encoded(name, rows, tokenizer, context_length) for name, rows in conversations.load_conversations(sources)
+    ]
     rows = datasets.concatenate_datasets(parts)
     kept = np.flatnonzero(Samples(rows).column("learned"))
     if not len(kept):
@@ -72,10 +79,11 @@ def read_samples(sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, con
 def _encoded(
     name: str, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, context_length: int
 ) -> datasets.Dataset:
-    def encode_row(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+    def encode_row(batch: dict[str, list[Any]], indices: list[int], code: str) -> dict[str, list[Any]]:
         (index,) = indices
         try:
-            samples = encode(conversation({column: values[0] for column, values in batch.items()}), tokenizer)
+            row = {column: values[0] for column, values in batch.items()}
+            samples = chat.encode(conversations.conversation(row), tokenizer)
         except ValueError as error:
             raise ValueError(f"{name}, row {index + 1}: {error}") from error
         cut = [np.asarray(sample, dtype=np.int32)[:, :context_length] for sample in samples]
@@ -93,6 +101,7 @@ def _encoded(
         batched=True,
         batch_size=1,
         with_indices=True,
+        fn_kwargs={"code": _CODE},
         remove_columns=rows.column_names,
         features=FEATURES,
         desc="reading conversations",

@@ -14,7 +14,7 @@ import finetune_llama
 import merge_adapter
 import pytest
 import torch
-from finetune_runs import environment, losses, make_model, make_text, small_run
+from finetune_runs import deepspeed, environment, losses, make_model, make_text, run, small_run
 from safetensors.torch import load_file
 
 
@@ -50,6 +50,24 @@ def test_the_stored_command_does_the_run_again(first: Path, tmp_path: Path) -> N
         torch.testing.assert_close(weights[1][name], weight, rtol=0, atol=1e-6)
     then, now = manifest_of(first / "out"), manifest_of(again)
     assert now["settings"] == then["settings"] and now["arguments"] == then["arguments"]
+
+
+@pytest.mark.full
+def test_the_stored_command_starts_as_many_processes(first: Path, tmp_path: Path) -> None:
+    """Two under ZeRO-2, which the deepspeed launcher brings along; one process is refused."""
+    words = small_run(first / "model", first / "text.jsonl", tmp_path / "out", steps=2)
+    done = run(*words, launcher=deepspeed(2), cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    program, *command = shlex.split(manifest_of(tmp_path / "out")["command"])
+    assert [program, *command[:2]] == ["deepspeed", "--num_accelerators", "2"]
+    launcher = [*deepspeed(), *command[:2]]
+    again = subprocess.run(
+        [*launcher, *command[2:]], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=580
+    )
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert losses(tmp_path / "finetuned" / "model-128") == pytest.approx(losses(tmp_path / "out"), abs=1e-6)
+    alone = run(*command[3:], cwd=tmp_path)
+    assert alone.returncode == 2 and "processes was 2 and is 1" in alone.stderr
 
 
 def test_the_manifest_says_what_made_the_folder(first: Path) -> None:

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ["attention", "attention_generate", "attention_refusals", "context", "adapter", "adapter_zero"]
 TESTS += ["data", "arguments", "run_folder", "finetune", "finetune_resume"]
-TESTS += ["evaluate", "retrieval", "generate"]
+TESTS += ["chat", "samples", "dense_tail", "manifest", "stopped_runs", "evaluate", "retrieval", "generate"]
 
 
 def oldest() -> list[str]:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 from pathlib import Path
 
 import datasets
@@ -224,10 +225,15 @@ def test_a_run_learns_answers(model: Path, tmp_path: Path, capsys: pytest.Captur
     assert table["after"]["128"] < 0.8 * table["before"]["128"]
     assert AutoTokenizer.from_pretrained(tmp_path / "out" / "adapter").chat_template == LLAMA_2
 
+    sft = ["--task", "sft", "--rows", rows, "--resume_from_checkpoint", "latest"]
+    shutil.rmtree(tmp_path / "out" / "checkpoint-6")
+    finetune_llama.main([*small_run(model, Path(text), tmp_path / "out"), *sft])
+    assert "going on from checkpoint-4" in capsys.readouterr().out
+    assert losses(tmp_path / "out") == found
+
     changed = write(tmp_path / "changed.jsonl", *data[1:], data[0])
     with pytest.raises(SystemExit):
-        other = [*small_run(model, Path(changed), tmp_path / "out", steps=8), "--task", "sft", "--rows", rows]
-        finetune_llama.main([*other, "--resume_from_checkpoint", "latest"])
+        finetune_llama.main([*small_run(model, Path(changed), tmp_path / "out", steps=8), *sft])
     assert "checkpoint-6 belongs to another run: train_sha256 was" in capsys.readouterr().err
 
 
