@@ -251,7 +251,7 @@ def points_of(options: argparse.Namespace) -> list[Point]:
             kv_heads=kv_heads,
             seqlen=seqlen,
             batch=max(1, options.min_tokens // seqlen),
-            group_size=max(2, seqlen // options.groups // 2 * 2),
+            group_size=options.group_size or max(2, seqlen // options.groups // 2 * 2),
         )
         for seqlen, dtype, head_dim, kv_heads in product(
             sorted(options.seqlen), options.dtype, options.head_dim, options.kv_heads
@@ -270,6 +270,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--kv_heads", nargs="+", type=int, help="KV heads that they share (32 8; 8 2 on a CPU)")
     add("--seqlen", nargs="+", type=int, help="tokens in a row (1024 to 102400; to 16384 on a CPU)")
     add("--groups", type=int, default=4, help="groups in a row: group size = seqlen / groups (4)")
+    add("--group_size", type=int, help="tokens of a group, the same at every length, instead of --groups")
     add("--min_tokens", type=int, help="shorter rows come as a batch of this many tokens (16384; one row on a CPU)")
     add("--providers", nargs="+", choices=list(PROVIDERS), help="what to compare; ours is always there (all)")
     add("--rounds", type=int, help="turns of each provider at a point, at most (20; 5 on a CPU)")

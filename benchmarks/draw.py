@@ -1,4 +1,4 @@
-"""The plot of what `attention.py` measured: rates over the length, one curve for each provider."""
+"""The plot of what `attention.py` measured: rates and time over the length, one curve for each provider."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from typing import Any
 from providers import PROVIDERS
 
 
+def style(index: int, name: str) -> dict[str, Any]:
+    return {"lw": 2.5 if name == "ours" else 1.2, "color": f"C{index}"}
+
+
 def draw(run: dict[str, Any], path: Path) -> None:
-    """Forward above, backward below, a column for each dtype, head dim and number of KV heads."""
+    """Rates of forward and backward, below them the time of both; a column for each dtype, head dim and KV heads."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -18,11 +22,11 @@ def draw(run: dict[str, Any], path: Path) -> None:
     points = run["points"]
     unit, scale = ("GFLOP/s", 1000) if points[0]["device"] == "cpu" else ("TFLOP/s", 1)
     shapes = list(dict.fromkeys((p["dtype"], p["head_dim"], p["heads"], p["kv_heads"]) for p in points))
-    size = (3.4 * len(shapes) + 1.6, 6)
-    figure, axes = pyplot.subplots(2, len(shapes), figsize=size, squeeze=False, layout="constrained", sharex=True)
+    size = (3.4 * len(shapes) + 1.6, 9)
+    figure, axes = pyplot.subplots(3, len(shapes), figsize=size, squeeze=False, layout="constrained", sharex=True)
     for column, shape in enumerate(shapes):
         chosen = [p for p in points if (p["dtype"], p["head_dim"], p["heads"], p["kv_heads"]) == shape]
-        for axis, direction in zip(axes[:, column], ("forward", "backward"), strict=True):
+        for axis, direction in zip(axes[:2, column], ("forward", "backward"), strict=True):
             for index, name in enumerate(chosen[0]["results"]):
                 curve = [
                     (p["seqlen"], p["results"][name][direction]["tflops"] * scale)
@@ -30,17 +34,27 @@ def draw(run: dict[str, Any], path: Path) -> None:
                     if direction in p["results"][name]
                 ]
                 if curve:
-                    width = 2.5 if name == "ours" else 1.2
-                    axis.plot(*zip(*curve, strict=True), ".-", lw=width, color=f"C{index}", label=PROVIDERS[name].label)
+                    axis.plot(*zip(*curve, strict=True), ".-", **style(index, name), label=PROVIDERS[name].label)
             axis.axhline(run["matmul_tflops"][shape[0]] * scale, color="0.5", ls="--", lw=1, label="torch.mm")
-            axis.set(xscale="log", ylim=(0, None))
+            axis.set(ylim=(0, None))
+        for index, name in enumerate(chosen[0]["results"]):
+            both = [
+                (p["seqlen"], (p["results"][name]["forward"]["ms"] + p["results"][name]["backward"]["ms"]) / p["batch"])
+                for p in chosen
+                if {"forward", "backward"} <= p["results"][name].keys()
+            ]
+            if both:
+                axes[2, column].plot(*zip(*both, strict=True), ".-", **style(index, name))
+        axes[2, column].set(yscale="log")
+        for axis in axes[:, column]:
+            axis.set(xscale="log")
             axis.set_xticks([p["seqlen"] for p in chosen], [f"{p['seqlen'] / 1024:g}k" for p in chosen])
             axis.minorticks_off()
             axis.grid(alpha=0.3)
         axes[0, column].set_title("{}, head dim {}, heads {}/{}".format(*shape), fontsize="medium")
-        axes[1, column].set_xlabel("tokens")
-    for axis, direction in zip(axes[:, 0], ("forward", "backward"), strict=True):
-        axis.set_ylabel(f"{direction}, {unit}")
+        axes[2, column].set_xlabel("tokens")
+    for axis, label in zip(axes[:, 0], (f"forward, {unit}", f"backward, {unit}", "both, ms a row"), strict=True):
+        axis.set_ylabel(label)
     handles: dict[str, Any] = {}
     for axis in axes.flat:
         handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}

@@ -204,11 +204,21 @@ def other_instruction_sets() -> list[str]:
 
 
 @pytest.mark.only("cpu", "a GPU has no LONGLORA_CPU_ISA")
-def test_other_instruction_sets() -> None:
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        pytest.param(["test_op_numerics.py", "-k", "cpu and (forward_and or rounds or conversions)"], id="shapes"),
+        pytest.param(
+            ["test_op_numerics.py", "test_op_errors.py", "test_op_torch.py", "-k", "cpu and not instruction_sets"],
+            id="all",
+            marks=pytest.mark.full,
+        ),
+    ],
+)
+def test_other_instruction_sets(chosen: list[str]) -> None:
     """Forward and backward of every shape and dtype, with the kernels that this processor would not choose."""
-    tests = Path(__file__).with_name("test_op_numerics.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
-    command += ["-k", "cpu and (forward_and or rounds or conversions)"]
+    tests = Path(__file__)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen]
     for isa in other_instruction_sets():
         environment = os.environ | {"LONGLORA_CPU_ISA": isa}
         result = subprocess.run(command, env=environment, cwd=tests.parent, capture_output=True, text=True)

@@ -10,7 +10,7 @@
 
 namespace longlora::cpu::LONGLORA_ISA {
 
-constexpr int kForwardRows = 128;
+constexpr int kForwardRows = 256;
 constexpr int kForwardKeys = 64;
 
 template <typename T>

@@ -54,8 +54,11 @@ struct OnlineSoftmax {
       for (int n = 0; n < size<1>(scores); ++n) highest = fmaxf(highest, scores(m, n));
       highest = row_max_of_four(highest);
       // A row that has seen nothing yet: any finite number gives the weights 0.
-      const float origin = (highest == -INFINITY ? 0.0f : highest) * scale_log2;
-      const float shrink = exp2_fast(maximum[m] * scale_log2 - origin);
+      const float finite = highest == -INFINITY ? 0.0f : highest;
+      const float origin = finite * scale_log2;
+      // The difference first: exactly 1 while the maximum stays. As a multiply-add with the rounded origin it would be
+      // off by that rounding, anew in each of a long row's tiles.
+      const float shrink = exp2_fast((maximum[m] - finite) * scale_log2);
       sum[m] *= shrink;
       CUTE_UNROLL
       for (int n = 0; n < size<1>(out); ++n) out(m, n) *= shrink;
