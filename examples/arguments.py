@@ -89,7 +89,7 @@ examples:
         --context_length 32768 --rope_type yarn --group_size 4096 --deepspeed examples/ds_configs/zero3.json
 
   to answer questions (LongAlpaca's JSON, or JSON Lines of chat messages), with the loss on the answers alone:
-    deepspeed examples/finetune_llama.py --task sft --train_file examples/data/questions.jsonl --max_steps 50
+    deepspeed examples/finetune_llama.py --task sft --train_file examples/data/questions.jsonl --max_steps 12
 
   do a run again, the very same: its arguments are in run.json, and so is this command
     deepspeed examples/finetune_llama.py --from_manifest finetuned/llama-32768/run.json
