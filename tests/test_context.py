@@ -14,7 +14,9 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from longlora_ext._record import apply_record, read_record, write_record
 from longlora_ext.attention import group_size
 from longlora_ext.context import CONFIG_FIELDS, context_length, extend_config
 
@@ -55,10 +57,50 @@ def test_linear_scaling_is_that_of_the_paper(context: int, factor: float) -> Non
     assert not any(hasattr(config, field) for field in CONFIG_FIELDS)
 
 
-@pytest.mark.parametrize("rope_type", ["linear", "dynamic", "yarn", "llama3", "longrope", "default"])
-def test_every_rope_type_is_saved_with_the_model(rope_type: str, tmp_path) -> None:
+def extended_by(rope_type: str) -> PreTrainedConfig:
     given = {"longrope": LONGROPE, "default": {"rope_theta": 5e5}}.get(rope_type)
-    extended = extend_config(base(), 256, rope_type=rope_type, rope_parameters=given)
+    return extend_config(base(), 256, rope_type=rope_type, rope_parameters=given)
+
+
+ROPE_TYPES = ["default", *(name for name in ROPE_INIT_FUNCTIONS if name != "default")]
+
+
+def test_the_rope_types_of_the_documentation_are_there() -> None:
+    assert {"linear", "dynamic", "yarn", "llama3", "longrope"} <= set(ROPE_TYPES)
+
+
+@pytest.mark.parametrize("rope_type", ROPE_TYPES)
+def test_every_rope_type_comes_back_with_an_adapter(rope_type: str, tmp_path) -> None:
+    extended = extended_by(rope_type)
+    write_record(tmp_path, extended, {})
+    config = base()
+    apply_record(config, read_record(tmp_path))
+    config.validate_rope()
+    assert config.rope_parameters == extended.rope_parameters
+    assert context_length(config) == 256 and group_size(config) == 64
+    assert torch.equal(frequencies(config), frequencies(extended))
+
+
+def test_yarn_keeps_near_positions_and_scales_far_ones() -> None:
+    config = extended_by("yarn")
+    plain, found = plain_frequencies(), frequencies(config)
+    assert found[0] == plain[0] and found[-1] == pytest.approx(plain[-1].item() / 4)
+    assert bool((found <= plain).all()) and bool((found >= plain / 4).all())
+    rotary = AutoModelForCausalLM.from_config(config).model.rotary_emb
+    assert rotary.attention_scaling == pytest.approx(0.1 * math.log(4) + 1)
+
+
+def test_llama3_scales_wavelengths_beyond_the_original_context() -> None:
+    found, plain = frequencies(extended_by("llama3")), plain_frequencies()
+    wavelengths = 2 * math.pi / plain
+    assert torch.equal(found[wavelengths < 64 / 4], plain[wavelengths < 64 / 4])
+    torch.testing.assert_close(found[wavelengths > 64], plain[wavelengths > 64] / 4)
+    assert bool((wavelengths < 16).any()) and bool((wavelengths > 64).any())
+
+
+@pytest.mark.parametrize("rope_type", ROPE_TYPES)
+def test_every_rope_type_is_saved_with_the_model(rope_type: str, tmp_path) -> None:
+    extended = extended_by(rope_type)
     assert extended.rope_parameters["rope_type"] == rope_type
     model: PreTrainedModel = AutoModelForCausalLM.from_config(extended)
     model.save_pretrained(tmp_path)
