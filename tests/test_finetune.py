@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from finetune_runs import ROOT, deepspeed, environment, losses, make_model, make_text, run, small_run, torchrun
+from finetune_runs import ROOT, deepspeed, environment, losses, make_model, make_text, run, small_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longlora_ext.adapter import load
@@ -106,28 +106,6 @@ def test_a_context_within_the_models_own_leaves_rope_alone(inputs: tuple[Path, P
     trained = load(tmp_path / "out" / "adapter")
     assert trained.config.rope_parameters["rope_type"] == "default"
     assert trained.config.max_position_embeddings == 32
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("config", ["zero2", "zero3", "zero3_offload", "torchrun"])
-def test_two_processes_train_what_one_process_trains(inputs: tuple[Path, Path], tmp_path: Path, config: str) -> None:
-    """Two processes of half the accumulation do the same steps on the same sequences, in another order."""
-    model, text = inputs
-    alone = run(*small_run(model, text, tmp_path / "alone"))
-    assert alone.returncode == 0, alone.stderr
-    options: list[object] = ["--gradient_accumulation_steps", 1]
-    if config != "torchrun":
-        options += ["--deepspeed", DS_CONFIGS / f"{config}.json"]
-    launcher = torchrun(2) if config == "torchrun" else deepspeed(2)
-    done = run(*small_run(model, text, tmp_path / "out"), *options, launcher=launcher)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("measuring perplexity: before") == 1
-    assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "alone"), abs=2e-3)
-    ours, theirs = table(done.stdout), table(alone.stdout)
-    assert ours["before"] == pytest.approx(theirs["before"], rel=1e-3)
-    assert ours["scaling only"] == pytest.approx(theirs["scaling only"], rel=1e-3)
-    assert ours["after"] == pytest.approx(theirs["after"], rel=1e-2)
-    load(tmp_path / "out" / "adapter")
 
 
 @pytest.mark.full

@@ -17,7 +17,7 @@ from pathlib import Path
 import finetune_runs
 import pytest
 from checkpoints import MARKER, CompletionMarker, complete_checkpoints, find_resumable, mark, remove_incomplete
-from finetune_runs import deepspeed, environment, losses, make_model, make_text, run, small_run
+from finetune_runs import environment, losses, make_model, make_text, run, small_run
 from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -246,48 +246,6 @@ def test_a_kill_at_every_change_of_a_checkpoint(inputs: tuple[Path, Path], tmp_p
     for file in ("adapter_model.safetensors", "optimizer.pt", "rng_state.pth"):
         assert any("half of" in where and where.endswith(f"checkpoint-4/{file}") for where in places), places
     assert any("checkpoint-2" in where for where in places), places
-
-
-@pytest.mark.full
-def test_a_killed_run_goes_on_under_zero_2(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    """Two processes; the kill takes all of them, launcher included, as the end of a machine's lease does."""
-    launcher = deepspeed(2)
-    whole = run(*small_run(*inputs, tmp_path / "whole"), launcher=launcher)
-    assert whole.returncode == 0, whole.stdout + whole.stderr
-
-    arguments = [*small_run(*inputs, tmp_path / "out"), "--resume_from_checkpoint", "latest"]
-    command = [*launcher, str(finetune_runs.SCRIPT), *arguments]
-    process = subprocess.Popen(
-        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    deadline = time.monotonic() + 500
-    while not (tmp_path / "out" / "checkpoint-4").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-    assert set(complete_checkpoints(tmp_path / "out")) <= {2, 4}
-    done = run(*arguments, launcher=launcher)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "going on from checkpoint-" in done.stdout
-    assert_same_run(tmp_path / "out", tmp_path / "whole")
-
-
-@pytest.mark.full
-def test_a_run_goes_on_under_zero_3(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    """From a copy that has the first of two checkpoints only, as after a kill between them."""
-    zero_3 = ["--deepspeed", str(finetune_runs.ROOT / "examples" / "ds_configs" / "zero3.json")]
-    launcher = deepspeed(2)
-    whole = run(*small_run(*inputs, tmp_path / "whole", steps=4), *zero_3, launcher=launcher)
-    assert whole.returncode == 0, whole.stdout + whole.stderr
-    go_on_from_2(tmp_path / "whole", tmp_path / "out", "adapter")
-    done = run(
-        *small_run(*inputs, tmp_path / "out", steps=4), *zero_3, "--resume_from_checkpoint", "latest", launcher=launcher
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "going on from checkpoint-2" in done.stdout and "2, ZeRO-3" in done.stdout
-    assert_same_run(tmp_path / "out", tmp_path / "whole")
 
 
 def go_on_from_2(whole: Path, output: Path, result: str) -> None:
