@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -21,6 +22,7 @@ from launch import BY_DEEPSPEED, RANK, USE_CONFIGURED_STATE, WORLD_SIZE, fail, p
 from safetensors import SafetensorError
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import is_liger_kernel_available
+from ulysses import parallelism
 
 HERE = Path(__file__).resolve().parent
 TINY_LLAMA = HERE / "tiny_llama"
@@ -94,6 +96,10 @@ examples:
   do a run again, the very same: its arguments are in run.json, and so is this command
     deepspeed examples/finetune_llama.py --from_manifest finetuned/llama-32768/run.json
 
+  with less memory: activations in the host's, frozen weights in 4 bits; or sequences shared by two GPUs each
+    ... --activation_checkpointing_kwargs '{"use_reentrant": false, "offload": true}' --load_in_4bit
+    ... --deepspeed examples/ds_configs/zero3.json --sequence_parallel_size 2
+
   go on after an interruption: the same command again, with the same --output_dir, and
     --resume_from_checkpoint latest
 
@@ -146,6 +152,17 @@ class ModelOptions:
     )
     lora_r: int = field(default=8, metadata={"help": "Rank of the adapter."})
     lora_alpha: int = field(default=16, metadata={"help": "Scale of the adapter."})
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "Keep the weights that do not train in 4 bits (QLoRA, by the package bitsandbytes)."},
+    )
+    sequence_parallel_size: int = field(
+        default=1,
+        metadata={
+            "help": "Processes that share each sequence, for a context too long for one GPU (DeepSpeed's Ulysses). "
+            "It must divide their number, the context, and the model's heads."
+        },
+    )
 
 
 @dataclass
@@ -269,8 +286,8 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingArgum
     if _is_given(argv, "num_train_epochs") and not _is_given(argv, "max_steps"):
         parser.set_defaults(max_steps=-1)
     if named is not None and not _is_given(argv, "gradient_accumulation_steps"):
-        batch = max(1, asked.per_device_train_batch_size) * WORLD_SIZE
-        parser.set_defaults(gradient_accumulation_steps=max(1, GLOBAL_BATCH // batch))
+        batch = asked.per_device_train_batch_size * WORLD_SIZE // max(1, asked.sequence_parallel_size)
+        parser.set_defaults(gradient_accumulation_steps=max(1, GLOBAL_BATCH // max(1, batch)))
     if asked.fp16 and not _is_given(argv, "bf16"):
         parser.set_defaults(bf16=False)
     if not asked.deepspeed and not torch.accelerator.is_available():
@@ -287,17 +304,24 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingArgum
         if asked.task != task and _is_given(argv, option):
             parser.error(f"--{option} says nothing with --task {asked.task}")
     _check(parser, asked)
+    _check_sequence_parallel(parser, asked)
+    if asked.load_in_4bit:
+        _check_4bit(parser, asked)
 
     with one_clear_error():
         if asked.deepspeed:
             prepare_deepspeed()
             parser.set_defaults(accelerator_config=USE_CONFIGURED_STATE)
         model, data, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        if model.sequence_parallel_size > 1:
+            training.parallelism_config = parallelism(model.sequence_parallel_size)
     if training.n_gpu > 1:
         fail(
             f"one process sees {training.n_gpu} GPUs: start it with deepspeed to use them all, or set "
             "CUDA_VISIBLE_DEVICES=0 to use one"
         )
+    if (getattr(training, f"{CHECKPOINTING}_kwargs") or {}).get("offload") and not torch.accelerator.is_available():
+        fail(f'--{CHECKPOINTING}_kwargs "offload" needs a GPU: on a CPU activations are in host memory already')
     if os.path.isdir(model.model_name_or_path):
         model.model_name_or_path = os.path.abspath(model.model_name_or_path)
     return model, data, training
@@ -379,6 +403,32 @@ def _check(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None:
         _check_deepspeed(parser, asked.deepspeed)
 
 
+def _check_sequence_parallel(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None:
+    size = asked.sequence_parallel_size
+    option = f"--sequence_parallel_size {size}"
+    if size < 1:
+        parser.error(f"--sequence_parallel_size must be 1 or more, got {size}")
+    if size == 1:
+        return
+    if not asked.deepspeed:
+        parser.error(f"{option} needs DeepSpeed: start the program with deepspeed, or give --deepspeed")
+    if WORLD_SIZE % size:
+        parser.error(f"{option} does not divide the number of processes, {WORLD_SIZE}")
+    if asked.task != "text":
+        parser.error(f"{option} is for --task text, whose sequences all have one length")
+    if asked.resume_from_checkpoint:
+        parser.error(f"{option} cannot go on from a checkpoint: the Trainer cannot skip what its data loader has read")
+
+
+def _check_4bit(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None:
+    if find_spec("bitsandbytes") is None:
+        parser.error("--load_in_4bit needs the package bitsandbytes (pip install 'longlora-ext[qlora]')")
+    if asked.full_finetune:
+        parser.error("--load_in_4bit is for weights that do not train, and --full_finetune trains all")
+    if asked.deepspeed and _read_deepspeed(asked.deepspeed).get("zero_optimization", {}).get("stage") == 3:
+        parser.error("--load_in_4bit cannot be had with ZeRO-3, which cuts weights up: take ds_configs/zero2.json")
+
+
 def _check_liger(parser: argparse.ArgumentParser) -> None:
     missing = [] if torch.cuda.is_available() else ["a GPU"]
     if not is_liger_kernel_available():
@@ -390,12 +440,15 @@ def _check_liger(parser: argparse.ArgumentParser) -> None:
 
 
 def _check_deepspeed(parser: argparse.ArgumentParser, config: str) -> None:
-    is_file = not config.startswith("{")
-    if is_file and not Path(config).is_file():
+    if not config.startswith("{") and not Path(config).is_file():
         parser.error(f"--deepspeed {config}: no such file; ours are in {HERE / 'ds_configs'}")
     try:
-        parsed = json.loads(Path(config).read_text() if is_file else config)
+        parsed = _read_deepspeed(config)
     except ValueError as error:
         parser.error(f"--deepspeed {config}: no JSON: {error}")
     if not isinstance(parsed, dict):
         parser.error(f"--deepspeed {config}: no JSON object")
+
+
+def _read_deepspeed(config: str) -> Any:
+    return json.loads(config if config.startswith("{") else Path(config).read_text())

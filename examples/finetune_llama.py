@@ -45,6 +45,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -52,6 +53,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from ulysses import UlyssesTrainer, check_sequence_parallel
 
 import longlora_ext.attention  # noqa: F401  (registers attn_implementation="s2attn")
 from longlora_ext.adapter import lora_config, prepare_model, save_adapter
@@ -75,6 +77,7 @@ def main(argv: Sequence[str]) -> None:
     with one_clear_error():
         config = new_context(base_config, options)
         context = context_length(config)
+        check_sequence_parallel(config, context, options.sequence_parallel_size)
         name = f"{Path(model_path).name}-{context}"
         chosen = settings(options, args)
         folder, checkpoint = claim(args, name, chosen)
@@ -101,8 +104,9 @@ def main(argv: Sequence[str]) -> None:
         if options.gguf_file:
             model_path = convert_gguf(model_path, options.gguf_file, folder / "base_model", dtype)
         set_seed(args.seed)
+        quantised = {"quantization_config": four_bits(dtype)} if options.load_in_4bit else {}
         base = AutoModelForCausalLM.from_pretrained(
-            model_path, config=config, dtype=dtype, attn_implementation="s2attn"
+            model_path, config=config, dtype=dtype, attn_implementation="s2attn", **quantised
         )
         lora = {"r": options.lora_r, "lora_alpha": options.lora_alpha}
         model = prepare_model(base, None if options.full_finetune else lora_config(base, **lora))
@@ -127,7 +131,7 @@ def main(argv: Sequence[str]) -> None:
     callbacks = [CompletionMarker(args, marked), *filter(None, (tail, measurement))]
     # Resumed at its end, a run would do one step too many. Of one sequence an epoch is one step: all are over then.
     is_over = checkpoint is not None and 0 < args.max_steps <= step_of(checkpoint)
-    trainer = Trainer(
+    trainer = (UlyssesTrainer if options.sequence_parallel_size > 1 else Trainer)(
         model=model,
         args=args,
         train_dataset=torch.utils.data.Subset(sequences, [0]) if is_over else sequences,
@@ -194,6 +198,16 @@ def new_context(base_config: PreTrainedConfig, options: ModelOptions) -> PreTrai
     config.s2attn_context_length = new
     config.s2attn_group_size = options.group_size or even_group_size(new * ratio)
     return config
+
+
+def four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """QLoRA's way to keep frozen weights: NF4, its constants quantised as well, to compute in `dtype`."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def spare_logits(model: PreTrainedModel | PeftModel) -> None:

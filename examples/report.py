@@ -34,7 +34,8 @@ def banner(
     weights = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
     trainable, total = sum(n for n, trained in weights if trained), sum(n for n, _ in weights)
     trained = "all weights" if options.full_finetune else f"LoRA r={options.lora_r}, embedding and norms"
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * WORLD_SIZE
+    shared = options.sequence_parallel_size
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * WORLD_SIZE // shared
     steps = f"{args.max_steps:,}" if args.max_steps > 0 else f"{args.num_train_epochs:g} passes over the text,"
     dtype = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[compute_dtype(args)]
     tail = ""
@@ -51,7 +52,7 @@ def banner(
         "training": f"{trained}: {trainable:,} of {total:,} weights, {dtype}",
         **_material(train, sequences),
         "steps": f"{steps} of {batch} sequences, learning rate {args.learning_rate:g}",
-        "processes": f"{WORLD_SIZE}, {zero}",
+        "processes": f"{WORLD_SIZE}, {zero}{f', {shared} for each sequence' if shared > 1 else ''}",
         "output": f"{args.output_dir}{f', going on from {checkpoint.name}' if checkpoint else ''}",
     }
     return "\n".join(["", *(f"{key + ':':<11}{value}" for key, value in rows.items()), ""])

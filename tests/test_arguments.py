@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import arguments
 import finetune_llama
@@ -15,6 +16,7 @@ import torch
 from finetune_runs import ROOT, make_model, make_text, small_run
 from run_settings import settings
 from transformers import AutoConfig, TrainingArguments
+from ulysses import check_sequence_parallel
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +78,11 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         ("--deepspeed gone.json", "--deepspeed gone.json: no such file"),
         ("--deepspeed {empty}.bad", "empty.jsonl.bad: no JSON: "),
         ("--deepspeed []", "--deepspeed []: no such file"),
+        ("--load_in_4bit", "--load_in_4bit needs the package bitsandbytes (pip install 'longlora-ext[qlora]')"),
+        ("--sequence_parallel_size 0", "--sequence_parallel_size must be 1 or more, got 0"),
+        ("--sequence_parallel_size 2", "--sequence_parallel_size 2 needs DeepSpeed"),
+        ("--sequence_parallel_size 2 --deepspeed {}", "does not divide the number of processes, 1"),
+        (f'--{arguments.CHECKPOINTING}_kwargs {{"offload":true}}', '_kwargs "offload" needs a GPU'),
         ("--use_liger_kernel", "--use_liger_kernel needs a GPU and the package liger-kernel"),
         ("--modle_name_or_path x", "unknown argument: --modle_name_or_path x"),
         ("--lr_scheduler_type zigzag", "zigzag"),
@@ -255,3 +262,37 @@ def test_what_losses_depend_on_is_a_setting(option: str) -> None:
 )  # fmt: skip
 def test_what_no_loss_depends_on_is_none(option: str) -> None:
     assert settings_of(*option.split()) == settings_of()
+
+
+def test_4_bit_weights_neither_train_nor_are_cut_up(
+    inputs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(arguments, "find_spec", lambda name: name)  # as if bitsandbytes were there
+    given = ["--model_name_or_path", str(inputs[0]), "--load_in_4bit"]
+    zero3 = str(ROOT / "examples" / "ds_configs" / "zero3.json")
+    for more, message in ((["--full_finetune"], "--full_finetune trains all"), (["--deepspeed", zero3], "with ZeRO-3")):
+        with pytest.raises(SystemExit):
+            arguments.parse([*given, *more])
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("config", "context", "processes", "message"),
+    [
+        ({}, 128, 3, "3 does not divide the model's heads: 4 query heads, 2 key and value heads"),
+        ({"num_attention_heads": 6, "num_key_value_heads": 3}, 128, 2, "6 query heads, 3 key and value heads"),
+        ({}, 129, 2, "2 does not divide the context of 129 tokens"),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, 128, 2, "is not for --rope_type dynamic"),
+        ({}, 128, 4, None),  # two key and value heads, each for two processes
+        ({"num_attention_heads": 9, "rope_parameters": {"rope_type": "dynamic"}}, 129, 1, None),
+    ],
+)
+def test_sequences_that_processes_cannot_share(
+    config: dict[str, object], context: int, processes: int, message: str | None
+) -> None:
+    made = SimpleNamespace(**{"num_attention_heads": 4, "num_key_value_heads": 2, "rope_parameters": {}, **config})
+    if message is None:
+        check_sequence_parallel(made, context, processes)
+    else:
+        with pytest.raises(ValueError, match=message):
+            check_sequence_parallel(made, context, processes)

@@ -1,15 +1,15 @@
-"""What two processes compute together is what one computes alone: the tiled loss under ZeRO, and Ulysses."""
+"""What processes compute together is what one computes alone: the tiled loss under ZeRO, and Ulysses."""
 
 from __future__ import annotations
 
 import json
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune_runs import environment, torchrun
+from finetune_runs import ROOT, deepspeed, environment, make_model, make_text, run, torchrun
 
 from longlora_ext._ulysses import first_shifted_head, sequence_parallel
 
@@ -61,3 +61,55 @@ def test_every_rank_shifts_its_share_of_the_second_half(
 def test_heads_split_in_another_way_are_refused() -> None:
     with pytest.raises(ValueError, match="num_attention_heads is 8, but this layer has 4 heads"):
         first_shifted_head(8, 4)
+
+
+Run = list[tuple[float, float]]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+    """The loss and the gradient's norm of each step of a run of the trainer, four sequences a step."""
+    folder = tmp_path_factory.mktemp("trained")
+    text = folder / "text.txt"
+    text.write_text("".join(f"{n * n} " for n in range(3000))[: 128 * 60 - 1])  # one document, no padding
+    options: dict[str, Any] = {
+        "model_name_or_path": make_model(folder / "model"), "train_file": text,
+        "eval_file": make_text(folder / "held_out.jsonl"), "eval_tokens": 256, "max_steps": 3, "save_steps": 3,
+        "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "learning_rate": 1e-2, "warmup_steps": 0,
+        "logging_steps": 1, "max_grad_norm": 1e9,
+    }  # fmt: skip
+
+    def steps(*launcher: str, **more: Any) -> Run:
+        output = folder / f"out{len(list(folder.glob('out*')))}"
+        given = [str(part) for name, value in (options | more).items() for part in (f"--{name}", value)]
+        done = run(*given, "--output_dir", output, launcher=launcher)
+        assert done.returncode == 0, done.stdout + done.stderr
+        history = json.loads((output / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
+        return [(entry["loss"], entry["grad_norm"]) for entry in history if "loss" in entry]
+
+    return steps
+
+
+@pytest.fixture(scope="module")
+def alone(trained: Callable[..., Run]) -> Run:
+    return trained()
+
+
+@pytest.mark.parametrize(
+    ("processes", "config"),
+    [
+        (2, "zero2"),
+        *(pytest.param(n, c, marks=pytest.mark.full) for n, c in ((2, "zero3"), (4, "zero2"), (4, "zero3"))),
+    ],
+)
+def test_the_trainer_shares_sequences(trained: Callable[..., Run], alone: Run, processes: int, config: str) -> None:
+    """Pairs of processes. With DeepSpeed's own reduction the norms would be twice too large under ZeRO-2."""
+    found = trained(
+        *deepspeed(processes),
+        sequence_parallel_size=2,
+        gradient_accumulation_steps=4 * 2 // processes,
+        deepspeed=ROOT / "examples" / "ds_configs" / f"{config}.json",
+    )
+    assert len(found) == 3
+    for ours, theirs in zip(found, alone, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
