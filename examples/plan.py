@@ -1,0 +1,185 @@
+#!/usr/bin/env python
+"""What a fine-tuning run needs, before anything is loaded: memory of each GPU, computation, the longest context.
+
+    python examples/plan.py --model meta-llama/Llama-2-7b-hf --context 32768 --gpus 8 --zero 3
+
+Only the model's config is read. Its weights are never made: layers run on shapes alone, and what they would hold and
+compute is counted. It plans for what finetune_llama.py does: bf16, LoRA with trained embedding and norms under
+DeepSpeed, activation checkpointing, and the loss in tiles; the other columns show what the last two are worth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where installed, says that it found no GPU
+from planner import MOST, Plan, Run, Way
+from suitable import check_attention
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
+
+from longlora_ext.context import context_length
+
+WAYS = {
+    "default": Way(),
+    "whole logits": Way(tiled_loss=False),
+    "no checkpoints": Way(checkpointing=False),
+}
+GLOBAL_BATCH = 64
+
+_LLAMA_2 = {"vocab_size": 32000, "max_position_embeddings": 4096}
+_LLAMA_3 = {"vocab_size": 128256, "max_position_embeddings": 8192, "num_key_value_heads": 8, "rope_theta": 500000.0}
+#: Configs that are known without a hub: width, width of the MLP, layers, heads, and the rest.
+PRESETS: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
+    "llama-2-7b": (4096, 11008, 32, 32, _LLAMA_2),
+    "llama-2-13b": (5120, 13824, 40, 40, _LLAMA_2),
+    "llama-2-70b": (8192, 28672, 80, 64, {**_LLAMA_2, "num_key_value_heads": 8}),
+    "llama-3-8b": (4096, 14336, 32, 32, _LLAMA_3),
+    "llama-3-70b": (8192, 28672, 80, 64, _LLAMA_3),
+}
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="python examples/plan.py --model MODEL [OPTIONS]",
+    )
+    parser.add_argument(
+        "--model",
+        required=True,
+        help=f"a folder, a hub name, a config.json, or one that is known here: {', '.join(PRESETS)}",
+    )
+    parser.add_argument("--context", type=int, help="tokens of a sequence (default: four times the model's)")
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs in all (default: 1)")
+    parser.add_argument("--zero", type=int, choices=range(4), default=2, help="stage of ZeRO; 0 is none (default: 2)")
+    parser.add_argument("--offload", action="store_true", help="ZeRO-3 with weights and optimizer in the host's memory")
+    parser.add_argument("--batch", type=int, default=1, help="sequences on a GPU at a time (default: 1)")
+    parser.add_argument("--full_finetune", action="store_true", help="all weights are trained")
+    parser.add_argument("--lora_r", type=int, default=8, help="rank of the adapter (default: 8)")
+    parser.add_argument("--gpu_memory", type=float, default=80, metavar="GB", help="of one GPU (default: 80)")
+    parser.add_argument("--json", action="store_true", help="print the numbers, in bytes and operations, as JSON")
+    options = parser.parse_args(arguments)
+    for name in ("context", "gpus", "batch", "lora_r", "gpu_memory"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            parser.error(f"--{name} must be above 0, got {value}")
+    if options.offload and options.zero != 3:
+        parser.error("--offload goes with --zero 3 (examples/ds_configs/zero3_offload.json)")
+    return options
+
+
+def read_config(model: str) -> PreTrainedConfig:
+    """The config of what `--model` names."""
+    if model in PRESETS and not Path(model).exists():
+        hidden, intermediate, layers, heads, rest = PRESETS[model]
+        return LlamaConfig(
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            **rest,
+        )
+    config = AutoConfig.from_pretrained(model)
+    check_attention(config)
+    return config
+
+
+def figures(options: argparse.Namespace) -> dict[str, Any]:
+    """All that is printed, in bytes, operations and tokens."""
+    config = read_config(options.model)
+    context = options.context or 4 * context_length(config)
+    run = Run(
+        zero=options.zero,
+        offload=options.offload,
+        gpus=options.gpus,
+        batch=options.batch,
+        full_finetune=options.full_finetune,
+        lora_r=options.lora_r,
+    )
+    plan = Plan(config, context, run)
+    memory, available = {name: plan.memory(way) for name, way in WAYS.items()}, int(options.gpu_memory * 1e9)
+    return {
+        "model": options.model,
+        "context": context,
+        "model_context": context_length(config),
+        "run": {name: value for name, value in asdict(run).items() if name not in ("dtype", "scratch")},
+        "parameters": plan.parameters,
+        "memory": memory,
+        "total": {name: sum(parts.values()) for name, parts in memory.items()},
+        "host_memory": plan.host_memory(),
+        "gpu_memory": available,
+        "longest_context": {name: plan.longest(way, available) for name, way in WAYS.items()},
+        "flops_of_a_sequence": {"s2": plan.flops(), "dense": plan.flops(dense=True)},
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """The figures to read."""
+    run, parameters, context = found["run"], found["parameters"], found["context"]
+    zero = f"ZeRO-{run['zero']}{' with offload' if run['offload'] else ''}" if run["zero"] else "no ZeRO"
+    trained = "all weights" if run["full_finetune"] else f"LoRA r={run['lora_r']}, embedding and norms"
+    lines = [
+        f"{found['model']}: {found['model_context']:,} -> {context:,} tokens, {run['gpus']} GPUs, {zero}, "
+        f"batch {run['batch']} a GPU, bf16, {trained}",
+        f"parameters: {parameters['trainable']:,} trained ({parameters['lora']:,} of LoRA), "
+        f"{parameters['frozen']:,} frozen",
+        "",
+        f"{'GB on each GPU':<32}" + "".join(f"{name:>16}" for name in WAYS),
+    ]
+
+    def row(name: str, values: list[str]) -> str:
+        return f"{name:<32}" + "".join(f"{value:>16}" for value in values)
+
+    memory, total = found["memory"], found["total"]
+    for part in memory["default"]:
+        lines.append(row(part, [f"{memory[name][part] / 1e9:,.2f}" for name in WAYS]))
+    lines.append(row("together", [f"{total[name] / 1e9:,.2f}" for name in WAYS]))
+    fits = ["yes" if total[name] <= found["gpu_memory"] else "no" for name in WAYS]
+    lines.append(row(f"fits in {found['gpu_memory'] / 1e9:g} GB", fits))
+    lines.append(row("longest context that fits", [_tokens(found["longest_context"][name]) for name in WAYS]))
+    if run["offload"]:
+        lines.append(f"in the host's memory: {found['host_memory'] * run['gpus'] / 1e9:,.1f} GB")
+    s2, dense = found["flops_of_a_sequence"]["s2"], found["flops_of_a_sequence"]["dense"]
+    lines += ["", f"{'TFLOP, forward and backward':<32}{'S2-Attn':>16}{'dense':>16}{'dense / S2':>16}"]
+    for name, what, scale in (
+        ("attention of a sequence", "attention", 1e12),
+        ("all of a sequence", "all", 1e12),
+        ("of a token", "all", 1e12 * context),
+        (f"of a step of {GLOBAL_BATCH} sequences", "all", 1e12 / GLOBAL_BATCH),
+    ):
+        values = [f"{flops[what] / scale:,.4g}" for flops in (s2, dense)]
+        lines.append(row(name, [*values, f"{dense[what] / s2[what]:.2f}"]))
+    lines += [
+        "",
+        "default: activation checkpointing (all but a layer's input is computed again) and the loss in tiles, as",
+        "finetune_llama.py does. Attention counts the pairs attended to, half of the square for dense. Gradients are",
+        "counted as if all were there in the backward pass. No GPU has confirmed these figures yet.",
+    ]
+    return "\n".join(lines)
+
+
+def _tokens(longest: int) -> str:
+    return f"{longest:,}" if 0 < longest < MOST else "none" if longest == 0 else f"over {MOST:,}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of one library about another
+    try:
+        found = figures(options)
+    except (OSError, ValueError, ImportError) as error:
+        print(f"plan.py: error: --model {options.model}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(json.dumps(found, indent=2) if options.json else table(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""What a fine-tuning run would take, memory of each GPU by part and computation, from a model's config alone.
+
+Weights and what the optimizer keeps are arithmetic. What a step holds and computes is counted on models of two and of
+three layers that run without numbers (`dry_run`): each further layer takes what the third one added.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from arguments import CHECKPOINTING
+from dry_run import Step, cuda_scratch, dry_run
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from longlora_ext.adapter import lora_config, prepare_model
+from longlora_ext.context import context_length, extend_config
+from longlora_ext.loss import refusal, tile_loss
+
+#: Bytes that no tensor shows: CUDA's context, the libraries' workspaces, gaps in the allocator. Assumed, not computed.
+UNSEEN = 2 * 10**9
+#: ZeRO-3 keeps up to so many parameters gathered: DeepSpeed's `stage3_max_live_parameters`, by default.
+LIVE_PARAMETERS = 10**9
+#: A context that is searched for is a multiple of this.
+GRAIN = 1024
+#: No longer one is searched for.
+MOST = 2**24
+
+DS_CONFIGS = Path(__file__).resolve().parent / "ds_configs"
+FEW, MORE = 2, 3  # layers of the models that are run
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a model is trained."""
+
+    zero: int = 2
+    offload: bool = False
+    gpus: int = 1
+    batch: int = 1  # sequences on a GPU at a time
+    full_finetune: bool = False
+    lora_r: int = 8
+    dtype: torch.dtype = torch.bfloat16
+    scratch: Callable[[torch.Tensor], int] = cuda_scratch  # bytes of the attention's own, given q
+
+
+@dataclass(frozen=True)
+class Way:
+    """What it does about activations."""
+
+    checkpointing: bool = True
+    tiled_loss: bool = True
+    dense: bool = False
+
+
+class Plan:
+    """
+    A model of a config, trained on sequences of `tokens` tokens.
+
+    Args:
+        config: The base model's. If its context is shorter it is extended.
+        tokens: The context.
+        run: How it is trained.
+
+    Raises:
+        ValueError: The model cannot be extended so far.
+    """
+
+    def __init__(self, config: PreTrainedConfig, tokens: int, run: Run) -> None:
+        self.base, self.tokens, self.run = config, tokens, run
+        self.config = copy.deepcopy(config)
+        if tokens > context_length(config):
+            rope_type = config.rope_parameters.get("rope_type", "default")
+            self.config = extend_config(config, tokens, rope_type="linear" if rope_type == "default" else rope_type)
+        self.layers: int = config.num_hidden_layers
+        self.step = cache(self._step)
+
+    @cached_property
+    def parameters(self) -> dict[str, int]:
+        """How many are trained (of these LoRA's), and how many are not. PEFT keeps the base model's embedding and norms
+        beside those that are trained: they count as not trained."""
+        named = dict(self.model(self.layers, Way()).named_parameters())
+        trainable = {name: parameter.numel() for name, parameter in named.items() if parameter.requires_grad}
+        return {
+            "trainable": sum(trainable.values()),
+            "lora": sum(count for name, count in trainable.items() if ".lora_" in name),
+            "frozen": sum(parameter.numel() for parameter in named.values()) - sum(trainable.values()),
+        }
+
+    def model(self, layers: int, way: Way) -> Any:
+        """The model with so many layers, on the meta device, as DeepSpeed trains it: its fp32 masters are elsewhere."""
+        config = copy.deepcopy(self.config)
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+        if way.dense:
+            config.s2attn_mode = "dense"
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="s2attn", dtype=self.run.dtype)
+            lora = None if self.run.full_finetune else lora_config(model, r=self.run.lora_r)
+            model = prepare_model(model, lora)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(self.run.dtype)
+        if way.checkpointing:
+            getattr(model, f"{CHECKPOINTING}_enable")({"use_reentrant": False})
+        if way.tiled_loss and refusal(model) is None:
+            tile_loss(model)
+        return model.train()
+
+    def _step(self, way: Way) -> Step:
+        """One forward and backward pass of the whole model on one GPU."""
+        if self.layers <= MORE:
+            return self._run(self.layers, way)
+        few, more, further = self._run(FEW, way), self._run(MORE, way), self.layers - MORE
+        flops = {op: more.flops[op] + further * (more.flops[op] - few.flops[op]) for op in more.flops}
+        kept, peak = (now + further * (now - then) for now, then in ((more.kept, few.kept), (more.peak, few.peak)))
+        return Step(kept, peak, Counter(flops))
+
+    def _run(self, layers: int, way: Way) -> Step:
+        return dry_run(self.model(layers, way), self.run.batch, self.tokens, self.run.scratch)
+
+    def memory(self, way: Way) -> dict[str, int]:
+        """Bytes of each GPU by part."""
+        run, size = self.run, self.run.dtype.itemsize
+        trainable, frozen = self.parameters["trainable"], self.parameters["frozen"]
+        cut = [run.gpus if run.zero >= stage else 1 for stage in range(4)]  # by what each stage divides
+        on_gpu = 0 if run.offload else 1
+        parts = {
+            "frozen weights": on_gpu * size * frozen // cut[3],
+            "trained weights": on_gpu * size * trainable // cut[3],
+            "gradients": on_gpu * size * trainable // cut[2],
+            "fp32 masters, Adam's moments": on_gpu * (12 if size == 2 else 8) * trainable // cut[1],
+            "ZeRO's buffers": self._buffers(),
+            "activations kept": self.step(way).kept,
+            "work of a layer or the loss": self.step(way).peak - self.step(way).kept,
+            "CUDA and gaps (assumed)": UNSEEN,
+        }
+        return parts
+
+    def host_memory(self) -> int:
+        """Bytes of the host's memory that each GPU's process fills, with offload."""
+        trainable, frozen = self.parameters["trainable"], self.parameters["frozen"]
+        return self.run.offload * (2 * (trainable + frozen) + 14 * trainable) // self.run.gpus
+
+    def _buffers(self) -> int:
+        """What ZeRO gathers and reduces in, as the configurations of ds_configs/ have it."""
+        run, total = self.run, self.parameters["trainable"] + self.parameters["frozen"]
+        if run.zero == 0:
+            return 0
+        zero = json.loads((DS_CONFIGS / f"zero{3 if run.zero == 3 else 2}.json").read_text())["zero_optimization"]
+        bucket = zero["reduce_bucket_size"]
+        bucket = self.config.hidden_size**2 if bucket == "auto" else bucket  # as transformers fills it in
+        elements = 2 * min(bucket, self.parameters["trainable"])  # one is filled while the other is sent
+        return run.dtype.itemsize * (elements + (min(total, LIVE_PARAMETERS) if run.zero == 3 else 0))
+
+    def flops(self, dense: bool = False) -> dict[str, int]:
+        """Floating-point operations of a forward and backward pass of one sequence, activations computed again."""
+        flops = self.step(Way(dense=dense)).flops
+        attention = sum(count for op, count in flops.items() if op.startswith("longlora."))
+        return {"attention": attention // self.run.batch, "all": sum(flops.values()) // self.run.batch}
+
+    def longest(self, way: Way, memory: int) -> int:
+        """The longest context, a multiple of `GRAIN` up to `MOST`, that fits in so many bytes; 0 if there is none."""
+
+        room = memory - sum(self.memory(way).values()) + self.step(way).peak
+
+        def peak(tokens: int) -> int:
+            return Plan(self.base, tokens, self.run).step(way).peak
+
+        low, high, peaks = 0, 8, {0: 0}
+        while high * GRAIN <= MOST and peaks.setdefault(high, peak(high * GRAIN)) <= room:
+            low, high = high, 2 * high
+        if high * GRAIN > MOST:
+            return MOST
+        while high - low > 1:  # a peak is nearly a straight line of the tokens
+            line = low + (room - peaks[low]) * (high - low) // (peaks[high] - peaks[low])
+            middle = min(max(line, low + 1), high - 1)
+            peaks[middle] = peak(middle * GRAIN)
+            low, high = (middle, high) if peaks[middle] <= room else (low, middle)
+        return low * GRAIN

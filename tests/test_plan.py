@@ -1,0 +1,217 @@
+"""The planner against what is: parameters of models, memory that an allocator saw, operations that the paper counts."""
+
+import json
+from pathlib import Path
+
+import plan as command
+import pytest
+import torch
+from dry_run import Counts, cpu_scratch, cuda_scratch
+from planner import GRAIN, Plan, Run, Way
+from tiny_models import CONFIGS, tiny_config
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
+
+from longlora_ext._flops import attended_pairs
+from longlora_ext.adapter import lora_config, prepare_model
+from longlora_ext.loss import tile_loss
+from longlora_ext.ops import s2attn
+from longlora_ext.reference import s2attn_mask
+
+LLAMA_2_7B = command.read_config("llama-2-7b")
+
+
+# Parameters -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_parameters_are_those_of_the_model_that_trains(family: str, full: bool) -> None:
+    config = tiny_config(family, num_hidden_layers=4)
+    model = AutoModelForCausalLM.from_config(config)
+    model = prepare_model(model, None if full else lora_config(model, r=4))
+    counts = {True: 0, False: 0}
+    for parameter in model.parameters():
+        counts[parameter.requires_grad] += parameter.numel()
+    found = Plan(config, 128, Run(full_finetune=full, lora_r=4)).parameters
+    assert (found["trainable"], found["frozen"]) == (counts[True], counts[False])
+    assert (found["lora"] > 0) == (not full)
+
+
+def test_parameters_of_llama_2_7b() -> None:
+    found = Plan(LLAMA_2_7B, 32768, Run()).parameters
+    embedding, norms = 32000 * 4096, 65 * 4096
+    assert found == {"trainable": 8_388_608 + embedding + norms, "lora": 8_388_608, "frozen": 6_738_415_616}
+
+
+# Memory -----------------------------------------------------------------------------------------------------
+
+
+def small(layers: int = 6) -> PreTrainedConfig:
+    return LlamaConfig(
+        vocab_size=3000, hidden_size=64, intermediate_size=160, num_hidden_layers=layers, num_attention_heads=8,
+        num_key_value_heads=2, max_position_embeddings=256, attention_dropout=0.0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "way",
+    [Way(), Way(tiled_loss=False), Way(checkpointing=False), Way(dense=True)],
+    ids=["default", "whole logits", "no checkpoints", "dense"],
+)
+def test_activations_take_what_the_allocator_saw(way: Way, tmp_path: Path, monkeypatch) -> None:
+    """The peak of a step on the CPU, by torch's profiler, within 5%: the plan runs two and three layers, this is six."""
+    monkeypatch.setattr(tile_loss, "__defaults__", (2**18,))  # tiles of a small model's size
+    plan = Plan(small(), 1024, Run(dtype=torch.float32, scratch=cpu_scratch))
+    planned = plan.step(way).peak
+    model = plan.model(6, way).to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    for module in model.modules():  # to_empty left it without numbers
+        if hasattr(module, "inv_freq"):
+            module.inv_freq.fill_(0.1)
+    measured = peak_of_a_step(model, 1024, tmp_path / "trace.json")
+    assert planned == pytest.approx(measured, rel=0.05)
+    assert planned > 5e6
+
+
+def peak_of_a_step(model: torch.nn.Module, tokens: int, trace: Path) -> int:
+    """Bytes that the CPU's allocator had given out at most, beyond those at the start."""
+    ids = torch.randint(0, 3000, (1, tokens))
+    model(input_ids=ids[:, :64], labels=ids[:, :64], use_cache=False).loss.backward()  # what is made once
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+    profile.export_chrome_trace(str(trace))
+    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event["ts"]):
+        live += event["args"]["Bytes"]
+        peak = max(peak, live)
+    return peak
+
+
+def test_what_zero_divides() -> None:
+    """The formulas of the ZeRO paper, for 16 bits and Adam, of trained and frozen weights."""
+    config, gpus = small(), 4
+    parameters = Plan(config, 1024, Run()).parameters
+    trained, frozen = parameters["trainable"], parameters["frozen"]
+    states = ("frozen weights", "trained weights", "gradients", "fp32 masters, Adam's moments")
+    expected = {
+        0: 2 * frozen + 16 * trained,
+        1: 2 * frozen + 4 * trained + 12 * trained // gpus,
+        2: 2 * frozen + 2 * trained + 14 * trained // gpus,
+        3: (2 * frozen + 16 * trained) // gpus,
+    }
+    for zero, want in expected.items():
+        memory = Plan(config, 1024, Run(zero=zero, gpus=gpus)).memory(Way())
+        assert sum(memory[part] for part in states) == pytest.approx(want, abs=gpus)
+    offload = Plan(config, 1024, Run(zero=3, gpus=gpus, offload=True))
+    parts = offload.memory(Way())
+    assert [parts[part] for part in states] == [0, 0, 2 * trained // gpus, 0]
+    assert offload.host_memory() > (2 * frozen + 14 * trained) // gpus
+
+
+def test_the_longest_context_is_the_longest() -> None:
+    run, way = Run(zero=3, gpus=8), Way()
+    config = command.read_config("llama-2-13b")
+    longest = Plan(config, 65536, run).longest(way, 80 * 10**9)
+    total = [sum(Plan(config, tokens, run).memory(way).values()) for tokens in (longest, longest + GRAIN)]
+    assert total[0] <= 80 * 10**9 < total[1]
+    assert longest > 65536  # what the paper trained on such a machine (Table 4), with the logits whole
+    assert Plan(config, 65536, Run(zero=2)).longest(way, 10 * 10**9) == 0
+
+
+def test_the_attention_scratch_is_counted() -> None:
+    plan = Plan(LLAMA_2_7B, 8192, Run())
+    q = torch.empty(1, 8192, 32, 128, device="meta")
+    without = Plan(LLAMA_2_7B, 8192, Run(scratch=lambda q: 0))
+    model = plan.model(1, Way())
+    peaks = []
+    for scratch in (lambda q: 0, cuda_scratch):
+        counts = Counts(model, scratch)
+        with counts:
+            x = q.clone().requires_grad_()
+            s2attn(x, x, x, 2048).sum().backward()
+        peaks.append(counts.peak)
+    assert peaks[1] - peaks[0] > 0.9 * 4 * q.numel()
+    assert plan.step(Way()).peak >= without.step(Way()).peak
+
+
+# Computation ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens, group, first", [(37, 8, 2), (64, 16, 0), (7, 16, 4), (50, 100, 4)])
+def test_pairs_are_those_of_the_definition(tokens: int, group: int, first: int) -> None:
+    seen = [int(s2attn_mask(tokens, group, shifted).sum()) for shifted in (False, True)]
+    assert attended_pairs(tokens, group, 4, first) == first * seen[0] + (4 - first) * seen[1]
+
+
+def test_torch_counts_the_operator() -> None:
+    """Dense attention by our operator is half of what torch counts for its own, which it takes for a square."""
+    q, k, v = (torch.randn(2, 256, 4, 16, requires_grad=True) for _ in range(3))
+    with FlopCounterMode(display=False) as ours:
+        s2attn(q, k, v, 256, first_shifted_head=4).sum().backward()
+    with FlopCounterMode(display=False) as torchs:
+        out = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
+        out.sum().backward()
+    assert ours.get_total_flops() == pytest.approx(torchs.get_total_flops() / 2, rel=0.01)
+
+
+@pytest.mark.parametrize("tokens, full, s2", [(32768, 996, 574), (65536, 3118, 1429)])
+def test_table_11_of_the_paper(tokens: int, full: float, s2: float) -> None:
+    """
+    TFLOPs of Llama-2-7B's forward pass, https://arxiv.org/abs/2309.12307.
+
+    The paper counts whole squares of scores: of the sequence, and of its four groups. Ours are the pairs on and below
+    the diagonal, half of a square; and the first group of a shifted head has half the length, which makes S2-Attn
+    15/64 of dense attention, not 1/4. The rest is equal: projections, MLP, and the output layer.
+    """
+    counted = {}
+    for dense in (False, True):
+        plan = Plan(LLAMA_2_7B, tokens, Run(full_finetune=True))
+        step = plan.step(Way(checkpointing=False, tiled_loss=False, dense=dense))
+        # Of three products one is of the forward pass; of full fine-tuning, where each weight has its gradient.
+        rest = step.flops["aten.mm"] / 3 / 1e12
+        counted[dense] = step.flops["longlora.s2attn_fwd"] / 1e12, rest
+    (ours_s2, rest), (ours_dense, _) = counted[False], counted[True]
+    assert rest + 2 * ours_dense == pytest.approx(full, rel=1e-3)
+    assert rest + 2 * ours_dense / 4 == pytest.approx(s2, rel=1e-3)
+    assert ours_s2 / ours_dense == pytest.approx(15 / 64, rel=1e-3)
+
+
+# The command ------------------------------------------------------------------------------------------------
+
+
+def test_the_table_and_its_numbers(tmp_path: Path, capsys) -> None:
+    small().save_pretrained(tmp_path)  # a config.json and no weights
+    for model in (tmp_path, tmp_path / "config.json"):
+        assert command.main(["--model", str(model), "--context", "1024", "--gpus", "8", "--zero", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert "256 -> 1,024 tokens, 8 GPUs, ZeRO-3, batch 1 a GPU, bf16, LoRA r=8, embedding and norms" in printed
+    assert command.main(["--model", str(tmp_path), "--gpus", "8", "--zero", "3", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["context"] == 1024 and found["run"]["gpus"] == 8
+    for way, parts in found["memory"].items():
+        assert found["total"][way] == sum(parts.values())
+        assert f"{parts['activations kept'] / 1e9:,.2f}" in printed
+    flops = found["flops_of_a_sequence"]
+    assert 4 < flops["dense"]["attention"] / flops["s2"]["attention"] < 4.5
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--model", "nowhere/none"], "plan.py: error: --model nowhere/none: "),
+        (["--model", "llama-2-7b", "--gpus", "0"], "--gpus must be above 0, got 0"),
+        (["--model", "llama-2-7b", "--offload"], "--offload goes with --zero 3"),
+        (["--model", "llama-2-7b", "--zero", "4"], "invalid choice"),
+    ],
+)
+def test_mistakes_end_in_one_line(options: list[str], message: str, capsys) -> None:
+    try:
+        assert command.main(options) == 2
+    except SystemExit as end:
+        assert end.code == 2
+    assert message in capsys.readouterr().err
