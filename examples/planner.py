@@ -31,7 +31,7 @@ LIVE_PARAMETERS = 10**9
 #: A context that is searched for is a multiple of this.
 GRAIN = 1024
 #: No longer one is searched for.
-MOST = 2**24
+MOST = 2**21
 
 DS_CONFIGS = Path(__file__).resolve().parent / "ds_configs"
 FEW, MORE = 2, 3  # layers of the models that are run

@@ -28,6 +28,9 @@ from longlora_ext._lora import LoraWeights, NeedsWholeModel
 from longlora_ext._record import apply_record, check_shape, check_weights, read_record
 from longlora_ext.context import CONFIG_FIELDS
 
+#: What a run writes into the folder that it made, about itself.
+MANIFEST = "run.json"
+
 _log = logging.getLogger(__name__)
 
 
@@ -52,7 +55,7 @@ def merge(
             The adapter folder.
         output_folder (`str` or `os.PathLike`):
             Must not exist, or be empty; it appears when it is complete. The tokenizer comes along, from the
-            adapter folder or else from the base model.
+            adapter folder or else from the base model, and the run's manifest (`run.json`), if there is one.
         base_model (`str`, *optional*):
             Where the base model is now, if not where it was in training.
         dtype (`torch.dtype` or `str`, *optional*):
@@ -86,6 +89,8 @@ def merge(
     with _writing(target), appearing(target) as unfinished:
         if tokenizer:
             tokenizer.save_pretrained(unfinished)
+        if (folder / MANIFEST).is_file():
+            shutil.copy(folder / MANIFEST, unfinished)
         write(unfinished)
 
 

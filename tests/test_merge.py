@@ -139,7 +139,9 @@ def test_dtypes_configs_and_what_lies_beside(tmp_path: Path) -> None:
     base = fp32_base(tmp_path / "base")
     GenerationConfig(eos_token_id=2, temperature=0.5, do_sample=True).save_pretrained(base)
     adapter = save_random_adapter(base, tmp_path / "adapter")
+    (adapter / "run.json").write_text('{"arguments": []}')
     merge(adapter, tmp_path / "merged", dtype="bfloat16")
+    assert (tmp_path / "merged/run.json").read_text() == '{"arguments": []}'
     assert {weight.dtype for weight in load_file(tmp_path / "merged/model.safetensors").values()} == {torch.bfloat16}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert model.dtype == torch.bfloat16 and model.generation_config.temperature == 0.5

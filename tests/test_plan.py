@@ -60,7 +60,7 @@ def small(layers: int = 6) -> PreTrainedConfig:
     ids=["default", "whole logits", "no checkpoints", "dense"],
 )
 def test_activations_take_what_the_allocator_saw(way: Way, tmp_path: Path, monkeypatch) -> None:
-    """The peak of a step on the CPU, by torch's profiler, within 5%: the plan runs two and three layers, this is six."""
+    """The peak of a step on the CPU, by torch's profiler, within 5%. The plan runs two and three layers of six."""
     monkeypatch.setattr(tile_loss, "__defaults__", (2**18,))  # tiles of a small model's size
     plan = Plan(small(), 1024, Run(dtype=torch.float32, scratch=cpu_scratch))
     planned = plan.step(way).peak
@@ -149,14 +149,11 @@ def test_pairs_are_those_of_the_definition(tokens: int, group: int, first: int) 
 
 
 def test_torch_counts_the_operator() -> None:
-    """Dense attention by our operator is half of what torch counts for its own, which it takes for a square."""
+    """Two products of matrices in the forward pass and five in the backward pass, on half of a square."""
     q, k, v = (torch.randn(2, 256, 4, 16, requires_grad=True) for _ in range(3))
-    with FlopCounterMode(display=False) as ours:
+    with FlopCounterMode(display=False) as counter:
         s2attn(q, k, v, 256, first_shifted_head=4).sum().backward()
-    with FlopCounterMode(display=False) as torchs:
-        out = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
-        out.sum().backward()
-    assert ours.get_total_flops() == pytest.approx(torchs.get_total_flops() / 2, rel=0.01)
+    assert counter.get_total_flops() == (2 + 5) * 2 * 16 * 2 * 4 * 256 * 257 // 2
 
 
 @pytest.mark.parametrize("tokens, full, s2", [(32768, 996, 574), (65536, 3118, 1429)])
@@ -186,11 +183,11 @@ def test_table_11_of_the_paper(tokens: int, full: float, s2: float) -> None:
 
 def test_the_table_and_its_numbers(tmp_path: Path, capsys) -> None:
     small().save_pretrained(tmp_path)  # a config.json and no weights
-    for model in (tmp_path, tmp_path / "config.json"):
-        assert command.main(["--model", str(model), "--context", "1024", "--gpus", "8", "--zero", "3"]) == 0
+    options = ["--gpus", "8", "--zero", "3", "--gpu_memory", "2.1"]
+    assert command.main(["--model", str(tmp_path / "config.json"), "--context", "1024", *options]) == 0
     printed = capsys.readouterr().out
     assert "256 -> 1,024 tokens, 8 GPUs, ZeRO-3, batch 1 a GPU, bf16, LoRA r=8, embedding and norms" in printed
-    assert command.main(["--model", str(tmp_path), "--gpus", "8", "--zero", "3", "--json"]) == 0
+    assert command.main(["--model", str(tmp_path), *options, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["context"] == 1024 and found["run"]["gpus"] == 8
     for way, parts in found["memory"].items():
