@@ -109,7 +109,7 @@ def test_what_zero_divides() -> None:
         assert sum(memory[part] for part in states) == pytest.approx(want, abs=gpus)
     offload = Plan(config, 1024, Run(zero=3, gpus=gpus, offload=True))
     parts = offload.memory(Way())
-    assert [parts[part] for part in states] == [0, 0, 2 * trained // gpus, 0]
+    assert [parts[part] for part in states] == [0, 0, 0, 0]  # gradients too go to the optimizer in the host's memory
     assert offload.host_memory() > (2 * frozen + 14 * trained) // gpus
 
 
