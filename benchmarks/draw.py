@@ -1,7 +1,13 @@
-"""The plot of what `attention.py` measured: rates and time over the length, one curve for each provider."""
+"""The plot of what `attention.py` measured: rates and time over the length, one curve for each provider.
+
+python benchmarks/draw.py benchmarks/results/attention_cpu.json                            all shapes
+python benchmarks/draw.py benchmarks/results/attention_cpu.json head_dim=128 kv_heads=8    some of them
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +69,17 @@ def draw(run: dict[str, Any], path: Path) -> None:
     figure.suptitle(f"rates over attended pairs; {machine}", fontsize="medium")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments or arguments[0].startswith("-"):
+        sys.exit((__doc__ or "").strip())
+    path, *only = arguments
+    run = json.loads(Path(path).read_text())
+    for key, value in (condition.split("=") for condition in only):
+        run["points"] = [point for point in run["points"] if str(point[key]) in value.split(",")]
+    draw(run, Path(path).with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
