@@ -43,13 +43,19 @@ def batches(rank: int = 0) -> Iterable[dict[str, torch.Tensor]]:
         yield {"input_ids": ids, "labels": ids}
 
 
-def train(model: torch.nn.Module) -> None:
+def joined_batches() -> Iterable[dict[str, torch.Tensor]]:
+    """What two ranks see in a step, as one batch; each row has as many tokens, so that its mean loss is theirs."""
+    for first, second in zip(batches(0), batches(1), strict=True):
+        yield {name: torch.cat([first[name], second[name]]) for name in first}
+
+
+def train(model: torch.nn.Module, data: Iterable[dict[str, torch.Tensor]] | None = None) -> None:
     """Twenty steps of AdamW without any launcher."""
     model.train()
     optimizer = torch.optim.AdamW(
         [weight for weight in model.parameters() if weight.requires_grad], lr=LEARNING_RATE, weight_decay=0.0
     )
-    for batch in batches():
+    for batch in batches() if data is None else data:
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -67,13 +73,15 @@ def lora_a(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def moved(saved: dict[str, torch.Tensor], base: dict[str, torch.Tensor]) -> dict[str, float]:
     """The part of the weights of each saved tensor that differ from where they began."""
-    parts = {}
-    for name, weight in saved.items():
-        origin = base.get(name, base.get(name.removeprefix("base_model.model.")))
-        if ".lora_B." in name:
-            origin = torch.zeros(())
-        elif origin is None and name.endswith("lm_head.weight"):  # tied
-            origin = base["model.embed_tokens.weight"]
-        assert origin is not None, name
-        parts[name] = (weight != origin.float()).float().mean().item()
-    return parts
+    return {name: (weight != began(name, base)).float().mean().item() for name, weight in saved.items()}
+
+
+def began(name: str, base: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Where a saved tensor began, in fp32: `base` holds the base model and LoRA's random halves."""
+    origin = base.get(name, base.get(name.removeprefix("base_model.model.")))
+    if ".lora_B." in name:
+        origin = torch.zeros(())
+    elif origin is None and name.endswith("lm_head.weight"):  # tied
+        origin = base["model.embed_tokens.weight"]
+    assert origin is not None, name
+    return origin.float()

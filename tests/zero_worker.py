@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node 2 tests/zero_worker.py FOLDER ddp|zero2|zero3|zero3_offload CASE...
 
-A case is the name of a base model in FOLDER, with ".full" behind it for full fine-tuning.
+A case is the name of a base model in FOLDER, with ".full" behind it for full fine-tuning, or ".fp32" for LoRA in fp32
+throughout.
 """
 
 import sys
@@ -31,11 +32,13 @@ ZERO = {
 
 def main() -> None:
     folder, kind, cases = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
-    keep = start(kind)  # transformers remembers the DeepSpeed config as long as somebody holds it
+    start(kind)
     for case in cases:
-        base, _, full = case.partition(".")
+        base, _, variant = case.partition(".")
+        full, dtype = variant == "full", torch.float32 if variant == "fp32" else torch.bfloat16
+        keep = deepspeed_config(kind, dtype)  # transformers remembers it as long as somebody holds it
         torch.manual_seed(0)
-        model = extended_model(folder / base)
+        model = extended_model(folder / base, dtype)
         model = prepare_model(model, None if full else lora_config(model))
         if not full and dist.get_rank() == 0:
             save_file(lora_a(model), folder / f"{case}.lora_a")
@@ -53,19 +56,25 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def start(kind: str):
+def start(kind: str) -> None:
     if kind == "ddp":
         dist.init_process_group("gloo")
-        return None
+        return
     import deepspeed
-    from transformers.integrations import HfDeepSpeedConfig
 
     prepare_deepspeed()
     deepspeed.init_distributed()
+
+
+def deepspeed_config(kind: str, dtype: torch.dtype):
+    if kind == "ddp":
+        return None
+    from transformers.integrations import HfDeepSpeedConfig
+
     return HfDeepSpeedConfig(
         {
             "zero_optimization": ZERO[kind],
-            "bf16": {"enabled": True},
+            "bf16": {"enabled": dtype == torch.bfloat16},
             "train_micro_batch_size_per_gpu": 1,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
