@@ -75,6 +75,7 @@ def deepspeed_config(kind: str, dtype: torch.dtype):
         {
             "zero_optimization": ZERO[kind],
             "bf16": {"enabled": dtype == torch.bfloat16},
+            "gradient_clipping": 0.0,  # or DeepSpeed clips to 1, which training without it does not
             "train_micro_batch_size_per_gpu": 1,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
