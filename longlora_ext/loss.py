@@ -81,7 +81,7 @@ def tile_loss(model: Model, tile: int = TILE) -> Model:
         reason = "it is tiled already"
     if reason is not None:
         raise ValueError(f"the loss of {type(base).__name__} cannot be tiled: {reason}")
-    base.loss_function = _TiledLoss(base, tile)
+    base.loss_function = _TiledLoss(model, tile)
     return model
 
 
@@ -97,15 +97,16 @@ class _TiledLoss:
     what the decoder gave. So the loss is computed within the model's forward, where DDP and DeepSpeed expect it.
     """
 
-    def __init__(self, model: Any, tile: int) -> None:
-        self.model = model
+    def __init__(self, model: PreTrainedModel | PeftModel, tile: int) -> None:
+        self.model = _causal_lm(model)
         self.tile = tile
-        self.plain: Callable[..., Tensor] = model.loss_function
+        self.plain: Callable[..., Tensor] = self.model.loss_function
         self.hidden: Tensor | None = None
         self.is_due = False
         self.is_checked = False
+        # On what is called: before 0.21 PEFT goes past the hooks of the model that it wraps.
         model.register_forward_pre_hook(self._begin, with_kwargs=True)
-        model.get_decoder().register_forward_hook(self._keep)
+        self.model.get_decoder().register_forward_hook(self._keep)
 
     def _begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         self.is_due = kwargs.get("labels") is not None and "logits_to_keep" not in kwargs
