@@ -25,7 +25,7 @@ def parallelism(processes: int) -> Any:
     try:
         from accelerate.utils import DeepSpeedSequenceParallelConfig, ParallelismConfig
     except ImportError as error:
-        raise ImportError("--sequence_parallel_size needs accelerate 1.12 or newer") from error
+        raise ImportError("--sequence_parallel_size needs accelerate 1.13 or newer") from error
     how = DeepSpeedSequenceParallelConfig()
     # Its constructor knows the names of transformers' own attentions only. DeepSpeed, which reads it, takes any.
     how.sp_attn_implementation = NAME

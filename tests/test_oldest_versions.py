@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TESTS = ["attention", "attention_generate", "attention_refusals", "context", "adapter", "adapter_zero"]
 TESTS += ["data", "arguments", "run_folder", "finetune", "finetune_resume"]
 TESTS += ["chat", "samples", "dense_tail", "manifest", "stopped_runs", "evaluate", "retrieval", "generate"]
+TESTS += ["merge", "release", "loss", "checkpointing", "parallel", "documents", "perplexity", "launch"]
+# Not here: plan, which runs models on the meta device (transformers 5.4); finetune_zero, for its time.
 
 
 def oldest() -> list[str]:
