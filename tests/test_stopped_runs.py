@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import finetune_llama
+import psutil
 import pytest
 from checkpoints import complete_checkpoints, find_resumable
 from finetune_runs import SCRIPT, deepspeed, environment, losses, make_model, make_text, small_run, torchrun
@@ -68,20 +69,17 @@ def test_a_full_disk_is_one_clear_error_and_the_run_goes_on_when_there_is_room(
     assert losses(tmp_path / "out") == pytest.approx(losses(undisturbed), abs=1e-6)
 
 
-def trainers(launcher: int) -> list[int]:
-    """The processes of the script below a launcher, which may have a launcher of its own."""
-    listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(launcher)], capture_output=True, text=True).stdout
-    below = [line.split(None, 1) for line in listed.splitlines()]
-    train = [int(pid) for pid, command in below if SCRIPT.name in command and "-u" in command.split()[:3]]
-    return train or [pid for child, _ in below for pid in trainers(int(child))]
+def trainers(launcher: int) -> list[psutil.Process]:
+    """The processes that a launcher gave a rank, in the order of the ranks; not what these start themselves."""
 
+    def rank(process: psutil.Process | None) -> int | None:
+        with suppress(psutil.NoSuchProcess):
+            return int(process.environ()["RANK"]) if process and "RANK" in process.environ() else None
+        return None
 
-def is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    ranks = {process: rank(process) for process in psutil.Process(launcher).children(recursive=True)}
+    train = {process: of for process, of in ranks.items() if of is not None and rank(process.parent()) is None}
+    return sorted(train, key=train.__getitem__)
 
 
 @pytest.mark.parametrize("launcher", [torchrun, pytest.param(deepspeed, marks=pytest.mark.full)])
@@ -101,13 +99,13 @@ def test_when_a_process_dies_the_others_end_and_the_checkpoint_is_whole(
             time.sleep(0.1)
         workers = trainers(process.pid)
         assert len(workers) == 2, workers
-        os.kill(workers[rank], signal.SIGKILL)
+        workers[rank].kill()
         assert process.wait(timeout=60) != 0
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    assert not any(is_alive(worker) for worker in workers)
+    assert not any(worker.is_running() for worker in workers)
     newest = find_resumable("latest", output)
     assert newest is not None
     assert (newest / "optimizer.pt").is_file() or len(list(newest.glob("global_step*/*optim_states.pt"))) == 2
