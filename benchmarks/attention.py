@@ -34,12 +34,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from draw import draw
-from providers import PROVIDERS, Attention, NotHere, Pattern, Point, Provider
-from table import tables
 from torch import Tensor
 
+from draw import draw
 from longlora_ext import s2attn
+from providers import PROVIDERS, Attention, NotHere, Pattern, Point, Provider
+from table import tables
 
 ROOT = Path(__file__).resolve().parent.parent
 PRODUCTS = {"forward": 2, "backward": 5}  # matrix products: S and O; S again, dP, dQ, dK, dV

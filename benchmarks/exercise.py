@@ -12,9 +12,9 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from providers import Point
 
 from longlora_ext import s2attn
+from providers import Point
 
 
 def small_problems(device: str) -> None:

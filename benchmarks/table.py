@@ -50,7 +50,8 @@ def times(points: list[dict[str, Any]], names: list[str], unit: str) -> list[str
                 ms, rate = result[direction]["ms"], f"{result[direction]['tflops'] * scale:.0f}"
                 ours = point["results"]["ours"].get(direction)
                 absolute = name == "ours" or ours is None
-                cells.append(f"{ms:.3g} ms ({rate})" if absolute else f"{ms / ours['ms']:.2f}x ({rate})")
+                shown = f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
+                cells.append(f"{shown} ms ({rate})" if absolute else f"{ms / ours['ms']:.2f}x ({rate})")
             lines.append(row(cells))
     return lines
 

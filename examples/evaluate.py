@@ -16,18 +16,19 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import launch
+from runs import launch
 
-from launch import LAUNCHER, RANK, WORLD_SIZE, fail, say  # isort: skip  (first: it prepares what the libraries below look at)
-from arguments import HelpFormatter, Parser, one_clear_error
-from evaluation_folder import check_folder, claim, finish, finished, keep, kept
-from manifest import commit, versions
-from perplexity_task import SCORES, PerplexityTask
-from processes import be_quiet, decided_by_first, gathered, together
-from prompts import ADJECTIVES, NOUNS
-from retrieval_task import RetrievalTask
+from runs.launch import LAUNCHER, RANK, WORLD_SIZE, fail, say  # isort: skip  (first: it prepares what the libraries below look at)
 from tqdm import tqdm
-from use_model import add_model_options, add_scaling_options, check_scaling, open_model
+
+from evaluation.evaluation_folder import check_folder, claim, finish, finished, keep, kept
+from evaluation.perplexity_task import SCORES, PerplexityTask
+from evaluation.prompts import ADJECTIVES, NOUNS
+from evaluation.retrieval_task import RetrievalTask
+from evaluation.use_model import add_model_options, add_scaling_options, check_scaling, open_model
+from runs.processes import be_quiet, decided_by_first, gathered, together
+from runs.provenance import commit, versions
+from training.arguments import HelpFormatter, Parser, one_clear_error
 
 DESCRIPTION = """\
 Evaluate a base model, a merged model or an adapter on long texts.

@@ -19,28 +19,12 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from launch import RANK, fail, say  # isort: skip  (first: it prepares what the libraries below look at)
+from runs.launch import RANK, fail, say  # isort: skip  (first: it prepares what the libraries below look at)
 import datasets
 import torch
 import transformers
 from accelerate import PartialState
-from arguments import DataOptions, ModelOptions, compute_dtype, one_clear_error, parse
-from chat import give_template
-from checkpoints import CompletionMarker, step_of
-from convert_gguf import convert_gguf
-from corpus import stdlib_documents
-from data import PackedSequences, Tokenised, hold_out, load_documents, tokenise
-from dense_tail import DenseTail
-from full_disk import writing_to
-from manifest import check_repeats, describe, finish, repeated
-from measure import AFTER, Measurement, choose_documents, choose_samples
 from peft import PeftModel
-from plot import loss_curve
-from report import banner, results
-from run_folder import begin, claim, read_marker
-from run_settings import settings
-from samples import SampleRows, Samples, hold_out_samples, pad_rows, read_samples
-from suitable import check_attention, check_tokenizer, check_tokens, check_training, padding_token
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -53,13 +37,29 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from ulysses import UlyssesTrainer, check_sequence_parallel
 
 import longlora_ext.attention  # noqa: F401  (registers attn_implementation="s2attn")
+from inputs.chat import give_template
+from inputs.corpus import stdlib_documents
+from inputs.data import PackedSequences, Tokenised, hold_out, load_documents, tokenise
+from inputs.samples import SampleRows, Samples, hold_out_samples, pad_rows, read_samples
 from longlora_ext.adapter import lora_config, prepare_model, save_adapter
 from longlora_ext.attention import DEFAULT_GROUP_RATIO, even_group_size
 from longlora_ext.context import context_length, extend_config
 from longlora_ext.loss import refusal, tile_loss
+from runs.checkpoints import CompletionMarker, step_of
+from runs.full_disk import writing_to
+from runs.run_folder import begin, claim, read_marker
+from training.arguments import DataOptions, ModelOptions, compute_dtype, one_clear_error, parse
+from training.convert_gguf import convert_gguf
+from training.dense_tail import DenseTail
+from training.manifest import check_repeats, describe, finish, repeated
+from training.measure import AFTER, Measurement, choose_documents, choose_samples
+from training.plot import loss_curve
+from training.report import banner, results
+from training.run_settings import settings
+from training.suitable import check_attention, check_tokenizer, check_tokens, check_training, padding_token
+from training.ulysses import UlyssesTrainer, check_sequence_parallel
 
 
 def main(argv: Sequence[str]) -> None:

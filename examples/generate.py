@@ -11,16 +11,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import launch
+from runs import launch
 
-from launch import WORLD_SIZE, fail  # isort: skip  (first: it prepares what the libraries below look at)
+from runs.launch import WORLD_SIZE, fail  # isort: skip  (first: it prepares what the libraries below look at)
 import torch
-from arguments import HelpFormatter, Parser, one_clear_error
-from chat import LLAMA_2
 from jinja2 import TemplateError
-from processes import be_quiet
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer, set_seed
-from use_model import OpenedModel, add_model_options, add_scaling_options, check_scaling, open_model
+
+from evaluation.use_model import OpenedModel, add_model_options, add_scaling_options, check_scaling, open_model
+from inputs.chat import LLAMA_2
+from runs.processes import be_quiet
+from training.arguments import HelpFormatter, Parser, one_clear_error
 
 DESCRIPTION = """\
 Answer a question about a long text with a base model, a merged model or an adapter.

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where installed, says that it found no GPU
-from planner import MOST, Plan, Run, Way
-from suitable import check_attention
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
 from longlora_ext.context import context_length
+from planning.planner import MOST, Plan, Run, Way
+from training.suitable import check_attention
 
 WAYS = {
     "default": Way(),

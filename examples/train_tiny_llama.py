@@ -29,8 +29,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here comes from a hub
 
 import torch
 import transformers
-from checkpoints import CompletionMarker, find_resumable, remove_incomplete, write_json
-from corpus import fingerprint, stdlib_documents
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import Dataset
 from transformers import (
@@ -40,6 +38,9 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+
+from inputs.corpus import fingerprint, stdlib_documents
+from runs.checkpoints import CompletionMarker, find_resumable, remove_incomplete, write_json
 
 CONTEXT_LENGTH = 256
 EVAL_LENGTHS = (256, 512, 1024)
@@ -52,7 +53,7 @@ CARD = """\
 
 {parameters:,} parameters, context {context} tokens, trained from nothing by `examples/train_tiny_llama.py`
 on the standard library of CPython {python} ({train_tokens:,} tokens of source code and of the language
-reference; one part in twelve, chosen by the modules' names, is held out: see `examples/corpus.py`). It has
+reference; one part in twelve, chosen by the modules' names, is held out: see `examples/inputs/corpus.py`). It has
 learned what Python source looks like, and nothing else. It exists so that the examples and tests of this
 project run everywhere in minutes, without a download and without a GPU; it is not fit for any other use.
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+
 import simt_build
 
 # Several tiles in every direction, ragged, some begun before the first token; but few blocks, for ThreadSanitizer to

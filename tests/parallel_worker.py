@@ -15,14 +15,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 import torch
 import torch.distributed as dist
-from launch import prepare_deepspeed
-from tiny_models import VOCABULARY, tiny_config, tiny_model, tokens
 from transformers import PreTrainedModel
-from zero_worker import ZERO
 
 from longlora_ext._precision import fp32_state
 from longlora_ext.adapter import lora_config, prepare_model
 from longlora_ext.loss import tile_loss
+from runs.launch import prepare_deepspeed
+from tiny_models import VOCABULARY, tiny_config, tiny_model, tokens
+from zero_worker import ZERO
 
 LENGTH, STEPS, TILE = 32, 3, 5 * VOCABULARY
 Found = dict[str, Any]

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 
-import simt_build
 import torch
-from simt_build import KERNELS, Kernel
 from torch import Tensor
+
+import simt_build
+from simt_build import KERNELS, Kernel
 
 
 @cache

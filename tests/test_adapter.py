@@ -7,16 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import merge_adapter
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny_models import CONFIGS, tiny_model, tokens
-from tiny_training import CONTEXT, extended_model, lora_a, moved, save_base, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+import merge_adapter
 from longlora_ext.adapter import load, lora_config, merge, prepare_model, save_adapter
+from tiny_models import CONFIGS, tiny_model, tokens
+from tiny_training import CONTEXT, extended_model, lora_a, moved, save_base, train
 
 TIED = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 WEIGHTS = "adapter_model.safetensors"

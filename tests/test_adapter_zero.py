@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import tokens
-from tiny_training import began, extended_model, joined_batches, moved, save_base, train
 
 from longlora_ext.adapter import load, lora_config, merge, prepare_model, save_adapter
+from tiny_models import tokens
+from tiny_training import began, extended_model, joined_batches, moved, save_base, train
 
 WORKER = Path(__file__).with_name("zero_worker.py")
 

@@ -8,15 +8,15 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
-import arguments
-import finetune_llama
 import pytest
-import suitable
 import torch
-from finetune_runs import ROOT, make_model, make_text, small_run
-from run_settings import settings
 from transformers import AutoConfig, TrainingArguments
-from ulysses import check_sequence_parallel
+
+import finetune_llama
+from finetune_runs import ROOT, make_model, make_text, small_run
+from training import arguments, suitable
+from training.run_settings import settings
+from training.ulysses import check_sequence_parallel
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny_models import CONFIGS, mask_of, tiny_model, tokens
 from transformers import DataCollatorWithFlattening, LlamaConfig
 
 import longlora_ext.attention as attention
+from tiny_models import CONFIGS, mask_of, tiny_model, tokens
 
 # The models normalise in fp32 inside, so fp64 weights give results good to about 1e-6.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}

@@ -4,9 +4,10 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+
 from test_attention import CLOSE, pad, positions_of
 from tiny_models import CONFIGS, tiny_model, tokens
-from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 NEW = 12
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tiny_models import mask_of, tiny_config, tiny_model, tokens
 from transformers import Gemma2Config, GemmaConfig, MistralConfig
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import longlora_ext.attention as attention
 from longlora_ext._mask import s2attn_mask
+from tiny_models import mask_of, tiny_config, tiny_model, tokens
 
 
 def test_sliding_windows_are_refused() -> None:

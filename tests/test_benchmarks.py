@@ -14,14 +14,14 @@ import pytest
 import torch
 import torch.nn.attention.varlen
 import torch.nn.functional as F
-from attention import Clock, check, measure
-from exercise import slowest
-from providers import PROVIDERS, Attention, NotHere, Pattern, Point, original, s2_pattern, s2_visible
-from table import ROOT, tables, with_tables
 from torch import Tensor
 
+from attention import Clock, check, measure
+from exercise import slowest
 from longlora_ext import s2attn
 from longlora_ext.reference import s2attn_mask
+from providers import PROVIDERS, Attention, NotHere, Pattern, Point, original, s2_pattern, s2_visible
+from table import ROOT, tables, with_tables
 
 POINT = Point("cpu", "float32", head_dim=16, heads=4, kv_heads=2, seqlen=96, batch=2, group_size=24)
 RAGGED = replace(POINT, seqlen=101)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from chat import LLAMA_2, encode, give_template
-from conversations import conversation
-from finetune_runs import ROOT
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from finetune_runs import ROOT
+from inputs.chat import LLAMA_2, encode, give_template
+from inputs.conversations import conversation
 
 #: A turn is <|role|>content<|end|> and a line break; answers are not marked.
 PLAIN = """\

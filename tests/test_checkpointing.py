@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from arguments import CHECKPOINTING, RECIPE
-from tiny_models import tiny_model, tokens
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from transformers import HfArgumentParser, TrainingArguments
 
 from longlora_ext.adapter import lora_config, prepare_model
+from tiny_models import tiny_model, tokens
+from training.arguments import CHECKPOINTING, RECIPE
 
 ENABLE = f"{CHECKPOINTING}_enable"
 

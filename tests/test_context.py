@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from tiny_models import tiny_config
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,6 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from longlora_ext._record import apply_record, read_record, write_record
 from longlora_ext.attention import group_size
 from longlora_ext.context import CONFIG_FIELDS, context_length, extend_config
+from tiny_models import tiny_config
 
 LONGROPE = {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 3.0, 4.0]}
 LLAMA3 = {

@@ -6,8 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import corpus
 import pytest
+
+from inputs import corpus
 
 EXAMPLES = Path(corpus.__file__).parent
 
@@ -33,7 +34,7 @@ def test_is_the_same_in_every_process(documents: tuple[list[str], list[str]]) ->
     command = [
         sys.executable,
         "-c",
-        "import corpus; print(*map(corpus.fingerprint, corpus.stdlib_documents()))",
+        "from inputs import corpus; print(*map(corpus.fingerprint, corpus.stdlib_documents()))",
     ]
     for seed in ("1", "2"):
         printed = subprocess.run(command, cwd=EXAMPLES, env={"PYTHONHASHSEED": seed}, capture_output=True)

@@ -15,10 +15,13 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
+import torch
+from torch import Tensor
+
 import resources
 import simt_build
 import simt_kernels
-import torch
+from longlora_ext.reference import s2attn_mask, s2attn_reference
 from op_checks import (
     Problem,
     assert_close_to_reference,
@@ -27,9 +30,6 @@ from op_checks import (
     outputs_and_grads,
 )
 from simt_build import Kernel
-from torch import Tensor
-
-from longlora_ext.reference import s2attn_mask, s2attn_reference
 
 
 class Config(NamedTuple):

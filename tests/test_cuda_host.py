@@ -4,13 +4,13 @@ what an unfit device is told."""
 from __future__ import annotations
 
 import pytest
-import simt_kernels
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simt_build import Kernel
 
+import simt_kernels
 from longlora_ext.reference import s2attn_mask
+from simt_build import Kernel
 
 
 def module():

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from cuda_mutants import Mutant, copy_sources, plant, run_tests
 
 pytestmark = pytest.mark.full

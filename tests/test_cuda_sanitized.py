@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+
 import simt_build
 from cuda_mutants import CHOSEN, Mutant, build_kernels, copy_sources, plant
 from simt_build import Kernel

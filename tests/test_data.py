@@ -1,23 +1,23 @@
-"""Reading text, tokenising it, and packing it into sequences (examples/data.py)."""
+"""Reading text, tokenising it, and packing it into sequences (examples/inputs/data.py)."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-import data
 import datasets
 import numpy as np
 import pandas
 import pytest
 import torch
-from data import PackedSequences, Tokenised, find_files, hold_out, load_documents, tokenise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import longlora_ext.attention  # noqa: F401
+from inputs import data
+from inputs.data import PackedSequences, Tokenised, find_files, hold_out, load_documents, tokenise
 
 FEATURES = datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32"))})
 PAD = 1

@@ -1,4 +1,4 @@
-"""Runs that end with dense attention (examples/dense_tail.py)."""
+"""Runs that end with dense attention (examples/training/dense_tail.py)."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import json
 import shutil
 from pathlib import Path
 
-import finetune_llama
 import pytest
 import torch
-from dense_tail import DenseTail, dense_count
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+import finetune_llama
 from finetune_runs import losses, make_model, make_text, small_run
 from tiny_models import tiny_model, tokens
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from training.dense_tail import DenseTail, dense_count
 
 
 @pytest.mark.parametrize(("asked", "steps", "count"), [(0.1, 200, 20), (0.1, 5, 1), (3, 200, 3), (200, 200, 200)])

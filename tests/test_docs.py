@@ -18,9 +18,10 @@ from functools import cache
 from pathlib import Path
 
 import datasets
-import launch
 import pytest
+
 from finetune_runs import ROOT, environment
+from runs import launch
 from test_readme import README
 
 DOCS = ROOT / "docs"

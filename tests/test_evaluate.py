@@ -8,22 +8,21 @@ import subprocess
 from pathlib import Path
 
 import datasets
-import evaluate
-import evaluation_folder
-import launch
 import numpy as np
-import perplexity_task
 import pytest
 import torch
-from data import load_documents, tokenise
-from finetune_runs import CONTEXT, ROOT, environment, make_model, torchrun
-from perplexity_task import PerplexityTask
-from test_perplexity import brute_force
-from test_run_folder import held
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import evaluate
+from evaluation import evaluation_folder, perplexity_task
+from evaluation.perplexity_task import PerplexityTask
+from finetune_runs import CONTEXT, ROOT, environment, make_model, torchrun
+from inputs.data import load_documents, tokenise
 from longlora_ext.adapter import lora_config, merge, prepare_model, save_adapter
 from longlora_ext.context import extend_config
+from runs import launch
+from test_perplexity import brute_force
+from test_run_folder import held
 
 LONGER = 4 * CONTEXT
 

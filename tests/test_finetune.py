@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from finetune_runs import ROOT, deepspeed, environment, losses, make_model, make_text, run, small_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from finetune_runs import ROOT, deepspeed, environment, losses, make_model, make_text, run, small_run
 from longlora_ext.adapter import load
 
 DS_CONFIGS = ROOT / "examples" / "ds_configs"

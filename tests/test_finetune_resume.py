@@ -1,4 +1,4 @@
-"""Checkpoints that count, and runs that go on from them (examples/checkpoints.py, examples/run_folder.py)."""
+"""Checkpoints that count, and runs that go on from them (examples/runs/checkpoints.py, examples/runs/run_folder.py)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import finetune_runs
 import pytest
-from checkpoints import MARKER, CompletionMarker, complete_checkpoints, find_resumable, mark, remove_incomplete
-from finetune_runs import environment, losses, make_model, make_text, run, small_run
 from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState, TrainingArguments
+
+import finetune_runs
+from finetune_runs import environment, losses, make_model, make_text, run, small_run
+from runs.checkpoints import MARKER, CompletionMarker, complete_checkpoints, find_resumable, mark, remove_incomplete
 
 HELPER = Path(__file__).with_name("killed_run.py")
 FILES = ("adapter_model.safetensors", "optimizer.pt", "trainer_state.json")

@@ -5,16 +5,16 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-import generate
-import launch
 import pytest
 import torch
-from finetune_runs import make_model
 from tokenizers import processors
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import generate
+from finetune_runs import make_model
 from longlora_ext.adapter import lora_config, merge, prepare_model, save_adapter
 from longlora_ext.context import extend_config
+from runs import launch
 
 CONTEXT = 512
 TEXT = "The ship is called Pequod. " * 10

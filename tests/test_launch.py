@@ -1,4 +1,4 @@
-"""How processes of the trainer end and get ready (examples/launch.py)."""
+"""How processes of the trainer end and get ready (examples/runs/launch.py)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-import launch
 import pytest
+
+from runs import launch
 
 
 def test_a_process_that_fails_alone_speaks_after_the_first_had_its_time(

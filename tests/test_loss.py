@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tiny_models import VOCABULARY, tiny_config, tiny_model, tokens
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -16,6 +15,7 @@ from transformers import CohereConfig, CohereForCausalLM, PreTrainedModel
 
 from longlora_ext.adapter import lora_config, prepare_model
 from longlora_ext.loss import refusal, tile_loss
+from tiny_models import VOCABULARY, tiny_config, tiny_model, tokens
 
 BATCH, LENGTH = 2, 24
 LOGITS = BATCH * LENGTH * VOCABULARY

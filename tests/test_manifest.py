@@ -1,4 +1,4 @@
-"""run.json: a run can be done again by one command (examples/manifest.py)."""
+"""run.json: a run can be done again by one command (examples/training/manifest.py)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import finetune_llama
-import merge_adapter
 import pytest
 import torch
-from finetune_runs import deepspeed, environment, losses, make_model, make_text, run, small_run
 from safetensors.torch import load_file
+
+import finetune_llama
+import merge_adapter
+from finetune_runs import deepspeed, environment, losses, make_model, make_text, run, small_run
 
 
 @pytest.fixture(scope="module")

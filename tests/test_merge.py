@@ -9,12 +9,12 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from tiny_models import tokens
-from tiny_training import CONTEXT, extended_model, save_base
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import longlora_ext._merge
 from longlora_ext.adapter import load, lora_config, merge, prepare_model, save_adapter
+from tiny_models import tokens
+from tiny_training import CONTEXT, extended_model, save_base
 
 EVERYWHERE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from op_checks import HALVES, Problem, assert_same, outputs_and_grads
 from torch import Tensor
 
 from longlora_ext import s2attn
+from op_checks import HALVES, Problem, assert_same, outputs_and_grads
 
 pytestmark = [pytest.mark.only("cuda", "CUDA's own"), pytest.mark.usefixtures("device")]
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from op_checks import Problem, default_dtype
 
 from longlora_ext import s2attn
+from op_checks import Problem, default_dtype
 
 pytestmark = pytest.mark.usefixtures("device")
 

@@ -5,6 +5,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
+from longlora_ext import s2attn
+from longlora_ext.reference import s2attn_reference
 from op_checks import (
     DTYPES,
     HALVES,
@@ -16,10 +20,6 @@ from op_checks import (
     default_dtype,
     outputs_and_grads,
 )
-from torch import Tensor
-
-from longlora_ext import s2attn
-from longlora_ext.reference import s2attn_reference
 
 pytestmark = pytest.mark.usefixtures("device")
 

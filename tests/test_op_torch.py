@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo.testing
-from op_checks import DTYPES, HALVES, Problem, assert_same, outputs_and_grads
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from longlora_ext import s2attn
+from op_checks import DTYPES, HALVES, Problem, assert_same, outputs_and_grads
 
 pytestmark = pytest.mark.usefixtures("device")
 

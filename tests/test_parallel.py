@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune_runs import ROOT, deepspeed, environment, make_model, make_text, run, torchrun
 
+from finetune_runs import ROOT, deepspeed, environment, make_model, make_text, run, torchrun
 from longlora_ext._ulysses import first_shifted_head, sequence_parallel
 
 WORKER = Path(__file__).with_name("parallel_worker.py")

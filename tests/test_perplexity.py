@@ -1,4 +1,5 @@
-"""Perplexity by a sliding window (examples/perplexity.py), and the table made of it (examples/measure.py)."""
+"""Perplexity by a sliding window (examples/evaluation/perplexity.py), and the table made of it
+(examples/training/measure.py)."""
 
 from __future__ import annotations
 
@@ -6,21 +7,21 @@ import json
 import math
 from pathlib import Path
 
-import measure
 import numpy as np
-import perplexity
 import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from measure import choose_documents, lengths_to_measure, old_rotary_embedding
-from perplexity import _batches, sliding_window_perplexity, windows
-from test_data import tokenised
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import longlora_ext.attention  # noqa: F401
+from evaluation import perplexity
+from evaluation.perplexity import _batches, sliding_window_perplexity, windows
 from longlora_ext.context import extend_config
+from test_data import tokenised
+from training import measure
+from training.measure import choose_documents, lengths_to_measure, old_rotary_embedding
 
 CONFIG = LlamaConfig(
     vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

@@ -3,20 +3,20 @@
 import json
 from pathlib import Path
 
-import plan as command
 import pytest
 import torch
-from dry_run import Counts, cpu_scratch, cuda_scratch
-from planner import GRAIN, Plan, Run, Way
-from tiny_models import CONFIGS, tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
+import plan as command
 from longlora_ext._flops import attended_pairs
 from longlora_ext.adapter import lora_config, prepare_model
 from longlora_ext.loss import tile_loss
 from longlora_ext.ops import s2attn
 from longlora_ext.reference import s2attn_mask
+from planning.dry_run import Counts, cpu_scratch, cuda_scratch
+from planning.planner import GRAIN, Plan, Run, Way
+from tiny_models import CONFIGS, tiny_config
 
 LLAMA_2_7B = command.read_config("llama-2-7b")
 

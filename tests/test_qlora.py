@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from finetune_runs import ROOT, SCRIPT, environment, losses, make_model, make_text, small_run
-from tiny_training import save_base
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from finetune_runs import ROOT, SCRIPT, environment, losses, make_model, make_text, small_run
 from longlora_ext.adapter import load
+from tiny_training import save_base
 
 WORKER = Path(__file__).with_name("qlora_worker.py")
 WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # on a CPU it wants multiples of 64

@@ -4,16 +4,16 @@ import json
 import shutil
 from pathlib import Path
 
-import import_longlora as example
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import VOCABULARY, tokens
-from tiny_training import CONTEXT, save_base
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+import import_longlora as example
 from longlora_ext.adapter import import_longlora, load, merge
 from longlora_ext.context import extend_config
+from tiny_models import VOCABULARY, tokens
+from tiny_training import CONTEXT, save_base
 
 
 def original_model(base: Path) -> PreTrainedModel:

@@ -1,5 +1,5 @@
-"""Passkey and multi-key retrieval (examples/retrieval_task.py, prompts.py, heat_map.py), asked of models whose answers
-are known."""
+"""Passkey and multi-key retrieval (retrieval_task.py, prompts.py, heat_map.py in examples/evaluation), asked of models
+whose answers are known."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
-import evaluate
-import launch
 import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from finetune_runs import make_model
-from heat_map import heat_map
-from prompts import FILLER, needles, passkey
-from retrieval_task import ANSWER_TOKENS, RetrievalTask
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from use_model import OpenedModel
+
+import evaluate
+from evaluation.heat_map import heat_map
+from evaluation.prompts import FILLER, needles, passkey
+from evaluation.retrieval_task import ANSWER_TOKENS, RetrievalTask
+from evaluation.use_model import OpenedModel
+from finetune_runs import make_model
+from runs import launch
 
 LENGTHS, DEPTHS = [500, 700, 900], [0.0, 0.5, 1.0]
 

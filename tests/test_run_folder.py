@@ -1,4 +1,4 @@
-"""The folder of a run (examples/run_folder.py): nothing is overwritten, and it belongs to one run at a time."""
+"""The folder of a run (examples/runs/run_folder.py): nothing is overwritten, and it belongs to one run at a time."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import run_folder
 from transformers import TrainingArguments
+
+from runs import run_folder
 
 HOLDER = """
 import fcntl, sys, time

@@ -1,4 +1,4 @@
-"""Samples of conversations in rows, and training on them (examples/samples.py, `--task sft`)."""
+"""Samples of conversations in rows, and training on them (examples/inputs/samples.py, `--task sft`)."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ import shutil
 from pathlib import Path
 
 import datasets
-import finetune_llama
 import numpy as np
 import pandas
 import pytest
 import torch
-from finetune_runs import ROOT, losses, make_model, small_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from perplexity import sliding_window_perplexity
-from samples import FEATURES, SampleRows, Samples, hold_out_samples, pack, pad_rows, read_samples
+from transformers import AutoTokenizer
+
+import finetune_llama
+from evaluation.perplexity import sliding_window_perplexity
+from finetune_runs import ROOT, losses, make_model, small_run
+from inputs.samples import FEATURES, SampleRows, Samples, hold_out_samples, pack, pad_rows, read_samples
 from test_chat import ASKED, LLAMA_2, PLAIN, byte_tokenizer
 from tiny_models import tiny_model
-from transformers import AutoTokenizer
 
 PAD = 0
 

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from types import ModuleType
 
 import pytest
-import simt_build
 import torch
+
+import simt_build
 
 THREADS = 64  # of a probe's block
 SHARED_BYTES = 4096

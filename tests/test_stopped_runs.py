@@ -12,11 +12,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-import finetune_llama
 import psutil
 import pytest
-from checkpoints import complete_checkpoints, find_resumable
+
+import finetune_llama
 from finetune_runs import SCRIPT, deepspeed, environment, losses, make_model, make_text, small_run, torchrun
+from runs.checkpoints import complete_checkpoints, find_resumable
 
 
 @pytest.fixture(scope="module")

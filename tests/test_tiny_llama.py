@@ -7,14 +7,15 @@ import math
 import shutil
 from pathlib import Path
 
-import corpus
 import pytest
 import torch
-import train_tiny_llama as script
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+import train_tiny_llama as script
+from inputs import corpus
 
 FOLDER = Path(script.__file__).parent / "tiny_llama"
 LOG = json.loads((FOLDER / "training_log.json").read_text())

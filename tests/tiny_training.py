@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from tiny_models import VOCABULARY, tiny_config, tokens
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -15,6 +14,7 @@ from transformers import (
 
 import longlora_ext.attention  # noqa: F401
 from longlora_ext.context import extend_config
+from tiny_models import VOCABULARY, tiny_config, tokens
 
 STEPS, LEARNING_RATE, LENGTH, CONTEXT = 20, 2e-5, 100, 256
 

@@ -12,11 +12,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 import torch
 import torch.distributed as dist
-from launch import prepare_deepspeed
 from safetensors.torch import save_file
-from tiny_training import LEARNING_RATE, batches, extended_model, lora_a
 
 from longlora_ext.adapter import lora_config, prepare_model, save_adapter
+from runs.launch import prepare_deepspeed
+from tiny_training import LEARNING_RATE, batches, extended_model, lora_a
 
 ZERO = {
     "zero2": {"stage": 2},

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import datasets
-from data import read_tables
+
+from inputs.data import read_tables
 
 ROLES = ("system", "user", "assistant")
 EXPECTED = (

@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import torch
-from launch import BY_DEEPSPEED, RANK, USE_CONFIGURED_STATE, WORLD_SIZE, fail, prepare_deepspeed
 from safetensors import SafetensorError
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import is_liger_kernel_available
-from ulysses import parallelism
 
-HERE = Path(__file__).resolve().parent
-TINY_LLAMA = HERE / "tiny_llama"
+from runs.launch import BY_DEEPSPEED, RANK, USE_CONFIGURED_STATE, WORLD_SIZE, fail, prepare_deepspeed
+from training.ulysses import parallelism
+
+EXAMPLES = Path(__file__).resolve().parents[1]
+TINY_LLAMA = EXAMPLES / "tiny_llama"
 
 #: transformers renamed this option in 5.23.
 CHECKPOINTING = next(
@@ -78,7 +79,7 @@ Below are all options: first those of transformers' TrainingArguments, then this
 defaults are those for the tiny Llama; with --model_name_or_path MODEL, --help shows those for a model of your own.
 """
 
-EXAMPLES = """\
+EXAMPLE_COMMANDS = """\
 examples:
   see it work, no download, no GPU:
     deepspeed examples/finetune_llama.py
@@ -262,7 +263,7 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingArgum
         prog="finetune_llama.py",
         usage="deepspeed examples/finetune_llama.py [OPTIONS]   (or python, or torchrun, in place of deepspeed)",
         description=DESCRIPTION,
-        epilog=EXAMPLES,
+        epilog=EXAMPLE_COMMANDS,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
@@ -336,7 +337,7 @@ def _machine_defaults() -> dict[str, Any]:
         "ddp_find_unused_parameters": False,  # all that is trained is used in every step
     }
     if BY_DEEPSPEED:
-        defaults["deepspeed"] = str(HERE / "ds_configs" / "zero2.json")
+        defaults["deepspeed"] = str(EXAMPLES / "ds_configs" / "zero2.json")
     return defaults
 
 
@@ -441,7 +442,7 @@ def _check_liger(parser: argparse.ArgumentParser) -> None:
 
 def _check_deepspeed(parser: argparse.ArgumentParser, config: str) -> None:
     if not config.startswith("{") and not Path(config).is_file():
-        parser.error(f"--deepspeed {config}: no such file; ours are in {HERE / 'ds_configs'}")
+        parser.error(f"--deepspeed {config}: no such file; ours are in {EXAMPLES / 'ds_configs'}")
     try:
         parsed = _read_deepspeed(config)
     except ValueError as error:

@@ -17,26 +17,21 @@ import os
 import platform
 import shlex
 import shutil
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from arguments import DataOptions, ModelOptions
-from checkpoints import write_json
-from launch import LAUNCHER, fail, say
-from run_folder import RUN_FILE, differences
 from transformers import PreTrainedConfig, TrainingArguments
 
 from longlora_ext.context import context_length
-
-PACKAGES = (
-    "longlora-ext", "torch", "transformers", "peft", "accelerate", "deepspeed", "datasets", "tokenizers", "safetensors",
-)  # fmt: skip
+from runs.checkpoints import write_json
+from runs.launch import LAUNCHER, fail, say
+from runs.provenance import commit, versions
+from runs.run_folder import RUN_FILE, differences
+from training.arguments import DataOptions, ModelOptions
 
 #: Arguments of one call, not of the run: where it wrote, what it went on from, what a launcher or a person added.
 NOT_REPEATED = ("from_manifest", "output_dir", "resume_from_checkpoint", "local_rank", "hub_token")
@@ -158,32 +153,8 @@ def _absolute(arguments: Sequence[str]) -> list[str]:
 
 
 def _command(manifest: Path) -> str:
-    program = Path(__file__).with_name("finetune_llama.py").resolve()
+    program = Path(__file__).resolve().parents[1] / "finetune_llama.py"
     return f"{LAUNCHER} {shlex.join([str(program), '--from_manifest', str(manifest)])}"
-
-
-def versions() -> dict[str, str | None]:
-    """What is installed of all that a result may depend on."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
-    return found
-
-
-def commit() -> str | None:
-    """The commit that this program is at, where it lies in a checkout; "+" for one with changes."""
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def _earlier(checkpoint: Path | None) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from data import PackedSequences, Tokenised
-from launch import WORLD_SIZE
-from samples import SampleRows
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
+
+from inputs.data import PackedSequences, Tokenised
+from inputs.samples import SampleRows
+from runs.launch import WORLD_SIZE
 
 MAX_HEAD_DIM = 256
 

@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arguments import TINY_LLAMA, Parser
 from peft import PeftConfig, PeftModel
-from suitable import check_attention, check_tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,6 +27,8 @@ from transformers import (
 from longlora_ext.adapter import load
 from longlora_ext.attention import NAME, group_size
 from longlora_ext.context import context_length, extend_config
+from training.arguments import TINY_LLAMA, Parser
+from training.suitable import check_attention, check_tokenizer
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _SAMPLES = 16  # weights of each tensor that go into the fingerprint

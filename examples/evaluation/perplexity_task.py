@@ -17,13 +17,14 @@ from typing import Any
 
 import datasets
 import numpy as np
-from corpus import stdlib_documents
-from data import Tokenised, load_documents, tokenise
-from launch import say
-from perplexity import Window, fingerprint, windows, windows_loss
-from processes import first_process_first
-from suitable import check_tokens
-from use_model import OpenedModel
+
+from evaluation.perplexity import Window, fingerprint, windows, windows_loss
+from evaluation.use_model import OpenedModel
+from inputs.corpus import stdlib_documents
+from inputs.data import Tokenised, load_documents, tokenise
+from runs.launch import say
+from runs.processes import first_process_first
+from training.suitable import check_tokens
 
 PAPERS_STRIDE = 256
 TOKEN_IDS = ".bin"

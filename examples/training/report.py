@@ -7,15 +7,15 @@ import shlex
 from pathlib import Path
 
 import torch
-from arguments import ModelOptions, compute_dtype
-from data import PackedSequences, Tokenised
-from dense_tail import dense_count
-from launch import WORLD_SIZE
-from measure import Measurement
-from samples import SampleRows, Samples
 from transformers import PreTrainedConfig, TrainingArguments
 
+from inputs.data import PackedSequences, Tokenised
+from inputs.samples import SampleRows, Samples
 from longlora_ext.context import context_length
+from runs.launch import WORLD_SIZE
+from training.arguments import ModelOptions, compute_dtype
+from training.dense_tail import dense_count
+from training.measure import Measurement
 
 
 def banner(
@@ -82,7 +82,7 @@ def results(folder: Path, adapter: Path, measurement: Measurement | None, full_f
     lines = ["", measurement.table()] if measurement else [""]
     lines += [f"loss curve: {folder / 'loss.png'}", f"{adapter.name + ':':<12}{adapter}"]
     if not full_finetune:
-        script = str(Path(__file__).with_name("merge_adapter.py"))
+        script = str(Path(__file__).parents[1] / "merge_adapter.py")
         script = min(script, os.path.relpath(script), key=len)
         command = shlex.join(["python", script, str(adapter), str(folder / "merged")])
         lines += [

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from arguments import ModelOptions
-from launch import WORLD_SIZE
 from transformers import TrainingArguments
+
+from runs.launch import WORLD_SIZE
+from training.arguments import ModelOptions
 
 #: Options of TrainingArguments that may differ, by name or by how the name begins: those for the length of a run, for
 #: what it says, saves and measures, and for how fast it is. Any other one counts, also one that is new in transformers.

@@ -10,7 +10,7 @@ The two parts are split by name and never by chance: a package is either trainin
 whole, under every version of Python, so what is held out has never been seen, neither by the tiny Llama nor
 by its adapter.
 
-    python examples/corpus.py       # says what is in the two parts
+    python examples/inputs/corpus.py       # says what is in the two parts
 """
 
 from __future__ import annotations

@@ -16,9 +16,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from checkpoints import write_json
-from folder_lock import lock
-from run_folder import differences
+from runs.checkpoints import write_json
+from runs.folder_lock import lock
+from runs.run_folder import differences
 
 SETTINGS = "settings.json"
 LOCK = SETTINGS + ".lock"

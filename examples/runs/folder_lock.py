@@ -6,7 +6,7 @@ import fcntl
 from pathlib import Path
 from typing import IO
 
-from launch import say
+from runs.launch import say
 
 #: The locks of this process, held until it ends, however it ends.
 _locks: list[IO[str]] = []

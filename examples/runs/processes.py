@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from launch import RANK, WORLD_SIZE, fail  # isort: skip  (first: it prepares what the libraries below look at)
+from runs.launch import RANK, WORLD_SIZE, fail  # isort: skip  (first: it prepares what the libraries below look at)
 import datasets
 import torch.distributed as dist
 import transformers

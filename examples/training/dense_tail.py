@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from launch import say
 from transformers import PreTrainedConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from runs.launch import say
 
 
 def dense_count(asked: float, steps: int) -> int:

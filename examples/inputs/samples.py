@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import chat
-import conversations
 import datasets
 import numpy as np
 import torch
-from data import IGNORED_LABEL, Tokenised, hold_out
 from transformers import PreTrainedTokenizerBase
+
+from inputs import chat, conversations
+from inputs.data import IGNORED_LABEL, Tokenised, hold_out
 
 _IDS = datasets.Sequence(datasets.Value("int32"))
 FEATURES = datasets.Features(

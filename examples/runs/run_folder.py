@@ -10,10 +10,11 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from checkpoints import MARKER, find_resumable, remove_incomplete, write_json
-from folder_lock import lock
-from launch import say
 from transformers import TrainingArguments
+
+from runs.checkpoints import MARKER, find_resumable, remove_incomplete, write_json
+from runs.folder_lock import lock
+from runs.launch import say
 
 RUN_FILE = "run.json"
 LOCK_FILE = RUN_FILE + ".lock"

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from launch import WORLD_SIZE
 from transformers import PreTrainedConfig, Trainer
 
 from longlora_ext.attention import NAME
+from runs.launch import WORLD_SIZE
 
 
 def parallelism(processes: int) -> Any:

@@ -19,10 +19,11 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from conversations import Message
-from data import IGNORED_LABEL
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+
+from inputs.conversations import Message
+from inputs.data import IGNORED_LABEL
 
 #: What Llama 2 was trained with: the system's message goes into the first question.
 LLAMA_2 = """\

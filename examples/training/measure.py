@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from checkpoints import write_json
-from data import Tokenised
-from launch import say
-from perplexity import fingerprint, sliding_window_perplexity
-from samples import Samples
 from transformers import PreTrainedConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from evaluation.perplexity import fingerprint, sliding_window_perplexity
+from inputs.data import Tokenised
+from inputs.samples import Samples
 from longlora_ext.context import context_length
+from runs.checkpoints import write_json
+from runs.launch import say
 
 BEFORE, SCALED, AFTER = "before", "scaling only", "after"
 

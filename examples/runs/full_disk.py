@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from checkpoints import complete_checkpoints
-from launch import fail
 from safetensors import SafetensorError
+
+from runs.checkpoints import complete_checkpoints
+from runs.launch import fail
 
 #: Why a disk takes no more, in the system's words, which end up in the messages of most libraries.
 REASONS = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)))
