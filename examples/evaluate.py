@@ -18,7 +18,7 @@ from typing import Any
 
 from runs import launch
 
-from runs.launch import LAUNCHER, RANK, WORLD_SIZE, fail, say  # isort: skip  (first: it prepares what the libraries below look at)
+from runs.launch import RANK, WORLD_SIZE, fail, launcher, say  # isort: skip  (first: it prepares what the libraries below look at)
 from tqdm import tqdm
 
 from evaluation.evaluation_folder import check_folder, claim, finish, finished, keep, kept
@@ -87,7 +87,7 @@ def main(argv: Sequence[str]) -> None:
                 "summary": task.summary(results),
                 "settings": settings,
                 "made": {
-                    "command": f"{LAUNCHER} {shlex.join([sys.argv[0], *argv])}",
+                    "command": f"{launcher()} {shlex.join([sys.argv[0], *argv])}",
                     "commit": commit(),
                     "processes": WORLD_SIZE,
                     "device": str(opened.model.device),

@@ -11,25 +11,20 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import shutil
 import sys
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from runs.launch import RANK, fail, say  # isort: skip  (first: it prepares what the libraries below look at)
-import datasets
+from runs.launch import fail, say  # isort: skip  (first: it prepares what the libraries below look at)
 import torch
-import transformers
 from accelerate import PartialState
 from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -49,10 +44,12 @@ from longlora_ext.context import context_length, extend_config
 from longlora_ext.loss import refusal, tile_loss
 from runs.checkpoints import CompletionMarker, step_of
 from runs.full_disk import writing_to
+from runs.processes import be_quiet
 from runs.run_folder import begin, claim, read_marker
 from training.arguments import DataOptions, ModelOptions, compute_dtype, one_clear_error, parse
 from training.convert_gguf import convert_gguf
 from training.dense_tail import DenseTail
+from training.four_bits import four_bits
 from training.manifest import check_repeats, describe, finish, repeated
 from training.measure import AFTER, Measurement, choose_documents, choose_samples
 from training.plot import loss_curve
@@ -166,16 +163,6 @@ def main(argv: Sequence[str]) -> None:
     state.destroy_process_group()
 
 
-def be_quiet() -> None:
-    """Leave the screen to what a user wants to see: one process speaks, and libraries only of trouble."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    if RANK != 0:
-        datasets.disable_progress_bars()
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-
-
 def new_context(base_config: PreTrainedConfig, options: ModelOptions) -> PreTrainedConfig:
     """The config for the new context. One that is not longer than the model's own leaves RoPE alone."""
     old = context_length(base_config)
@@ -198,16 +185,6 @@ def new_context(base_config: PreTrainedConfig, options: ModelOptions) -> PreTrai
     config.s2attn_context_length = new
     config.s2attn_group_size = options.group_size or even_group_size(new * ratio)
     return config
-
-
-def four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """QLoRA's way to keep frozen weights: NF4, its constants quantised as well, to compute in `dtype`."""
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
 
 
 def spare_logits(model: PreTrainedModel | PeftModel) -> None:

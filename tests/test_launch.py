@@ -25,6 +25,24 @@ def test_a_process_that_fails_alone_speaks_after_the_first_had_its_time(
     assert capsys.readouterr().err == "finetune_llama.py: error: process 3: no room\n"
 
 
+@pytest.mark.parametrize(
+    ("environment", "command"),
+    [
+        ({}, "python"),
+        ({"WORLD_SIZE": "1"}, "python"),
+        ({"WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "1"}, "torchrun --nproc_per_node 8"),
+        (
+            {"WORLD_SIZE": "16", "GROUP_WORLD_SIZE": "2"},
+            "torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:PORT",
+        ),
+        ({"WORLD_SIZE": "8", "CROSS_RANK": "0", "CROSS_SIZE": "1"}, "deepspeed --num_accelerators 8"),
+        ({"WORLD_SIZE": "12", "CROSS_RANK": "1", "CROSS_SIZE": "2"}, "deepspeed --hostfile HOSTFILE"),
+    ],
+)
+def test_the_launcher_is_told_from_what_it_sets(environment: dict[str, str], command: str) -> None:
+    assert launch.launcher(environment) == command
+
+
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """DeepSpeed's op builder replaced by one that only counts, the cache below `tmp_path`, and the loads of it."""

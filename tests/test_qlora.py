@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -53,3 +54,12 @@ def test_the_trainer_takes_4_bits(with_bitsandbytes: dict[str, str], tmp_path: P
     found = losses(tmp_path / "out")
     assert found[6] < found[1] - 0.2
     load(tmp_path / "out" / "adapter")
+
+    script = str(ROOT / "examples" / "evaluate.py")
+    asked = ["perplexity", "--model", str(tmp_path / "out" / "adapter"), "--text", str(text), "--lengths", "64"]
+    for option, dtype in (("", "float32"), ("--load_in_4bit", "float32, base model in 4 bits")):
+        output = tmp_path / (option or "whole")
+        command = [sys.executable, script, *asked, "--output", str(output), *filter(None, [option])]
+        done = subprocess.run(command, env=with_bitsandbytes, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert json.loads((output / "results.json").read_text())["settings"]["dtype"] == dtype

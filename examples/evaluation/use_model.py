@@ -28,6 +28,7 @@ from longlora_ext.adapter import load
 from longlora_ext.attention import NAME, group_size
 from longlora_ext.context import context_length, extend_config
 from training.arguments import TINY_LLAMA, Parser
+from training.four_bits import check_bitsandbytes, four_bits
 from training.suitable import check_attention, check_tokenizer
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -85,6 +86,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="dtype to compute in; auto: bfloat16 on a GPU that has it, float32 elsewhere",
     )
     group.add_argument(
+        "--load_in_4bit",
+        action="store_true",
+        help="keep the base model in 4 bits, as an adapter trained with --load_in_4bit knows it; needs bitsandbytes",
+    )
+    group.add_argument(
         "--beyond_trained_length",
         action="store_true",
         help="read more tokens than the model was trained on, which is refused otherwise",
@@ -140,7 +146,12 @@ def open_model(options: argparse.Namespace, attention: str = "dense", groups: in
     if options.base_model and not is_adapter(path):
         raise ValueError("--base_model is for adapters, and this is none: it has no adapter_config.json")
     implementation = NAME if attention == "s2" else "sdpa"
-    keywords: dict[str, Any] = {"dtype": dtype_of(options.dtype), "attn_implementation": implementation}
+    dtype, device = dtype_of(options.dtype), _device()
+    keywords: dict[str, Any] = {"dtype": dtype, "attn_implementation": implementation}
+    if options.load_in_4bit:
+        check_bitsandbytes()
+        # Such weights stay on the device they are loaded on.
+        keywords |= {"quantization_config": four_bits(dtype), "device_map": {"": device}}
     if is_adapter(path):
         model: Any = load(path, base_model=options.base_model, **keywords)
     else:
@@ -160,13 +171,12 @@ def open_model(options: argparse.Namespace, attention: str = "dense", groups: in
         described = {"attention": "S2-Attn", "group_size": group_size(base_config)}
     tokenizer = AutoTokenizer.from_pretrained(_tokenizer_source(path, options.base_model))
     check_tokenizer(tokenizer)
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-    model = model.to(device).eval()
+    model = (model if options.load_in_4bit else model.to(device)).eval()
     description = {
         "model": os.path.abspath(path) if os.path.isdir(path) else path,
         "kind": "adapter" if isinstance(model, PeftModel) else "model",
         "weights": _fingerprint(model),
-        "dtype": str(base.dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch.") + (", base model in 4 bits" if options.load_in_4bit else ""),
         "context": context_length(base_config),
         "scaled_without_training": scaled is not None,
         "rope": dict(getattr(base_config, "rope_parameters", None) or {}),
@@ -180,6 +190,10 @@ def dtype_of(name: str) -> torch.dtype:
     if name == "auto":
         name = "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
     return getattr(torch, name)
+
+
+def _device() -> torch.device:
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
 
 
 def _tokenizer_source(path: str, base_model: str | None) -> str:

@@ -10,6 +10,7 @@ import shutil
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,18 +26,6 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 #: The option of TrainingArguments that goes with `prepare_deepspeed`.
 USE_CONFIGURED_STATE = {"use_configured_state": not torch.accelerator.is_available()}
 
-#: The deepspeed launcher sets these.
-BY_DEEPSPEED = "CROSS_RANK" in os.environ and "CROSS_SIZE" in os.environ
-
-#: What stands before the program's name in a command that starts as many processes.
-LAUNCHER = (
-    f"deepspeed --num_accelerators {WORLD_SIZE}"
-    if BY_DEEPSPEED
-    else f"torchrun --nproc_per_node {WORLD_SIZE}"
-    if WORLD_SIZE > 1
-    else "python"
-)
-
 # Or DeepSpeed warns in every process that it found nothing else.
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -44,6 +33,27 @@ if not torch.accelerator.is_available():
 
 #: Who speaks in `fail`: a program other than the trainer puts its name here.
 program = "finetune_llama.py"
+
+
+def by_deepspeed(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the deepspeed launcher started this process; it sets these variables."""
+    return "CROSS_RANK" in environment and "CROSS_SIZE" in environment
+
+
+def launcher(environment: Mapping[str, str] = os.environ) -> str:
+    """What stands before the program's name in a command that starts as many processes.
+
+    On several machines what no process knows is in capitals: the file of hosts, or the address where they meet.
+    """
+    processes = int(environment.get("WORLD_SIZE", 1))
+    if by_deepspeed(environment):
+        several = int(environment["CROSS_SIZE"]) > 1
+        return "deepspeed --hostfile HOSTFILE" if several else f"deepspeed --num_accelerators {processes}"
+    nodes = int(environment.get("GROUP_WORLD_SIZE", 1))
+    if nodes > 1:
+        meeting = "--rdzv_backend c10d --rdzv_endpoint HOST:PORT"
+        return f"torchrun --nnodes {nodes} --nproc_per_node {processes // nodes} {meeting}"
+    return f"torchrun --nproc_per_node {processes}" if processes > 1 else "python"
 
 
 def say(*lines: str) -> None:

@@ -13,7 +13,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -22,7 +21,8 @@ from safetensors import SafetensorError
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import is_liger_kernel_available
 
-from runs.launch import BY_DEEPSPEED, RANK, USE_CONFIGURED_STATE, WORLD_SIZE, fail, prepare_deepspeed
+from runs.launch import RANK, USE_CONFIGURED_STATE, WORLD_SIZE, by_deepspeed, fail, prepare_deepspeed
+from training.four_bits import check_bitsandbytes
 from training.ulysses import parallelism
 
 EXAMPLES = Path(__file__).resolve().parents[1]
@@ -336,7 +336,7 @@ def _machine_defaults() -> dict[str, Any]:
         "dataloader_pin_memory": gpu,
         "ddp_find_unused_parameters": False,  # all that is trained is used in every step
     }
-    if BY_DEEPSPEED:
+    if by_deepspeed():
         defaults["deepspeed"] = str(EXAMPLES / "ds_configs" / "zero2.json")
     return defaults
 
@@ -422,8 +422,8 @@ def _check_sequence_parallel(parser: argparse.ArgumentParser, asked: argparse.Na
 
 
 def _check_4bit(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None:
-    if find_spec("bitsandbytes") is None:
-        parser.error("--load_in_4bit needs the package bitsandbytes (pip install 'longlora-ext[qlora]')")
+    with one_clear_error():
+        check_bitsandbytes()
     if asked.full_finetune:
         parser.error("--load_in_4bit is for weights that do not train, and --full_finetune trains all")
     if asked.deepspeed and _read_deepspeed(asked.deepspeed).get("zero_optimization", {}).get("stage") == 3:

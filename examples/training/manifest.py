@@ -28,7 +28,7 @@ from transformers import PreTrainedConfig, TrainingArguments
 
 from longlora_ext.context import context_length
 from runs.checkpoints import write_json
-from runs.launch import LAUNCHER, fail, say
+from runs.launch import fail, launcher, say
 from runs.provenance import commit, versions
 from runs.run_folder import RUN_FILE, differences
 from training.arguments import DataOptions, ModelOptions
@@ -154,7 +154,7 @@ def _absolute(arguments: Sequence[str]) -> list[str]:
 
 def _command(manifest: Path) -> str:
     program = Path(__file__).resolve().parents[1] / "finetune_llama.py"
-    return f"{LAUNCHER} {shlex.join([str(program), '--from_manifest', str(manifest)])}"
+    return f"{launcher()} {shlex.join([str(program), '--from_manifest', str(manifest)])}"
 
 
 def _earlier(checkpoint: Path | None) -> dict[str, Any]:
