@@ -209,7 +209,6 @@ def _sources(
     """For each weight of the merged model its name in the base model, and that in the adapter if it changes."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=hub.get("trust_remote_code", False))
-    model.tie_weights()  # transformers 5.0 does not, on this device
     tied: dict[int, list[str]] = {}
     for name, weight in model.state_dict(keep_vars=True).items():
         tied.setdefault(id(weight), []).append(name)

@@ -71,7 +71,6 @@ def import_longlora(
         weights = Checkpoint(weight_files(base))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    model.tie_weights()  # transformers 5.0 does not, on this device
     shapes = {name: weight.shape for name, weight in model.named_parameters()}  # a tied one once
     _check_lora(lora, shapes, given.r, base)
     trained = {name: _fitted(name, weight, shapes.get(name), base) for name, weight in trained.items()}

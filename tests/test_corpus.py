@@ -10,7 +10,7 @@ import pytest
 
 from inputs import corpus
 
-EXAMPLES = Path(corpus.__file__).parent
+EXAMPLES = Path(corpus.__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,9 @@ def test_is_the_same_in_every_process(documents: tuple[list[str], list[str]]) ->
         "from inputs import corpus; print(*map(corpus.fingerprint, corpus.stdlib_documents()))",
     ]
     for seed in ("1", "2"):
-        printed = subprocess.run(command, cwd=EXAMPLES, env={"PYTHONHASHSEED": seed}, capture_output=True)
+        printed = subprocess.run(
+            command, cwd=EXAMPLES, env={"PYTHONHASHSEED": seed}, stdout=subprocess.PIPE, check=True
+        )
         assert printed.stdout.decode().split() == [corpus.fingerprint(part) for part in documents]
 
 

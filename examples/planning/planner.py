@@ -104,7 +104,6 @@ class Plan:
             config.s2attn_mode = "dense"
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, attn_implementation="s2attn", dtype=self.run.dtype)
-            model.tie_weights()  # transformers 5.0 does not, on this device
             lora = None if self.run.full_finetune else lora_config(model, r=self.run.lora_r)
             model = prepare_model(model, lora)
         for parameter in model.parameters():

@@ -56,6 +56,11 @@ def check_sequence_parallel(config: PreTrainedConfig, context: int, processes: i
 class UlyssesTrainer(Trainer):
     """A Trainer whose loss and gradients, when processes share a sequence, are those of one that has it all."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # `compute_loss` averages over one row; the Trainer is to divide by the rows of a step, in all its versions.
+        self.model_accepts_loss_kwargs = False
+
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
