@@ -25,10 +25,10 @@ from evaluation.evaluation_folder import check_folder, claim, finish, finished, 
 from evaluation.perplexity_task import SCORES, PerplexityTask
 from evaluation.prompts import ADJECTIVES, NOUNS
 from evaluation.retrieval_task import RetrievalTask
-from evaluation.use_model import add_model_options, add_scaling_options, check_scaling, open_model
+from models.use_model import add_model_options, add_scaling_options, check_scaling, open_model
+from runs.command_line import HelpFormatter, Parser, one_clear_error
 from runs.processes import be_quiet, decided_by_first, gathered, together
 from runs.provenance import commit, versions
-from training.arguments import HelpFormatter, Parser, one_clear_error
 
 DESCRIPTION = """\
 Evaluate a base model, a merged model or an adapter on long texts.

@@ -36,26 +36,28 @@ from transformers import (
 import longlora_ext.attention  # noqa: F401  (registers attn_implementation="s2attn")
 from inputs.chat import give_template
 from inputs.corpus import stdlib_documents
-from inputs.data import PackedSequences, Tokenised, hold_out, load_documents, tokenise
 from inputs.samples import SampleRows, Samples, hold_out_samples, pad_rows, read_samples
+from inputs.text import PackedSequences, Tokenised, hold_out, load_documents, tokenise
 from longlora_ext.adapter import lora_config, prepare_model, save_adapter
 from longlora_ext.attention import DEFAULT_GROUP_RATIO, even_group_size
 from longlora_ext.context import context_length, extend_config
 from longlora_ext.loss import refusal, tile_loss
+from models.convert_gguf import convert_gguf
+from models.four_bits import four_bits
+from models.suitable import check_attention, check_tokenizer, check_tokens, padding_token
 from runs.checkpoints import CompletionMarker, step_of
+from runs.command_line import one_clear_error
 from runs.full_disk import writing_to
 from runs.processes import be_quiet
 from runs.run_folder import begin, claim, read_marker
-from training.arguments import DataOptions, ModelOptions, compute_dtype, one_clear_error, parse
-from training.convert_gguf import convert_gguf
+from training.arguments import DataOptions, ModelOptions, compute_dtype, parse
 from training.dense_tail import DenseTail
-from training.four_bits import four_bits
 from training.manifest import check_repeats, describe, finish, repeated
 from training.measure import AFTER, Measurement, choose_documents, choose_samples
 from training.plot import loss_curve
 from training.report import banner, results
 from training.run_settings import settings
-from training.suitable import check_attention, check_tokenizer, check_tokens, check_training, padding_token
+from training.suitable import check_training
 from training.ulysses import UlyssesTrainer, check_sequence_parallel
 
 

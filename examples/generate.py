@@ -18,10 +18,10 @@ import torch
 from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer, set_seed
 
-from evaluation.use_model import OpenedModel, add_model_options, add_scaling_options, check_scaling, open_model
 from inputs.chat import LLAMA_2
+from models.use_model import OpenedModel, add_model_options, add_scaling_options, check_scaling, open_model
+from runs.command_line import HelpFormatter, Parser, one_clear_error
 from runs.processes import be_quiet
-from training.arguments import HelpFormatter, Parser, one_clear_error
 
 DESCRIPTION = """\
 Answer a question about a long text with a base model, a merged model or an adapter.

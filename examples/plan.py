@@ -23,8 +23,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where installed,
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
 from longlora_ext.context import context_length
+from models.suitable import check_attention
 from planning.planner import MOST, Plan, Run, Way
-from training.suitable import check_attention
 
 WAYS = {
     "default": Way(),

@@ -15,8 +15,8 @@ import longlora_ext.attention  # noqa: F401
 from longlora_ext.adapter import load, lora_config, prepare_model, save_adapter
 from longlora_ext.context import extend_config
 from longlora_ext.loss import tile_loss
+from models.four_bits import four_bits
 from tiny_training import CONTEXT
-from training.four_bits import four_bits
 
 
 def main() -> None:

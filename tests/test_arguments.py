@@ -14,7 +14,8 @@ from transformers import AutoConfig, TrainingArguments
 
 import finetune_llama
 from finetune_runs import ROOT, make_model, make_text, small_run
-from training import arguments, suitable
+from models import suitable
+from training import arguments
 from training.run_settings import settings
 from training.ulysses import check_sequence_parallel
 
@@ -267,7 +268,7 @@ def test_what_no_loss_depends_on_is_none(option: str) -> None:
 def test_4_bit_weights_neither_train_nor_are_cut_up(
     inputs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("training.four_bits.find_spec", lambda name: name)  # as if bitsandbytes were there
+    monkeypatch.setattr("models.four_bits.find_spec", lambda name: name)  # as if bitsandbytes were there
     given = ["--model_name_or_path", str(inputs[0]), "--load_in_4bit"]
     zero3 = str(ROOT / "examples" / "ds_configs" / "zero3.json")
     for more, message in ((["--full_finetune"], "--full_finetune trains all"), (["--deepspeed", zero3], "with ZeRO-3")):

@@ -19,7 +19,7 @@ import longlora_ext.attention  # noqa: F401
 from evaluation import perplexity
 from evaluation.perplexity import _batches, sliding_window_perplexity, windows
 from longlora_ext.context import extend_config
-from test_data import tokenised
+from test_text import tokenised
 from training import measure
 from training.measure import choose_documents, lengths_to_measure, old_rotary_embedding
 

@@ -19,8 +19,8 @@ import evaluate
 from evaluation.heat_map import heat_map
 from evaluation.prompts import FILLER, needles, passkey
 from evaluation.retrieval_task import ANSWER_TOKENS, RetrievalTask
-from evaluation.use_model import OpenedModel
 from finetune_runs import make_model
+from models.use_model import OpenedModel
 from runs import launch
 
 LENGTHS, DEPTHS = [500, 700, 900], [0.0, 0.5, 1.0]

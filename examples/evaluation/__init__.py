@@ -1,1 +1,1 @@
-"""The parts of `evaluate.py` and `generate.py`: a model to use, perplexity, retrieval, results that are not lost."""
+"""The parts of `evaluate.py`: perplexity, retrieval, and results that are kept when it is interrupted."""

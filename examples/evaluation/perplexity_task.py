@@ -19,12 +19,12 @@ import datasets
 import numpy as np
 
 from evaluation.perplexity import Window, fingerprint, windows, windows_loss
-from evaluation.use_model import OpenedModel
 from inputs.corpus import stdlib_documents
-from inputs.data import Tokenised, load_documents, tokenise
+from inputs.text import Tokenised, load_documents, tokenise
+from models.suitable import check_tokens
+from models.use_model import OpenedModel
 from runs.launch import say
 from runs.processes import first_process_first
-from training.suitable import check_tokens
 
 PAPERS_STRIDE = 256
 TOKEN_IDS = ".bin"

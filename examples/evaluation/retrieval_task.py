@@ -20,7 +20,7 @@ from transformers import GenerationConfig
 
 from evaluation.heat_map import heat_map
 from evaluation.prompts import Retrieval, needles, passkey
-from evaluation.use_model import OpenedModel
+from models.use_model import OpenedModel
 
 ANSWER_TOKENS = 16  # of the length, kept free for the answer
 MIN_FILLER = 4  # sentences; with fewer there is no depth to speak of

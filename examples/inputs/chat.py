@@ -23,7 +23,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from inputs.conversations import Message
-from inputs.data import IGNORED_LABEL
+from inputs.text import IGNORED_LABEL
 
 #: What Llama 2 was trained with: the system's message goes into the first question.
 LLAMA_2 = """\

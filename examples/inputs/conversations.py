@@ -15,7 +15,7 @@ from typing import Any
 
 import datasets
 
-from inputs.data import read_tables
+from inputs.text import read_tables
 
 ROLES = ("system", "user", "assistant")
 EXPECTED = (

@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from inputs import chat, conversations
-from inputs.data import IGNORED_LABEL, Tokenised, hold_out
+from inputs.text import IGNORED_LABEL, Tokenised, hold_out
 
 _IDS = datasets.Sequence(datasets.Value("int32"))
 FEATURES = datasets.Features(

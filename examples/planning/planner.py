@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from longlora_ext.adapter import lora_config, prepare_model
 from longlora_ext.context import context_length, extend_config
 from longlora_ext.loss import refusal, tile_loss
 from planning.dry_run import Step, cuda_scratch, dry_run
+from runs.command_line import EXAMPLES
 from training.arguments import CHECKPOINTING
 
 #: Bytes that no tensor shows: CUDA's context, the libraries' workspaces, gaps in the allocator. Assumed, not computed.
@@ -33,7 +33,7 @@ GRAIN = 1024
 #: No longer one is searched for.
 MOST = 2**21
 
-DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"
+DS_CONFIGS = EXAMPLES / "ds_configs"
 FEW, MORE = 2, 3  # layers of the models that are run
 
 

@@ -1,1 +1,1 @@
-"""What every run has, whatever it computes: its processes, its output folder, its checkpoints, its manifest."""
+"""What every program has, whatever it computes: command line, processes, output folder, checkpoints, versions."""

@@ -10,23 +10,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 from transformers.utils import is_liger_kernel_available
 
-from runs.launch import RANK, USE_CONFIGURED_STATE, WORLD_SIZE, by_deepspeed, fail, prepare_deepspeed
-from training.four_bits import check_bitsandbytes
+from models.four_bits import check_bitsandbytes
+from runs.command_line import EXAMPLES, TINY_LLAMA, HelpFormatter, Parser, one_clear_error
+from runs.launch import USE_CONFIGURED_STATE, WORLD_SIZE, by_deepspeed, fail, prepare_deepspeed
 from training.ulysses import parallelism
-
-EXAMPLES = Path(__file__).resolve().parents[1]
-TINY_LLAMA = EXAMPLES / "tiny_llama"
 
 #: transformers renamed this option in 5.23.
 CHECKPOINTING = next(
@@ -207,36 +203,6 @@ class DataOptions:
         default=65536,
         metadata={"help": "Held-out tokens to measure perplexity on, before and after; 0: do not."},
     )
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Examples stay as they are laid out; defaults are shown, except "None", which says nothing."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
-class Parser(HfArgumentParser):
-    """Fails, and helps, on one process only."""
-
-    def error(self, message: str) -> NoReturn:
-        fail(f"{message} (--help lists the options)")
-
-    def print_help(self, file: Any = None) -> None:
-        if RANK == 0:
-            super().print_help(file)
-
-
-@contextmanager
-def one_clear_error(about: str = "") -> Iterator[None]:
-    """Turn what libraries raise about bad input into one line that starts with what it is `about`.
-
-    Only for what comes before the work.
-    """
-    try:
-        yield
-    except (ValueError, OSError, ImportError, NotImplementedError, RuntimeError, SafetensorError) as error:
-        fail(about + (" ".join(str(error).split()) or type(error).__name__))
 
 
 def compute_dtype(args: TrainingArguments) -> torch.dtype:

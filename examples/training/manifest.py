@@ -28,6 +28,7 @@ from transformers import PreTrainedConfig, TrainingArguments
 
 from longlora_ext.context import context_length
 from runs.checkpoints import write_json
+from runs.command_line import EXAMPLES
 from runs.launch import fail, launcher, say
 from runs.provenance import commit, versions
 from runs.run_folder import RUN_FILE, differences
@@ -153,7 +154,7 @@ def _absolute(arguments: Sequence[str]) -> list[str]:
 
 
 def _command(manifest: Path) -> str:
-    program = Path(__file__).resolve().parents[1] / "finetune_llama.py"
+    program = EXAMPLES / "finetune_llama.py"
     return f"{launcher()} {shlex.join([str(program), '--from_manifest', str(manifest)])}"
 
 

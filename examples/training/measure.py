@@ -18,8 +18,8 @@ from accelerate import PartialState
 from transformers import PreTrainedConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from evaluation.perplexity import fingerprint, sliding_window_perplexity
-from inputs.data import Tokenised
 from inputs.samples import Samples
+from inputs.text import Tokenised
 from longlora_ext.context import context_length
 from runs.checkpoints import write_json
 from runs.launch import say

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig, TrainingArguments
 
-from inputs.data import PackedSequences, Tokenised
 from inputs.samples import SampleRows, Samples
+from inputs.text import PackedSequences, Tokenised
 from longlora_ext.context import context_length
+from runs.command_line import EXAMPLES
 from runs.launch import WORLD_SIZE
 from training.arguments import ModelOptions, compute_dtype
 from training.dense_tail import dense_count
@@ -82,7 +83,7 @@ def results(folder: Path, adapter: Path, measurement: Measurement | None, full_f
     lines = ["", measurement.table()] if measurement else [""]
     lines += [f"loss curve: {folder / 'loss.png'}", f"{adapter.name + ':':<12}{adapter}"]
     if not full_finetune:
-        script = str(Path(__file__).parents[1] / "merge_adapter.py")
+        script = str(EXAMPLES / "merge_adapter.py")
         script = min(script, os.path.relpath(script), key=len)
         command = shlex.join(["python", script, str(adapter), str(folder / "merged")])
         lines += [

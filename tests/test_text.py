@@ -1,4 +1,4 @@
-"""Reading text, tokenising it, and packing it into sequences (examples/inputs/data.py)."""
+"""Reading text, tokenising it, and packing it into sequences (examples/inputs/text.py)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import longlora_ext.attention  # noqa: F401
-from inputs import data
-from inputs.data import PackedSequences, Tokenised, find_files, hold_out, load_documents, tokenise
+from inputs.text import PackedSequences, Tokenised, find_files, hold_out, load_documents, tokenise
 
 FEATURES = datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32"))})
 PAD = 1
@@ -226,7 +225,7 @@ def test_hub_dataset_is_loaded_with_its_config_and_split(monkeypatch: pytest.Mon
         asked.append((*args, kwargs))
         return datasets.Dataset.from_dict({"text": ["from the hub"]})
 
-    monkeypatch.setattr(data.datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("inputs.text.datasets.load_dataset", load_dataset)
     assert load_documents(["o/n", "o/n:c", "o/n:c:s"])["text"][:] == ["from the hub"] * 3
     assert asked == [
         ("o/n", None, {"split": "train"}),

@@ -27,9 +27,9 @@ from transformers import (
 from longlora_ext.adapter import load
 from longlora_ext.attention import NAME, group_size
 from longlora_ext.context import context_length, extend_config
-from training.arguments import TINY_LLAMA, Parser
-from training.four_bits import check_bitsandbytes, four_bits
-from training.suitable import check_attention, check_tokenizer
+from models.four_bits import check_bitsandbytes, four_bits
+from models.suitable import check_attention, check_tokenizer
+from runs.command_line import TINY_LLAMA, Parser
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _SAMPLES = 16  # weights of each tensor that go into the fingerprint

@@ -1,0 +1,56 @@
+"""Whether a model can be used with S2-Attn, with its tokenizer and with a text: refused here, or not at all."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from inputs.text import Tokenised
+
+MAX_HEAD_DIM = 256
+
+
+def check_attention(config: PreTrainedConfig) -> None:
+    """Raise `ValueError` if S2-Attn cannot express the model's attention."""
+    window = getattr(config, "sliding_window", None)
+    window = window or ("sliding_attention" in (getattr(config, "layer_types", None) or ()))
+    heads = getattr(config, "num_attention_heads", None)
+    head_dim = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else MAX_HEAD_DIM)
+    if getattr(config, "attn_logit_softcapping", None):
+        raise ValueError("its attention caps its logits (attn_logit_softcapping), which S2-Attn cannot express")
+    if getattr(config, "use_bidirectional_attention", None):
+        raise ValueError("its attention is bidirectional, and S2-Attn is causal")
+    if window:
+        raise ValueError(
+            f"its attention has a sliding window (of {getattr(config, 'sliding_window', None)} tokens), which S2-Attn "
+            'cannot express. To train it with full attention, set "sliding_window": null in its config.json, and take '
+            '"layer_types" out where it names sliding_attention'
+        )
+    if getattr(config, "attention_dropout", 0):
+        raise ValueError(
+            f'its attention has dropout ({config.attention_dropout}), which S2-Attn has not: set "attention_dropout": '
+            "0.0 in its config.json"
+        )
+    if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"its heads have {head_dim} dimensions, and S2-Attn takes multiples of 8 up to {MAX_HEAD_DIM}")
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `ValueError` if it knows no words, which is what some transformers make of a folder without its files."""
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        raise ValueError("it has special tokens alone: its files are missing")
+
+
+def check_tokens(config: PreTrainedConfig, *texts: Tokenised) -> None:
+    """Raise `ValueError` if the tokenizer made tokens that the model does not know."""
+    largest = max(text.largest_id for text in texts)
+    if largest >= config.vocab_size:
+        raise ValueError(
+            f"the text has the token id {largest}, but the model's vocabulary has {config.vocab_size} tokens: this is "
+            "not the model's own tokenizer"
+        )
+
+
+def padding_token(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int:
+    """A token to fill a sequence up with. Nothing is learned from it, so any does that the model knows."""
+    known = (token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None)
+    return next((token for token in known if token < config.vocab_size), 0)
