@@ -148,7 +148,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         ("passkey", "a pass key in a long text, over length x depth"),
         ("needles", "one of several codes in a long text, over length x depth"),
     ):
-        task = tasks.add_parser(name, prog=f"{launch.program} {name}", description=help_text, **layout)
+        task = tasks.add_parser(name, prog=f"python examples/{launch.program} {name}", description=help_text, **layout)
         _add_options(task, name)
     options = parser.parse_args(argv)
     _check(parser, options)
@@ -213,7 +213,11 @@ def _add_options(parser: argparse.ArgumentParser, task: str) -> None:
     add_model_options(parser)
     add_scaling_options(parser)
     group = parser.add_argument_group("output")
-    group.add_argument("--output", help="folder to write; default: evaluated/MODEL-TASK")
+    group.add_argument(
+        "--output",
+        help="folder to write; default: evaluated/MODEL-TASK, with a number "
+        "after it where that holds another evaluation",
+    )
 
 
 def _check(parser: Parser, options: argparse.Namespace) -> None:

@@ -43,6 +43,7 @@ from longlora_ext.attention import DEFAULT_GROUP_RATIO, even_group_size
 from longlora_ext.context import context_length, extend_config
 from longlora_ext.loss import refusal, tile_loss
 from models.convert_gguf import convert_gguf
+from models.folders import check_model_folder
 from models.four_bits import four_bits
 from models.suitable import check_attention, check_tokenizer, check_tokens, padding_token
 from runs.checkpoints import CompletionMarker, step_of
@@ -70,6 +71,7 @@ def main(argv: Sequence[str]) -> None:
     model_path = options.model_name_or_path
 
     with one_clear_error(f"--model_name_or_path {model_path}: "):
+        check_model_folder(model_path)
         source = {"gguf_file": options.gguf_file} if options.gguf_file else {}
         base_config = AutoConfig.from_pretrained(model_path, **source)
         check_attention(base_config)
@@ -169,6 +171,9 @@ def new_context(base_config: PreTrainedConfig, options: ModelOptions) -> PreTrai
     """The config for the new context. One that is not longer than the model's own leaves RoPE alone."""
     old = context_length(base_config)
     new = options.context_length or 4 * old
+    scaled = (getattr(base_config, "rope_parameters", None) or {}).get("rope_type", "default") != "default"
+    if options.context_length is None and scaled:
+        say(f"note: the model's RoPE is scaled already, to {old:,} tokens; --context_length {old} leaves it at that")
     ratio = options.group_ratio or DEFAULT_GROUP_RATIO
     if new > old:
         return extend_config(

@@ -23,7 +23,9 @@ from longlora_ext.adapter import import_longlora
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="python examples/import_longlora.py RELEASE OUTPUT_FOLDER --context_length TOKENS [OPTIONS]",
     )
     parser.add_argument("release", type=Path, metavar="RELEASE", help="the original's folder")
     parser.add_argument(

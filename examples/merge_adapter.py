@@ -24,13 +24,16 @@ import warnings
 from pathlib import Path
 
 from longlora_ext.adapter import merge
+from models.folders import check_run_folder
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="python examples/merge_adapter.py ADAPTER_FOLDER OUTPUT_FOLDER [OPTIONS]",
     )
     parser.add_argument(
         "adapter_folder",
@@ -70,6 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)  # of one library about another
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where installed, says that it found no GPU
     try:
+        check_run_folder(str(options.adapter_folder))
         merge(
             options.adapter_folder,
             options.output_folder,

@@ -23,15 +23,17 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where installed,
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
 from longlora_ext.context import context_length
+from models.folders import check_model_folder
 from models.suitable import check_attention
 from planning.planner import MOST, Plan, Run, Way
+from runs.wording import counted
+from training.arguments import accumulation
 
 WAYS = {
     "default": Way(),
     "whole logits": Way(tiled_loss=False),
     "no checkpoints": Way(checkpointing=False),
 }
-GLOBAL_BATCH = 64
 
 _LLAMA_2 = {"vocab_size": 32000, "max_position_embeddings": 4096}
 _LLAMA_3 = {"vocab_size": 128256, "max_position_embeddings": 8192, "num_key_value_heads": 8, "rope_theta": 500000.0}
@@ -58,11 +60,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--context", type=int, help="tokens of a sequence (default: four times the model's)")
     parser.add_argument("--gpus", type=int, default=1, help="GPUs in all (default: 1)")
-    parser.add_argument("--zero", type=int, choices=range(4), default=2, help="stage of ZeRO; 0 is none (default: 2)")
+    parser.add_argument("--zero", type=int, choices=range(4), help="stage of ZeRO; 0 is none (default: 2)")
     parser.add_argument("--offload", action="store_true", help="ZeRO-3 with weights and optimizer in the host's memory")
     parser.add_argument("--batch", type=int, default=1, help="sequences on a GPU at a time (default: 1)")
     parser.add_argument("--full_finetune", action="store_true", help="all weights are trained")
-    parser.add_argument("--lora_r", type=int, default=8, help="rank of the adapter (default: 8)")
+    parser.add_argument("--lora_r", type=int, help="rank of the adapter (default: 8)")
     parser.add_argument("--gpu_memory", type=float, default=80, metavar="GB", help="of one GPU (default: 80)")
     parser.add_argument("--json", action="store_true", help="print the numbers, in bytes and operations, as JSON")
     options = parser.parse_args(arguments)
@@ -70,15 +72,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and not value > 0:
             parser.error(f"--{name} must be above 0, got {value}")
-    if options.offload and options.zero != 3:
+    if options.offload and options.zero not in (None, 3):
         parser.error("--offload goes with --zero 3 (examples/ds_configs/zero3_offload.json)")
+    if options.full_finetune and options.lora_r is not None:
+        parser.error("--lora_r says nothing with --full_finetune, which trains no adapter")
+    options.zero = 3 if options.offload else 2 if options.zero is None else options.zero
+    options.lora_r = options.lora_r or 8
     return options
 
 
 def read_config(model: str) -> PreTrainedConfig:
     """The config of what `--model` names."""
-    if model in PRESETS and not Path(model).exists():
-        hidden, intermediate, layers, heads, rest = PRESETS[model]
+    if model.lower() in PRESETS and not Path(model).exists():
+        hidden, intermediate, layers, heads, rest = PRESETS[model.lower()]
         return LlamaConfig(
             hidden_size=hidden,
             intermediate_size=intermediate,
@@ -86,6 +92,7 @@ def read_config(model: str) -> PreTrainedConfig:
             num_attention_heads=heads,
             **rest,
         )
+    check_model_folder(model)
     config = AutoConfig.from_pretrained(model)
     check_attention(config)
     return config
@@ -125,8 +132,11 @@ def table(found: dict[str, Any]) -> str:
     run, parameters, context = found["run"], found["parameters"], found["context"]
     zero = f"ZeRO-{run['zero']}{' with offload' if run['offload'] else ''}" if run["zero"] else "no ZeRO"
     trained = "all weights" if run["full_finetune"] else f"LoRA r={run['lora_r']}, embedding and norms"
+    own, at_once = found["model_context"], run["gpus"] * run["batch"]
+    step = at_once * accumulation(at_once)
+    tokens = f"{own:,} -> {context:,} tokens" if context > own else f"{context:,} tokens, the model's own is {own:,}"
     lines = [
-        f"{found['model']}: {found['model_context']:,} -> {context:,} tokens, {run['gpus']} GPUs, {zero}, "
+        f"{found['model']}: {tokens}, {counted(run['gpus'], 'GPU')}, {zero}, "
         f"batch {run['batch']} a GPU, bf16, {trained}",
         f"parameters: {parameters['trainable']:,} trained ({parameters['lora']:,} of LoRA), "
         f"{parameters['frozen']:,} frozen",
@@ -152,7 +162,7 @@ def table(found: dict[str, Any]) -> str:
         ("attention of a sequence", "attention", 1e12),
         ("all of a sequence", "all", 1e12),
         ("of a token", "all", 1e12 * context),
-        (f"of a step of {GLOBAL_BATCH} sequences", "all", 1e12 / GLOBAL_BATCH),
+        (f"of a step of {counted(step, 'sequence')}", "all", 1e12 / step),
     ):
         values = [f"{flops[what] / scale:,.4g}" for flops in (s2, dense)]
         lines.append(row(name, [*values, f"{dense[what] / s2[what]:.2f}"]))

@@ -46,9 +46,11 @@ def check_demo(done: subprocess.CompletedProcess, cwd: Path) -> dict[str, list[f
     assert "256 -> 1,024 tokens" in done.stdout and "rope_type=linear, factor=4.0" in done.stdout
     assert "100%" in done.stderr
 
-    command = done.stdout.split("next: ")[1].splitlines()[1].strip()
-    program, *rest = shlex.split(command)
-    assert program == "python"
+    commands = [shlex.split(line) for line in done.stdout.split("next: ")[1].splitlines()[2:5]]
+    assert [(words[0], Path(words[1]).name) for words in commands] == [
+        ("python", "evaluate.py"), ("python", "generate.py"), ("python", "merge_adapter.py")
+    ]  # fmt: skip
+    rest = commands[2][1:]
     merged = subprocess.run([sys.executable, *rest], cwd=cwd, env=environment(), capture_output=True, text=True)
     assert merged.returncode == 0, merged.stdout + merged.stderr
     model = AutoModelForCausalLM.from_pretrained(folder / "merged")

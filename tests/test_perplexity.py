@@ -164,8 +164,10 @@ def test_long_documents_are_measured_first_and_the_budget_kept() -> None:
     chosen = choose_documents(held_out, 400, longest=100)
     assert [(int(ids[0]), len(ids)) for ids in chosen] == [(2, 100), (5, 100), (6, 100), (4, 90), (1, 10)]
     assert [len(ids) for ids in choose_documents(held_out, 150, longest=100)] == [100, 50]
-    assert [len(ids) for ids in choose_documents(held_out, 2400, longest=100)] == [300, 300, 200, 90, 10]
+    assert [len(ids) for ids in choose_documents(held_out, 2400, longest=100)] == [342, 300, 200, 90, 10]
     assert choose_documents(held_out, 0, longest=100) == []
+    (whole,) = choose_documents(tokenised([[1] * 900]), 800, longest=50)  # of one there are no eight parts
+    assert len(whole) == 800
 
 
 def test_table_shows_the_rows_there_are(tmp_path: Path) -> None:

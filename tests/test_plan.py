@@ -202,7 +202,8 @@ def test_the_table_and_its_numbers(tmp_path: Path, capsys) -> None:
     [
         (["--model", "nowhere/none"], "plan.py: error: --model nowhere/none: "),
         (["--model", "llama-2-7b", "--gpus", "0"], "--gpus must be above 0, got 0"),
-        (["--model", "llama-2-7b", "--offload"], "--offload goes with --zero 3"),
+        (["--model", "llama-2-7b", "--offload", "--zero", "2"], "--offload goes with --zero 3"),
+        (["--model", "Llama-2-7B", "--full_finetune", "--lora_r", "8"], "--lora_r says nothing with --full_finetune"),
         (["--model", "llama-2-7b", "--zero", "4"], "invalid choice"),
     ],
 )

@@ -25,6 +25,7 @@ from models.suitable import check_tokens
 from models.use_model import OpenedModel
 from runs.launch import say
 from runs.processes import first_process_first
+from runs.wording import counted
 
 PAPERS_STRIDE = 256
 TOKEN_IDS = ".bin"
@@ -143,7 +144,8 @@ class PerplexityTask:
     def table(self, results: dict[str, dict[str, Any]]) -> str:
         """The results as text."""
         summary = self.summary(results)
-        title = "perplexity of {tokens:,} tokens in {documents} documents (scored: {score})".format(**self.settings)
+        tokens, documents = sum(map(len, self.documents)), counted(len(self.documents), "document")
+        title = f"perplexity of {tokens:,} tokens in {documents} (scored: {self.settings['score']})"
         rows = {
             "window": "".join(f"{length:>12,}" for length in self.lengths),
             "scored": "".join(f"{scored:>12,}" for scored in summary["scored"].values()),

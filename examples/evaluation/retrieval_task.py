@@ -102,7 +102,7 @@ class RetrievalTask:
     def table(self, results: dict[str, dict[str, Any]]) -> str:
         """The results as text."""
         what = "the pass key" if self.name == "passkey" else f"one of {self.count} codes"
-        lines = [f"share of {self.trials} questions a cell for {what} that were answered exactly", ""]
+        lines = [f"share of questions for {what} that were answered exactly, {self.trials} in each cell", ""]
         lines.append(f"{'depth':<8}" + "".join(f"{length:>10,}" for length in self.lengths) + "  tokens")
         for depth, row in zip(self.depths, self.shares(results), strict=True):
             lines.append(f"{depth:<8.0%}" + "".join(f"{share:>10.2f}" for share in row))

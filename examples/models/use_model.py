@@ -27,6 +27,7 @@ from transformers import (
 from longlora_ext.adapter import load
 from longlora_ext.attention import NAME, group_size
 from longlora_ext.context import context_length, extend_config
+from models.folders import check_run_folder, is_adapter
 from models.four_bits import check_bitsandbytes, four_bits
 from models.suitable import check_attention, check_tokenizer
 from runs.command_line import TINY_LLAMA, Parser
@@ -126,11 +127,6 @@ def check_scaling(parser: Parser, options: argparse.Namespace) -> None:
         parser.error("--context_length: an adapter brings the context that it was trained for")
 
 
-def is_adapter(path: str) -> bool:
-    """Whether that is the folder of an adapter."""
-    return (Path(path) / "adapter_config.json").is_file()
-
-
 def open_model(options: argparse.Namespace, attention: str = "dense", groups: int | None = None) -> OpenedModel:
     """Load what `--model` names.
 
@@ -143,6 +139,7 @@ def open_model(options: argparse.Namespace, attention: str = "dense", groups: in
         ValueError, OSError: There is no such model, or it cannot be used so.
     """
     path, scaled = options.model, getattr(options, "context_length", None)
+    check_run_folder(path)
     if options.base_model and not is_adapter(path):
         raise ValueError("--base_model is for adapters, and this is none: it has no adapter_config.json")
     implementation = NAME if attention == "s2" else "sdpa"

@@ -18,10 +18,11 @@ TINY_LLAMA = EXAMPLES / "tiny_llama"
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Examples stay as they are laid out; defaults are shown, except "None", which says nothing."""
+    """Examples stay as they are laid out; defaults are shown, except where the text tells them, and "None"."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        told = action.default is None or "Default:" in (action.help or "")
+        return action.help if told else super()._get_help_string(action)
 
 
 class Parser(HfArgumentParser):

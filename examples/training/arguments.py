@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import is_liger_kernel_available
 
 from models.four_bits import check_bitsandbytes
@@ -47,6 +48,12 @@ RECIPE: dict[str, Any] = {
 }
 GLOBAL_BATCH = 64
 
+
+def accumulation(at_once: int) -> int:
+    """How many times `at_once` sequences make a step of `GLOBAL_BATCH`, or of the most below it."""
+    return max(1, GLOBAL_BATCH // max(1, at_once))
+
+
 #: What is different where answers are learned (`--task sft`).
 SFT_RECIPE: dict[str, Any] = RECIPE | {"max_steps": -1, "num_train_epochs": 5}
 
@@ -71,9 +78,24 @@ standard library, and shows what that changed; a few minutes on two CPU cores. S
 trains under ZeRO-2 unless --deepspeed names another configuration (examples/ds_configs/: zero2, zero3,
 zero3_offload).
 
-Below are all options: first those of transformers' TrainingArguments, then this program's own, then examples. The
+Below are all options: first this program's own, then those of transformers' TrainingArguments, then examples. The
 defaults are those for the tiny Llama; with --model_name_or_path MODEL, --help shows those for a model of your own.
 """
+
+#: What options of TrainingArguments mean here, where its own text says something else, or not enough.
+HELP = {
+    "output_dir": "Folder to write. Default: finetuned/MODEL-CONTEXT, with a number after it where there is one "
+    "already. A folder that holds something is never written to, but to go on with its run.",
+    "resume_from_checkpoint": "latest: go on from the newest complete checkpoint in --output_dir, or begin where there "
+    "is none. Or the folder of a checkpoint.",
+    "deepspeed": "DeepSpeed's configuration, a JSON file. Default: examples/ds_configs/zero2.json if deepspeed starts "
+    "the program, else none.",
+    "use_cpu": "Train on the CPU. Default: where there is no GPU.",
+    "do_train": argparse.SUPPRESS,  # these three are for scripts that look at them
+    "do_eval": argparse.SUPPRESS,
+    "do_predict": argparse.SUPPRESS,
+}
+ACCUMULATION_HELP = f"Batches that make a step together. Default: what makes {GLOBAL_BATCH} sequences."
 
 EXAMPLE_COMMANDS = """\
 examples:
@@ -101,7 +123,8 @@ examples:
     --resume_from_checkpoint latest
 
 the output folder (default: finetuned/MODEL-CONTEXT) holds adapter/ (what was trained), perplexity.txt and .json,
-loss.png, checkpoint-*/ and run.json (what made it: arguments, text, versions)
+loss.png, checkpoint-*/ and run.json (what made it: arguments, text, versions); if there is one of that name already,
+a number is added to it
 """
 
 
@@ -124,7 +147,7 @@ class ModelOptions:
     )
     rope_type: str = field(
         default="linear",
-        metadata={"help": "How positions are scaled to the new context: any RoPE type of transformers (yarn, ...)."},
+        metadata={"help": f"How positions are scaled to the new context: default, {', '.join(ROPE_INIT_FUNCTIONS)}."},
     )
     rope_parameters: str | None = field(
         default=None,
@@ -160,6 +183,12 @@ class ModelOptions:
             "It must divide their number, the context, and the model's heads."
         },
     )
+
+
+class TrainingOptions(TrainingArguments):
+    """transformers' own, under a heading of their own."""
+
+    _argument_group_name = "training (transformers' TrainingArguments)"
 
 
 @dataclass
@@ -223,7 +252,7 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingArgum
     Raises:
         SystemExit: On a mistake, after saying what it is; and after --help.
     """
-    kinds: Any = (ModelOptions, DataOptions, TrainingArguments)
+    kinds: Any = (ModelOptions, DataOptions, TrainingOptions)
     parser = Parser(
         kinds,
         prog="finetune_llama.py",
@@ -246,6 +275,10 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingArgum
     named = probed.model_name_or_path
     recipe = TINY_RECIPE if named is None else SFT_RECIPE if probed.task == "sft" else RECIPE
     parser.set_defaults(**recipe, **_machine_defaults())
+    for action in parser._actions:
+        action.help = HELP.get(action.dest, action.help)
+        if action.dest == "gradient_accumulation_steps" and named is not None:
+            action.help = ACCUMULATION_HELP
 
     asked, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -254,7 +287,7 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingArgum
         parser.set_defaults(max_steps=-1)
     if named is not None and not _is_given(argv, "gradient_accumulation_steps"):
         batch = asked.per_device_train_batch_size * WORLD_SIZE // max(1, asked.sequence_parallel_size)
-        parser.set_defaults(gradient_accumulation_steps=max(1, GLOBAL_BATCH // max(1, batch)))
+        parser.set_defaults(gradient_accumulation_steps=accumulation(batch))
     if asked.fp16 and not _is_given(argv, "bf16"):
         parser.set_defaults(bf16=False)
     if not asked.deepspeed and not torch.accelerator.is_available():

@@ -23,6 +23,7 @@ from inputs.text import Tokenised
 from longlora_ext.context import context_length
 from runs.checkpoints import write_json
 from runs.launch import say
+from runs.wording import counted
 
 BEFORE, SCALED, AFTER = "before", "scaling only", "after"
 
@@ -46,12 +47,12 @@ def choose_documents(held_out: Tokenised, tokens: int, longest: int) -> list[np.
         longest: The longest context to measure. Documents of that many tokens come first, in their order.
 
     Returns:
-        Token ids of each document, cut so that there are about eight of them or as many as have `longest`
-        tokens.
+        Token ids of each document, cut so that there are about eight of them, as many as have `longest` tokens, or
+        all there are.
     """
     lengths: list[int] = held_out.lengths.tolist()
     order = sorted(range(len(lengths)), key=lambda document: (-min(lengths[document], longest), document))
-    share = max(longest, tokens // 8)
+    share = max(longest, tokens // min(8, max(1, len(order))))
     chosen: list[np.ndarray] = []
     for document in order:
         take = min(share, lengths[document], tokens)
@@ -160,9 +161,10 @@ class Measurement(TrainerCallback):
 
     def table(self) -> str:
         """The results as text."""
-        what = "{tokens:,} held-out tokens in {documents} documents"
+        tokens, documents = self.record["tokens"], self.record["documents"]
+        what = f"{tokens:,} held-out tokens in {counted(documents, 'document')}"
         if self.labels is not None:
-            what = "the answers in {documents} held-out samples of {tokens:,} tokens"
+            what = f"the answers in {counted(documents, 'held-out sample')} of {tokens:,} tokens"
         title = f"perplexity of {what} ({{attention}} attention, sliding window, stride {{stride}})"
         header = f"{'context':<14}" + "".join(f"{length:>10,}" for length in self.lengths)
         lines = [title.format(**self.record), "", header]

@@ -14,6 +14,7 @@ from inputs.text import PackedSequences, Tokenised
 from longlora_ext.context import context_length
 from runs.command_line import EXAMPLES
 from runs.launch import WORLD_SIZE
+from runs.wording import counted
 from training.arguments import ModelOptions, compute_dtype
 from training.dense_tail import dense_count
 from training.measure import Measurement
@@ -37,13 +38,13 @@ def banner(
     trained = "all weights" if options.full_finetune else f"LoRA r={options.lora_r}, embedding and norms"
     shared = options.sequence_parallel_size
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * WORLD_SIZE // shared
-    steps = f"{args.max_steps:,}" if args.max_steps > 0 else f"{args.num_train_epochs:g} passes over the text,"
+    steps = counted(args.max_steps, "step") if args.max_steps > 0 else f"{args.num_train_epochs:g} passes over the text"
     dtype = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[compute_dtype(args)]
     tail = ""
     if options.dense_steps:
-        counted = args.max_steps > 0 or options.dense_steps >= 1
-        dense = f"{dense_count(options.dense_steps, args.max_steps):,}" if counted else f"{options.dense_steps:.0%}"
-        tail = f"dense in the last {dense} steps, "
+        known = args.max_steps > 0 or options.dense_steps >= 1
+        dense = dense_count(options.dense_steps, args.max_steps)
+        tail = f"dense in the last {counted(dense, 'step') if known else format(options.dense_steps, '.0%')}, "
     zero = f"ZeRO-{args.deepspeed_plugin.zero_stage}" if args.deepspeed_plugin else "no DeepSpeed"
     rows = {
         "model": f"{options.model_name_or_path} ({type(config).__name__.removesuffix('Config')})",
@@ -52,7 +53,7 @@ def banner(
         "attention": f"groups of {config.s2attn_group_size:,} tokens in training, {tail}dense in use",
         "training": f"{trained}: {trainable:,} of {total:,} weights, {dtype}",
         **_material(train, sequences),
-        "steps": f"{steps} of {batch} sequences, learning rate {args.learning_rate:g}",
+        "steps": f"{steps}, {counted(batch, 'sequence')} in each, learning rate {args.learning_rate:g}",
         "processes": f"{WORLD_SIZE}, {zero}{f', {shared} for each sequence' if shared > 1 else ''}",
         "output": f"{args.output_dir}{f', going on from {checkpoint.name}' if checkpoint else ''}",
     }
@@ -64,8 +65,8 @@ def _material(train: Tokenised, sequences: PackedSequences | SampleRows) -> dict
     length = sequences.context_length
     if not isinstance(train, Samples) or not isinstance(sequences, SampleRows):
         return {
-            "text": f"{train.tokens:,} tokens in {len(train.lengths):,} documents; dropped: no tokens, "
-            f"{train.empty:,} empty documents",
+            "text": f"{train.tokens:,} tokens in {counted(len(train.lengths), 'document')}"
+            + (f"; {counted(train.empty, 'empty document')} dropped" if train.empty else ""),
             "sequences": f"{len(sequences):,} of {length:,} tokens, {sequences.padding:,} of them padding",
         }
     lost = train.column("lost")
@@ -79,16 +80,22 @@ def _material(train: Tokenised, sequences: PackedSequences | SampleRows) -> dict
 
 
 def results(folder: Path, adapter: Path, measurement: Measurement | None, full_finetune: bool) -> str:
-    """What came of it, and the next command to type."""
+    """What came of it, and the next commands to type."""
     lines = ["", measurement.table()] if measurement else [""]
     lines += [f"loss curve: {folder / 'loss.png'}", f"{adapter.name + ':':<12}{adapter}"]
     if not full_finetune:
-        script = str(EXAMPLES / "merge_adapter.py")
-        script = min(script, os.path.relpath(script), key=len)
-        command = shlex.join(["python", script, str(adapter), str(folder / "merged")])
+        merged = str(folder / "merged")
         lines += [
             "",
-            "next: make it a model folder that transformers loads without this project",
-            f"    {command}",
+            "next: see whether it finds what is hidden in a long text, ask it about a file, or make it a model folder",
+            "that transformers loads without this project",
+            _command("evaluate.py", "passkey", "--model", str(adapter)),
+            _command("generate.py", "--model", str(adapter), "--file", "FILE", "--question", "QUESTION"),
+            _command("merge_adapter.py", str(adapter), merged),
         ]
     return "\n".join(lines)
+
+
+def _command(program: str, *words: str) -> str:
+    path = str(EXAMPLES / program)
+    return "    " + shlex.join(["python", min(path, os.path.relpath(path), key=len), *words])

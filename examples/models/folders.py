@@ -1,0 +1,26 @@
+"""Folders that are taken for a model's, and what they are instead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def is_adapter(path: str) -> bool:
+    """Whether that is the folder of an adapter."""
+    return (Path(path) / "adapter_config.json").is_file()
+
+
+def check_run_folder(path: str) -> None:
+    """Raise `ValueError` for the folder of a run, where what it made is meant."""
+    made = [Path(path) / name for name in ("adapter", "model") if (Path(path) / name).is_dir()]
+    if made and not is_adapter(path) and not (Path(path) / "config.json").is_file():
+        raise ValueError(f"this is the folder of a run: take what it made, {made[0]}")
+
+
+def check_model_folder(path: str) -> None:
+    """Raise `ValueError` for what is no model but was made of one: a run's folder, an adapter."""
+    check_run_folder(path)
+    if is_adapter(path) and not (Path(path) / "config.json").is_file():
+        raise ValueError(
+            f"this is an adapter, not a model: merge it first, python examples/merge_adapter.py {path} MERGED_FOLDER"
+        )

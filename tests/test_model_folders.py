@@ -1,0 +1,55 @@
+"""Folders given for a model's that are something else (examples/models/folders.py): told before a hub is asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import evaluate
+import finetune_llama
+import generate
+import merge_adapter
+import plan
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """What finetune_llama.py leaves, as far as its names go."""
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    (tmp_path / "run" / "adapter" / "adapter_config.json").write_text("{}")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        lambda folder: evaluate.main(["passkey", "--model", folder]),
+        lambda folder: generate.main(["--model", folder, "--file", __file__]),
+        lambda folder: finetune_llama.main(["--model_name_or_path", folder]),
+        lambda folder: plan.main(["--model", folder]),
+        lambda folder: merge_adapter.main([folder, f"{folder}-merged"]),
+    ],
+)
+def test_the_folder_of_a_run_is_told_from_what_it_made(command, run_folder: Path, capsys) -> None:
+    try:
+        assert command(str(run_folder)) == 2
+    except SystemExit as stopped:
+        assert stopped.code == 2
+    assert f"this is the folder of a run: take what it made, {run_folder / 'adapter'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        lambda folder: finetune_llama.main(["--model_name_or_path", folder]),
+        lambda folder: plan.main(["--model", folder]),
+    ],
+)
+def test_an_adapter_is_no_model(command, run_folder: Path, capsys) -> None:
+    adapter = str(run_folder / "adapter")
+    try:
+        assert command(adapter) == 2
+    except SystemExit as stopped:
+        assert stopped.code == 2
+    assert f"merge it first, python examples/merge_adapter.py {adapter}" in capsys.readouterr().err
