@@ -62,7 +62,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         ('--rope_type default --rope_parameters {"rope_theta":0}', "rope_theta must be a finite number above 0"),
         ("--train_file {text} --dataloader_drop_last --per_device_train_batch_size 99", "sequences are no batch of 99"),
         ("--train_file {character}", "there is nothing to learn from 1 tokens"),
-        ("--train_file {text} --context_length 1000000000", "the context of 1,000,000,000 tokens is longer than the whole"),
+        ("--train_file {text} --context_length 1000000000", "the context of 1,000,000,000 tokens is longer than"),
         ("--eval_tokens -1", "--eval_tokens must be 0 or more, got -1"),
         ("--max_steps 0 --num_train_epochs 0", "nothing to train"),
         (
