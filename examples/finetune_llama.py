@@ -58,6 +58,7 @@ from training.measure import AFTER, Measurement, choose_documents, choose_sample
 from training.plot import loss_curve
 from training.report import banner, results
 from training.run_settings import settings
+from training.stop_at_nan import StopAtNaN
 from training.suitable import check_training
 from training.ulysses import UlyssesTrainer, check_sequence_parallel
 
@@ -129,7 +130,7 @@ def main(argv: Sequence[str]) -> None:
         measurement = Measurement(folder, base_config, config, measured, before, answers)
         marked["perplexity"] = measurement.record  # filled as the run goes on, written with each checkpoint
     tail = DenseTail(base.config, options.dense_steps) if options.dense_steps else None
-    callbacks = [CompletionMarker(args, marked), *filter(None, (tail, measurement))]
+    callbacks = [StopAtNaN(), CompletionMarker(args, marked), *filter(None, (tail, measurement))]
     # Resumed at its end, a run would do one step too many. Of one sequence an epoch is one step: all are over then.
     is_over = checkpoint is not None and 0 < args.max_steps <= step_of(checkpoint)
     trainer = (UlyssesTrainer if options.sequence_parallel_size > 1 else Trainer)(

@@ -70,8 +70,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     for name in ("context", "gpus", "batch", "lora_r", "gpu_memory"):
         value = getattr(options, name)
-        if value is not None and not value > 0:
-            parser.error(f"--{name} must be above 0, got {value}")
+        if value is not None and not 0 < value < 1e9:
+            parser.error(f"--{name} must be above 0 and below a billion, got {value}")
     if options.offload and options.zero not in (None, 3):
         parser.error("--offload goes with --zero 3 (examples/ds_configs/zero3_offload.json)")
     if options.full_finetune and options.lora_r is not None:
@@ -184,8 +184,9 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)  # of one library about another
     try:
         found = figures(options)
-    except (OSError, ValueError, ImportError) as error:
-        print(f"plan.py: error: --model {options.model}: {' '.join(str(error).split())}", file=sys.stderr)
+    except Exception as error:  # nothing is lost here, and a config can be wrong in as many ways as it has fields
+        kind = "" if isinstance(error, (OSError, ValueError, ImportError)) else f"{type(error).__name__}: "
+        print(f"plan.py: error: --model {options.model}: {kind}{' '.join(str(error).split())[:500]}", file=sys.stderr)
         return 2
     print(json.dumps(found, indent=2) if options.json else table(found))
     return 0

@@ -7,10 +7,9 @@
     merge("adapter", "merged")                           # a plain model folder
 
 Embedding and norms must train in fp32: at a learning rate of 2e-5 a step is smaller than half the distance
-between two bfloat16 numbers, so in bf16 most of their weights never move. Without a launcher, under DDP and
-under ZeRO-1 and -2 the trainable weights themselves are fp32 while activations keep the base model's dtype;
-ZeRO-3 wants one dtype for all and has fp32 masters of its own. What is saved is the fp32 weight in every
-case.
+between two bfloat16 numbers, so in bf16 most of their weights never move. Without a launcher and under DDP the
+trainable weights themselves are fp32 while activations keep the base model's dtype; DeepSpeed, where it trains
+in bf16, makes all weights bf16 and has fp32 masters of its own. What is saved is the fp32 weight in every case.
 """
 
 from __future__ import annotations

@@ -36,8 +36,14 @@ def context_length(config: PreTrainedConfig) -> int:
     Args:
         config ([`~transformers.PreTrainedConfig`]):
             An extended config or any other; for any other it is `max_position_embeddings`.
+
+    Raises:
+        `ValueError`: it has none, as models without positions, or with positions of another kind.
     """
-    return getattr(config, "s2attn_context_length", None) or config.max_position_embeddings
+    length: Any = getattr(config, "s2attn_context_length", None) or getattr(config, "max_position_embeddings", None)
+    if not _is_int(length) or length < 1:
+        raise ValueError(f"{type(config).__name__} has no max_position_embeddings: it has no context to speak of")
+    return length
 
 
 def extend_config(
@@ -54,8 +60,9 @@ def extend_config(
 
     The factor is `ceil(context_length / original)`. For a model without scaling, `original` is its
     `max_position_embeddings`. A model that is scaled already is extended with its own `rope_type` only:
-    linear factors multiply; for `llama3`, `yarn` and the like the factor is counted from the length that the
-    parameters name as the original one, and the other parameters are kept.
+    factors of `linear` and `llama3` multiply, those of Llama 3.1 and 3.2 being no ratio of lengths; for `yarn`
+    and the like the factor is counted from the length that the parameters name as the original one. The other
+    parameters are kept.
 
     Args:
         config ([`~transformers.PreTrainedConfig`]):
@@ -102,10 +109,10 @@ def _is_int(value: Any) -> bool:
 
 
 def _present_length(config: PreTrainedConfig) -> int:
-    if not _is_int(getattr(config, "max_position_embeddings", None)) or not getattr(config, "rope_parameters", None):
+    if not getattr(config, "rope_parameters", None):
         raise ValueError(
-            f"{type(config).__name__} has no max_position_embeddings with rope_parameters: only decoders "
-            "with rotary position embeddings can be extended"
+            f"{type(config).__name__} has no rope_parameters: only decoders with rotary position embeddings can "
+            "be extended"
         )
     return context_length(config)
 
@@ -157,6 +164,8 @@ def _extended_rope(config: PreTrainedConfig, context: int, rope_type: str, given
     factor = float(math.ceil(context / original))
     if rope_type == present_type == "linear":
         factor *= present["factor"]
+    if rope_type == present_type == "llama3":
+        factor = float(math.ceil(present["factor"] * context / _present_length(config)))
     for key, value in _DEFAULTS.get(rope_type, {}).items():
         new.setdefault(key, value)
     return {**new, "factor": factor, **given}

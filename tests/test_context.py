@@ -149,10 +149,14 @@ def test_linear_factors_multiply() -> None:
     assert group_size(twice) == 174
 
 
-def test_llama3_is_extended_from_its_original_length() -> None:
-    config = base(rope_parameters=dict(LLAMA3))
-    rope = extend_config(config, 256, rope_type="llama3").rope_parameters
-    assert rope == {**LLAMA3, "factor": 8.0}
+@pytest.mark.parametrize(("factor", "context", "further"), [(4.0, 128, 8.0), (4.0, 200, 13.0), (32.0, 128, 64.0)])
+def test_llama3_goes_on_from_its_factor(factor: float, context: int, further: float) -> None:
+    """Which is no ratio of lengths: Llama 3.2 has 32 for 16 times the context."""
+    config = base(rope_parameters={**LLAMA3, "factor": factor})
+    extended = extend_config(config, context, rope_type="llama3")
+    assert extended.rope_parameters == {**LLAMA3, "factor": further}
+    assert bool((frequencies(extended) <= frequencies(config)).all())
+    assert frequencies(extended)[-1] < frequencies(config)[-1]
 
 
 def test_yarn_forgets_an_attention_factor_of_the_old_length() -> None:
@@ -207,7 +211,7 @@ def test_other_scaling_is_not_replaced() -> None:
 
 
 def test_models_without_one_rotary_embedding_are_refused() -> None:
-    with pytest.raises(ValueError, match="GPT2Config has no max_position_embeddings with rope_parameters"):
+    with pytest.raises(ValueError, match="GPT2Config has no rope_parameters: only decoders with rotary"):
         extend_config(GPT2Config(), 4096)
     with pytest.raises(ValueError, match="different RoPE parameters for different layers"):
         extend_config(Gemma3TextConfig(), 10**6)

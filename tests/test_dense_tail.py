@@ -48,6 +48,13 @@ def test_the_step_says_which_attention(compiled: bool) -> None:
     assert (grouped - dense).abs().max() > 1e-3
 
 
+def test_more_dense_steps_than_the_epochs_come_to_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    args = TrainingArguments(use_cpu=True, report_to="none")
+    with pytest.raises(SystemExit):
+        DenseTail(tiny_model().config, 5).on_train_begin(args, TrainerState(max_steps=4), TrainerControl())
+    assert "--dense_steps 5 is more than the 4 steps that there are" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("inputs")

@@ -133,7 +133,12 @@ def test_other_versions_are_said(first: Path, tmp_path: Path, capsys: pytest.Cap
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "No such file or directory"), ("{", "not the run.json of a run"), ('{"seed": 1}', "not the run.json")],
+    [
+        (None, "No such file or directory"),
+        ("{", "not the run.json of a run"),
+        ('{"seed": 1}', "not the run.json"),
+        ('{"arguments": "a b", "settings": {}, "versions": {}, "command": ""}', "not the run.json"),
+    ],
 )
 def test_what_is_no_manifest_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, message: str

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, LlamaConfig, MambaConfig, PreTrainedConfig
 
 import plan as command
 from longlora_ext._flops import attended_pairs
@@ -93,16 +93,16 @@ def peak_of_a_step(model: torch.nn.Module, tokens: int, trace: Path) -> int:
 
 
 def test_what_zero_divides() -> None:
-    """The formulas of the ZeRO paper, for 16 bits and Adam, of trained and frozen weights."""
+    """The formulas of the ZeRO paper, for 16 bits and Adam, but gradients in fp32; trained and frozen weights."""
     config, gpus = small(), 4
     parameters = Plan(config, 1024, Run()).parameters
     trained, frozen = parameters["trainable"], parameters["frozen"]
     states = ("frozen weights", "trained weights", "gradients", "fp32 masters, Adam's moments")
     expected = {
-        0: 2 * frozen + 16 * trained,
-        1: 2 * frozen + 4 * trained + 12 * trained // gpus,
-        2: 2 * frozen + 2 * trained + 14 * trained // gpus,
-        3: (2 * frozen + 16 * trained) // gpus,
+        0: 2 * frozen + 18 * trained,
+        1: 2 * frozen + 6 * trained + 12 * trained // gpus,
+        2: 2 * frozen + 2 * trained + 16 * trained // gpus,
+        3: (2 * frozen + 18 * trained) // gpus,
     }
     for zero, want in expected.items():
         memory = Plan(config, 1024, Run(zero=zero, gpus=gpus)).memory(Way())
@@ -197,14 +197,23 @@ def test_the_table_and_its_numbers(tmp_path: Path, capsys) -> None:
     assert 4 < flops["dense"]["attention"] / flops["s2"]["attention"] < 4.5
 
 
+@pytest.mark.parametrize("config", [GPT2Config(), MambaConfig(), BertConfig()], ids=lambda config: config.model_type)
+def test_models_of_other_kinds_are_refused(config: PreTrainedConfig, tmp_path, capsys) -> None:
+    config.save_pretrained(tmp_path)
+    assert command.main(["--model", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert f"plan.py: error: --model {tmp_path}: {type(config).__name__} has no " in said and said.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         (["--model", "nowhere/none"], "plan.py: error: --model nowhere/none: "),
-        (["--model", "llama-2-7b", "--gpus", "0"], "--gpus must be above 0, got 0"),
+        (["--model", "llama-2-7b", "--gpus", "0"], "--gpus must be above 0 and below a billion, got 0"),
         (["--model", "llama-2-7b", "--offload", "--zero", "2"], "--offload goes with --zero 3"),
         (["--model", "Llama-2-7B", "--full_finetune", "--lora_r", "8"], "--lora_r says nothing with --full_finetune"),
         (["--model", "llama-2-7b", "--zero", "4"], "invalid choice"),
+        (["--model", "llama-2-7b", "--gpu_memory", "inf"], "--gpu_memory must be above 0 and below a billion, got inf"),
     ],
 )
 def test_mistakes_end_in_one_line(options: list[str], message: str, capsys) -> None:

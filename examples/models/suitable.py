@@ -30,6 +30,9 @@ def check_attention(config: PreTrainedConfig) -> None:
             f'its attention has dropout ({config.attention_dropout}), which S2-Attn has not: set "attention_dropout": '
             "0.0 in its config.json"
         )
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    if heads and heads % kv_heads:
+        raise ValueError(f"its {heads} query heads are no multiple of its {kv_heads} key and value heads")
     if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"its heads have {head_dim} dimensions, and S2-Attn takes multiples of 8 up to {MAX_HEAD_DIM}")
 

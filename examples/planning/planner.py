@@ -77,7 +77,7 @@ class Plan:
         self.base, self.tokens, self.run = config, tokens, run
         self.config = copy.deepcopy(config)
         if tokens > context_length(config):
-            rope_type = config.rope_parameters.get("rope_type", "default")
+            rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
             self.config = extend_config(config, tokens, rope_type="linear" if rope_type == "default" else rope_type)
         self.layers: int = config.num_hidden_layers
         self.step = cache(self._step)
@@ -130,12 +130,12 @@ class Plan:
         """Bytes of each GPU by part."""
         run, size = self.run, self.run.dtype.itemsize
         trainable, frozen = self.parameters["trainable"], self.parameters["frozen"]
-        cut = [run.gpus if run.zero >= stage else 1 for stage in range(4)]  # by what each stage divides
+        cut = {stage: run.gpus if run.zero >= stage else 1 for stage in (1, 2, 3)}  # by what each stage divides
         on_gpu = 0 if run.offload else 1
         parts = {
             "frozen weights": on_gpu * size * frozen // cut[3],
             "trained weights": on_gpu * size * trainable // cut[3],
-            "gradients": on_gpu * size * trainable // cut[2],
+            "gradients": on_gpu * 4 * trainable // cut[2],  # summed up in fp32, as ds_configs/ ask for
             "fp32 masters, Adam's moments": on_gpu * (12 if size == 2 else 8) * trainable // cut[1],
             "ZeRO's buffers": self._buffers(),
             "activations kept": self.step(way).kept,
@@ -153,7 +153,7 @@ class Plan:
         """What ZeRO gathers and reduces in, as the configurations of ds_configs/ have it."""
         run, total = self.run, self.parameters["trainable"] + self.parameters["frozen"]
         if run.zero == 0:
-            return 0
+            return 4 * self.parameters["trainable"] if run.gpus > 1 else 0  # DDP's buckets, of fp32
         zero = json.loads((DS_CONFIGS / f"zero{3 if run.zero == 3 else 2}.json").read_text())["zero_optimization"]
         bucket = zero["reduce_bucket_size"]
         bucket = self.config.hidden_size**2 if bucket == "auto" else bucket  # as transformers fills it in

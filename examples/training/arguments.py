@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ RECIPE: dict[str, Any] = {
     CHECKPOINTING: True,
     f"{CHECKPOINTING}_kwargs": '{"use_reentrant": false}',
     "logging_steps": 10,
+    "logging_nan_inf_filter": False,  # it shows a loss of 0 where there is none: `StopAtNaN` looks at it
     "save_steps": 100,
     "save_total_limit": 2,
     "eval_tokens": 65536,
@@ -334,6 +336,7 @@ def _machine_defaults() -> dict[str, Any]:
         "bf16": gpu and torch.cuda.is_bf16_supported(),
         "dataloader_pin_memory": gpu,
         "ddp_find_unused_parameters": False,  # all that is trained is used in every step
+        "ddp_timeout": 6 * 3600,  # seconds that the others wait while the first process tokenises a large text
     }
     if by_deepspeed():
         defaults["deepspeed"] = str(EXAMPLES / "ds_configs" / "zero2.json")
@@ -382,6 +385,11 @@ def _check(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None:
     for option in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(asked, option) < 1:
             parser.error(f"--{option} must be at least 0 and below 1, got {getattr(asked, option)}")
+    for option, value in vars(asked).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            parser.error(f"--{option} must be finite, got {value}")
+    if not 0 <= asked.seed < 2**32:
+        parser.error(f"--seed must be at least 0 and below 2^32, got {asked.seed}")
     if asked.max_steps <= 0 and asked.num_train_epochs <= 0:
         parser.error("nothing to train: give --max_steps or --num_train_epochs above 0")
     if asked.eval_file is not None and asked.train_file is None:

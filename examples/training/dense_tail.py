@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from runs.launch import say
+from runs.launch import fail, say
 
 
 def dense_count(asked: float, steps: int) -> int:
@@ -42,6 +42,8 @@ class DenseTail(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self.asked > state.max_steps:
+            fail(f"--dense_steps {self.asked:g} is more than the {state.max_steps} steps that there are")
         self.first = state.max_steps - dense_count(self.asked, state.max_steps) + 1
         if state.global_step < self.first <= state.max_steps:
             say(f"dense attention from step {self.first:,} of {state.max_steps:,} on")

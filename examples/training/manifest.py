@@ -56,7 +56,10 @@ def repeated(argv: Sequence[str]) -> tuple[list[str], dict[str, Any] | None]:
         return list(argv), None
     try:
         manifest = json.loads(Path(path).read_text())
-        arguments, _ = manifest["arguments"], manifest["settings"]
+        arguments, command = manifest["arguments"], manifest["command"]
+        known = isinstance(manifest["settings"], dict) and isinstance(manifest["versions"], dict)
+        if not known or not all(isinstance(word, str) for word in [command, *arguments]) or isinstance(arguments, str):
+            raise TypeError
     except OSError as error:
         fail(f"--from_manifest {path}: {error.strerror}")
     except (ValueError, KeyError, TypeError):

@@ -72,6 +72,7 @@ class UlyssesTrainer(Trainer):
         labels = inputs["shift_labels"]  # the labels, moved by one before the sequence was cut
         count = (labels != -100).sum()
         dist.all_reduce(count, group=group)
+        count.clamp_(min=1)  # of a row that holds nothing to learn
         outputs = model(**inputs, labels=labels, num_items_in_batch=count)
         part: torch.Tensor = outputs.loss
         whole = part.detach().clone()
