@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import time
 from pathlib import Path
 
 import datasets
@@ -195,6 +198,13 @@ def test_what_cannot_be_read_is_named(files: Path, make, message: str) -> None: 
         load_documents([str(make(files))])
 
 
+def _write_document(path: Path, text: str) -> None:
+    if path.suffix == ".parquet":
+        pandas.DataFrame({"text": [text]}).to_parquet(path)
+    else:
+        path.write_text(text if path.suffix == ".txt" else json.dumps({"text": text}) + "\n")
+
+
 def _touch(folder: Path) -> Path:
     folder.mkdir()
     return folder
@@ -203,6 +213,50 @@ def _touch(folder: Path) -> Path:
 def _write(path: Path, content: bytes) -> Path:
     path.write_bytes(content)
     return path
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
+def test_a_name_is_no_pattern(tmp_path: Path, suffix: str) -> None:
+    folder = tmp_path / "g[1]"
+    folder.mkdir()
+    for name in ("a[1]", "a1", "b*", "b2", "c:d"):
+        _write_document(folder / f"{name}{suffix}", name)
+    assert load_documents([str(folder / f"a[1]{suffix}")])["text"][:] == ["a[1]"]
+    assert sorted(load_documents([str(folder)])["text"]) == ["a1", "a[1]", "b*", "b2", "c:d"]
+
+
+def test_a_relative_name_with_a_colon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file:x.txt").write_text("x")
+    assert load_documents(["file:x.txt"])["text"][:] == ["x"]
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
+def test_two_colons_are_refused(tmp_path: Path, suffix: str) -> None:
+    _write_document(tmp_path / f"a::b{suffix}", "x")
+    with pytest.raises(ValueError, match=f"^/.*/a::b{suffix}: files with '::' in their path cannot be read"):
+        load_documents([str(tmp_path)])
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("how", ["written over", "moved there"])
+def test_another_text_with_the_same_time_is_read_anew(tmp_path: Path, suffix: str, how: str) -> None:
+    text, other = tmp_path / f"text{suffix}", tmp_path / f"other{suffix}"
+    for path, content in ((text, "aaa"), (other, "bbb")):
+        _write_document(path, content)
+        os.utime(path, (1e9, 1e9))
+    tokenizer = character_tokenizer()
+    assert tokenise(load_documents([str(text)]), tokenizer).ids(0).tolist() == [3, 3, 3, 1]
+    time.sleep(0.02)  # a file system's clock ticks every few milliseconds
+    shutil.copy2(other, text) if how == "written over" else other.replace(text)
+    assert text.stat().st_mtime == 1e9
+    assert tokenise(load_documents([str(text)]), tokenizer).ids(0).tolist() == [4, 4, 4, 1]
+
+
+def test_the_same_text_comes_from_the_cache(tmp_path: Path) -> None:
+    text = _write(tmp_path / "x.txt", b"abc")
+    first, again = (load_documents([str(text)]) for _ in range(2))
+    assert first.cache_files == again.cache_files and len(list((tmp_path / "cache").glob("text/*"))) == 1
 
 
 def test_hub_names_are_recognised() -> None:

@@ -26,6 +26,7 @@ import datasets
 import numpy as np
 import pyarrow.compute
 import torch
+from datasets.data_files import DataFilesList
 from transformers import PreTrainedTokenizerBase
 
 #: The file formats, by suffix: which reader of `datasets` takes them.
@@ -317,12 +318,28 @@ def _from_files(reader: str, files: list[str]) -> datasets.Dataset:
     nothing = [file for file in files if reader != "text" and Path(file).stat().st_size == 0]
     if nothing:
         raise ValueError(f"{nothing[0]} is empty")
+    data_files = {"train": _as_they_are(files)}
     try:
-        return datasets.load_dataset(reader, data_files=files, split="train", **options)
+        return datasets.load_dataset(reader, data_files=data_files, split="train", **options)
     except Exception as error:  # datasets wraps what went wrong in errors of its own, several deep
         cause = error.__cause__ or error
         reason = "it has no rows" if "corresponds to no data" in str(cause) else _in_short(cause)
         raise ValueError(f"cannot read {', '.join(files[:3])} as {reader}: {reason}") from error
+
+
+def _as_they_are(files: list[str]) -> DataFilesList:
+    """Files by their names, which `datasets` would else take for glob patterns, each with what tells that it changed.
+
+    `datasets` itself goes by the time of the last change alone, and `cp -p` and `rsync -t` copy that along.
+    """
+    paths = [str(Path(file).absolute()) for file in files]
+    for path in paths:
+        if "::" in path:  # to `datasets` it is a file within another
+            raise ValueError(f"{path}: files with '::' in their path cannot be read; rename what has it")
+    stats = [Path(path).stat() for path in paths]
+    return DataFilesList(
+        paths, [(f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino}",) for found in stats]
+    )
 
 
 def _from_hub(source: str) -> datasets.Dataset:
