@@ -33,8 +33,9 @@ TILE = 2**26
 IGNORED_LABEL = -100
 
 # Fields of a config with which some models change the logits after their output layer.
-_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
-_CHANGES_LOGITS = ("final_logit_softcapping", *_SCALES)
+_CHANGES_LOGITS = (
+    "final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier",
+)  # fmt: skip
 
 Model = TypeVar("Model", bound=PreTrainedModel | PeftModel)
 
