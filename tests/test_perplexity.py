@@ -19,7 +19,10 @@ import longlora_ext.attention  # noqa: F401
 from evaluation import perplexity
 from evaluation.perplexity import _batches, sliding_window_perplexity, windows
 from longlora_ext.context import extend_config
+from runs.checkpoints import write_json
+from test_loss import LiveBytes, cohere, prepared
 from test_text import tokenised
+from tiny_models import tiny_config, tiny_model
 from training import measure
 from training.measure import choose_documents, lengths_to_measure, old_rotary_embedding
 
@@ -64,11 +67,47 @@ def test_perplexity_is_that_of_each_token_by_itself(window: int, stride: int) ->
     )
 
 
-def test_losses_in_pieces_are_those_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, documents = make_model().double().eval(), make_documents(33, 16)
-    at_once = sliding_window_perplexity(model, documents, 16, 5)
+@pytest.mark.parametrize("case", ["full", "adapter tied", "adapter lora head", "adapter saved head"])
+def test_losses_in_pieces_are_those_at_once(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    model, documents = prepared(case), make_documents(33, 16)
+    with monkeypatch.context() as whole:
+        whole.setattr(perplexity, "_output_layer", lambda model, device: None)
+        at_once = sliding_window_perplexity(model, documents, 16, 5)
+    assert sliding_window_perplexity(model, documents, 16, 5) == pytest.approx(at_once, rel=1e-6)
     monkeypatch.setattr(perplexity, "LOSS_TOKENS", 4)
     assert sliding_window_perplexity(model, documents, 16, 5) == pytest.approx(at_once, rel=1e-6)
+
+
+def test_the_logits_of_all_tokens_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The most memory that tensors take at any time, in the first window, which scores all of its tokens."""
+    logits, peaks = 1023 * 2048 * 4, []  # bytes
+    model = tiny_model(config=tiny_config(vocab_size=2048, num_hidden_layers=1), dtype=torch.float32)
+    for tokens in (1024, 16):
+        monkeypatch.setattr(perplexity, "LOSS_TOKENS", tokens)
+        with LiveBytes() as live:
+            sliding_window_perplexity(model, [np.arange(1024)], 1024, 512)
+        peaks.append(live.peak)
+    print(f"bytes of logits {logits:,}, peak {peaks[0]:,}, in pieces {peaks[1]:,}")
+    assert peaks[0] > logits
+    assert peaks[1] < 0.5 * logits
+
+
+def test_a_model_that_changes_its_logits_gives_them_whole() -> None:
+    """It is found out by what it does, known or not."""
+    model, documents = cohere().eval(), make_documents(33)
+    layer, as_usual = perplexity._output_layer, sliding_window_perplexity(model, documents, 16, 5)
+    assert layer(model, "cpu") is None and layer(make_model(), "cpu") is not None
+    assert as_usual == pytest.approx(brute_force(model, documents, 16, 5), rel=1e-5)
+
+
+def test_a_perplexity_beyond_all_numbers_is_infinite(tmp_path: Path) -> None:
+    assert perplexity.perplexity_of(710.0 * 3, 3) == math.inf
+    model = make_model()
+    torch.nn.init.normal_(model.lm_head.weight, std=1e6)
+    assert sliding_window_perplexity(model, make_documents(30), 16, 8) == math.inf
+    write_json(tmp_path / "some.json", {"rows": [math.inf, (1.5, -math.inf)], "nan": math.nan})
+    read = json.loads((tmp_path / "some.json").read_text(), parse_constant=pytest.fail)
+    assert read == {"rows": ["inf", [1.5, "-inf"]], "nan": "nan"}
 
 
 @settings(max_examples=200, deadline=None)
@@ -116,8 +155,11 @@ def test_evaluation_is_dense_and_leaves_the_mode_as_it_was() -> None:
 
 def _share(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
-    result = sliding_window_perplexity(make_model(), make_documents(37, 8, 9), 8, 4, batch_tokens=16)
-    (folder / str(rank)).write_text(repr(result))
+    perplexity.LOSS_TOKENS = 5
+    model, calls = make_model(), []
+    model.lm_head.register_forward_hook(lambda *args: calls.append(1))
+    result = sliding_window_perplexity(model, make_documents(37, 8, 9), 8, 4, batch_tokens=16)
+    (folder / str(rank)).write_text(json.dumps([result, len(calls)]))
     dist.destroy_process_group()
 
 
@@ -126,8 +168,9 @@ def test_processes_share_the_work_and_agree(tmp_path: Path) -> None:
     assert len(_batches(list(windows([37, 8, 9], 8, 4)), 2)) % 2 == 1
     torch.multiprocessing.spawn(_share, (tmp_path,), nprocs=2)
     expected = sliding_window_perplexity(make_model(), make_documents(37, 8, 9), 8, 4, batch_tokens=16)
-    results = [float((tmp_path / str(rank)).read_text()) for rank in (0, 1)]
-    assert results[0] == results[1] == pytest.approx(expected, rel=1e-6)
+    results = [json.loads((tmp_path / str(rank)).read_text()) for rank in (0, 1)]
+    assert results[0][0] == results[1][0] == pytest.approx(expected, rel=1e-6)
+    assert results[0][1] == results[1][1]  # ZeRO-3 gathers the layer's weight for each call, from all
 
 
 # --- the table --------------------------------------------------------------------------------------------------
@@ -142,6 +185,8 @@ def test_the_row_before_is_the_model_as_it_came(rope_type: str) -> None:
         before = sliding_window_perplexity(extended, documents, 64, 32)
     assert before == sliding_window_perplexity(original, documents, 64, 32)
     assert before != pytest.approx(scaled, rel=1e-3)
+    assert sliding_window_perplexity(extended, documents, 64, 32) == scaled
+    extended(input_ids=torch.zeros((1, 200), dtype=torch.long))  # as training does: "dynamic" would remember it
     assert sliding_window_perplexity(extended, documents, 64, 32) == scaled
 
 
@@ -183,8 +228,9 @@ def test_rows_come_along_only_if_they_were_measured_likewise(tmp_path: Path) -> 
     def measurement(before: dict | None, *lengths: int, context: int = 64) -> measure.Measurement:
         return measure.Measurement(tmp_path, CONFIG, extend_config(CONFIG, context), make_documents(*lengths), before)
 
-    rows = {"before": {"16": 1.0, "32": 2.0, "64": 3.0}}
-    record = json.loads(json.dumps({**measurement(None, 30, 20).record, "perplexity": rows}))
+    rows = {"before": {"16": 1.0, "32": 2.0, "64": math.inf}}
+    write_json(tmp_path / "some.json", {**measurement(None, 30, 20).record, "perplexity": rows})
+    record = json.loads((tmp_path / "some.json").read_text())
     assert measurement(record, 30, 20).rows == rows
     for changed in (measurement(record, 30, 21), measurement(record, 20, 30), measurement(record, 30, 20, context=128)):
         assert changed.rows == {} and "before" not in changed.table()

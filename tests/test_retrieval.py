@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+import transformers
+from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import evaluate
@@ -146,6 +149,36 @@ def test_dynamic_rope_does_not_remember_the_text_before(tmp_path: Path, monkeypa
     prefills = [cosine for cosine in heard if cosine.shape[1] > 1]
     assert prefills[0].shape == prefills[2].shape != prefills[1].shape
     assert torch.equal(prefills[0], prefills[2])
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_nothing_but_the_likeliest_token_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrapped: bool) -> None:
+    """The model's own generation_config, an instruct model's, would push it away from repeating the key."""
+    monkeypatch.setattr(launch, "program", launch.program)
+    model = make_model(tmp_path / "tiny")
+    own = {"repetition_penalty": 1.05, "no_repeat_ngram_size": 3, "do_sample": True, "temperature": 0.6, "top_k": 20}
+    (model / "generation_config.json").write_text(json.dumps(own))
+    options = evaluate.parse(["passkey", "--model", str(model), "--context_length", "512", "--trials", "1"])
+    opened = evaluate.open_model(options)
+    assert opened.model.generation_config.no_repeat_ngram_size == 3
+    if wrapped:
+        opened = replace(opened, model=get_peft_model(opened.model, LoraConfig(target_modules=["q_proj"])))
+    ran: list[type] = []
+    for name in ("RepetitionPenaltyLogitsProcessor", "NoRepeatNGramLogitsProcessor", "TemperatureLogitsWarper"):
+        processor = getattr(transformers.generation.logits_process, name)
+        monkeypatch.setattr(processor, "__call__", lambda self, ids, scores: ran.append(type(self)) or scores)
+    opened.model.generate(input_ids=torch.zeros((1, 3), dtype=torch.long), max_new_tokens=1)
+    assert len(ran) == 3
+    ran.clear()
+    task = RetrievalTask(options, opened)
+    task.compute(next(iter(task.cells)), lambda asked: None)
+    assert ran == []
+
+
+def test_depths_that_are_nearly_the_same_are_two_cells(tokenizer) -> None:
+    task = retrieval(tokenizer, knows, depths=[0.0, 0.1234561, 0.1234562, 1.0], lengths=[500], trials=1)
+    assert list(task.cells) == [f"length-500-depth-{depth}" for depth in ("0", "0.1234561", "0.1234562", "1")]
+    assert task.shares(results_of(task)).tolist() == [[1]] * 4
 
 
 def test_needles_are_different_things_with_different_codes() -> None:

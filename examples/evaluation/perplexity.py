@@ -11,14 +11,17 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from transformers import PreTrainedModel
 
 IGNORED_LABEL = -100
-LOSS_TOKENS = 1024
+LOSS_TOKENS = 1024  # whose logits exist at once
 
 
 @dataclass(frozen=True)
@@ -110,10 +113,12 @@ def sliding_window_perplexity(
     total = torch.zeros(2, dtype=torch.float64, device=device)  # negative log-likelihood, tokens
     was_training = model.training
     model.eval()
+    head = _output_layer(model, device)
     for turn in range(0, len(batches), world):
         mine = turn + rank
         batch = batches[min(mine, len(batches) - 1)]
-        nll = _score(model, batch, documents, device, targets)
+        pieces = max(map(_pieces, batches[turn : turn + world]))  # ZeRO-3 gathers the output layer for each
+        nll = _score(model, head, batch, pieces, documents, device, targets)
         if mine < len(batches):
             scored = sum(int((_targets(w, targets) != IGNORED_LABEL).sum()) for w in batch)
             total += torch.stack([nll, nll.new_tensor(scored)])
@@ -121,7 +126,15 @@ def sliding_window_perplexity(
 
     if world > 1:
         dist.all_reduce(total)
-    return math.exp(float(total[0] / total[1]))
+    return perplexity_of(*total.tolist())
+
+
+def perplexity_of(loss: float, tokens: float) -> float:
+    """The perplexity by the sum of negative log-likelihoods in nats; infinite if it is too large for a number."""
+    try:
+        return math.exp(loss / tokens)
+    except OverflowError:
+        return math.inf
 
 
 @torch.no_grad()
@@ -148,9 +161,11 @@ def windows_loss(
         The sum of the negative log-likelihoods in nats, accumulated in float64, and how many tokens were scored.
     """
     total, tokens = 0.0, 0
+    head = _output_layer(model, device)
     for batch in _batches(some_windows, max(1, batch_tokens // max(w.end - w.begin for w in some_windows))):
         scored = sum(w.scored for w in batch)
-        total, tokens = total + float(_score(model, batch, documents, device, documents)), tokens + scored
+        nll = _score(model, head, batch, _pieces(batch), documents, device, documents)
+        total, tokens = total + float(nll), tokens + scored
         progress(scored)
     return total, tokens
 
@@ -174,23 +189,74 @@ def _batches(all_windows: Sequence[Window], size: int) -> list[list[Window]]:
     return [group[i : i + size] for group in by_shape.values() for i in range(0, len(group), size)]
 
 
+def _pieces(batch: list[Window]) -> int:
+    """In how many pieces the logits of a batch are made."""
+    return -(-len(batch) * batch[0].scored // LOSS_TOKENS)
+
+
+def _output_layer(model: torch.nn.Module, device: torch.device | str) -> torch.nn.Module | None:
+    """The layer whose results a model's logits are; None if the model does anything more to them.
+
+    The model reads a few tokens for it, on all processes alike; one alone may be padding, with logits of 0. With that,
+    RoPE of the type "dynamic" forgets the frequencies of the longest text so far.
+    """
+    base = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    head: torch.nn.Module | None = base.get_output_embeddings() if base is not None else None
+    made: list[torch.Tensor] = []
+    hook = head.register_forward_hook(lambda layer, given, logits: made.append(logits)) if head is not None else None
+    logits = model(input_ids=torch.arange(4, device=device)[None], use_cache=False).logits
+    if hook is not None:
+        hook.remove()
+    alone = len(made) == 1 and torch.equal(made[0].float().nan_to_num(), logits.float().nan_to_num())
+    return head if alone else None
+
+
+@contextmanager
+def _losses(head: torch.nn.Module, wanted: torch.Tensor, pieces: int) -> Iterator[list[torch.Tensor]]:
+    """Within it, one forward pass leaves here what its output layer gives for each piece of the tokens `wanted`.
+
+    The layer is called within the forward pass, where ZeRO-3 and autocast expect it. The logits of all tokens would
+    take more memory than the model. The pass itself gets those of the last token.
+    """
+    losses: list[torch.Tensor] = []
+
+    def in_pieces(layer: torch.nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        hook.remove()  # the layer is called again here
+        hidden = given[0][:, :-1].flatten(0, 1).tensor_split(pieces)
+        parts = wanted.tensor_split(pieces)
+        losses.extend(_loss(layer(part), target) for part, target in zip(hidden, parts, strict=True))
+        return (given[0][:, -1:], *given[1:])
+
+    # Before ZeRO-3's own hook, which gathers the weights for one call.
+    hook = head.register_forward_pre_hook(in_pieces, prepend=True)
+    try:
+        yield losses
+    finally:
+        hook.remove()
+
+
+def _loss(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Sum of the negative log-likelihoods of some tokens, float64 scalar."""
+    return torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="sum").double()
+
+
 def _score(
     model: torch.nn.Module,
+    head: torch.nn.Module | None,
     batch: list[Window],
+    pieces: int,
     documents: Sequence[np.ndarray],
     device: torch.device | str,
     targets: Sequence[np.ndarray],
 ) -> torch.Tensor:
     """Sum of the negative log-likelihoods of the scored tokens of windows of one shape, float64 scalar."""
     ids = torch.stack([torch.as_tensor(documents[w.document][w.begin : w.end], dtype=torch.long) for w in batch])
-    ids = ids.to(device)
-    scored = batch[0].scored
-    logits = model(input_ids=ids, use_cache=False, logits_to_keep=scored + 1).logits
-    wanted = torch.stack([torch.as_tensor(_targets(w, targets), dtype=torch.long) for w in batch]).to(device)
-    # In pieces: the first window of a document scores all of its tokens, and a copy of its logits in float32 would take
-    # more memory than the model.
-    pieces = zip(logits[:, :-1].flatten(0, 1).split(LOSS_TOKENS), wanted.flatten().split(LOSS_TOKENS), strict=True)
-    losses = [
-        torch.nn.functional.cross_entropy(row.float(), target, reduction="sum").double() for row, target in pieces
-    ]
+    wanted = torch.stack([torch.as_tensor(_targets(w, targets), dtype=torch.long) for w in batch]).to(device).flatten()
+    inputs: dict[str, Any] = {"input_ids": ids.to(device), "use_cache": False, "logits_to_keep": batch[0].scored + 1}
+    if head is not None:
+        with _losses(head, wanted, pieces) as losses:
+            model(**inputs)
+    else:
+        rows = model(**inputs).logits[:, :-1].flatten(0, 1).split(LOSS_TOKENS)
+        losses = [_loss(*part) for part in zip(rows, wanted.split(LOSS_TOKENS), strict=True)]
     return torch.stack(losses).sum()

@@ -18,7 +18,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from evaluation.perplexity import Window, fingerprint, windows, windows_loss
+from evaluation.perplexity import Window, fingerprint, perplexity_of, windows, windows_loss
 from inputs.corpus import stdlib_documents
 from inputs.text import Tokenised, load_documents, tokenise
 from models.suitable import check_tokens
@@ -123,7 +123,6 @@ class PerplexityTask:
 
     def compute(self, cell: str, progress: Callable[[int], object]) -> dict[str, Any]:
         """Score the windows of a cell."""
-        self.opened.forget_length()
         model = self.opened.model
         options: dict[str, Any] = {"device": model.device, "batch_tokens": self.batch_tokens, "progress": progress}
         loss, tokens = windows_loss(model, self.documents, self.cells[cell], **options)
@@ -135,9 +134,11 @@ class PerplexityTask:
         for cell, result in results.items():
             of_length[self.length_of[cell]].append(result)
         scored = {length: sum(part["scored"] for part in parts) for length, parts in of_length.items()}
-        loss = {length: math.fsum(p["negative_log_likelihood"] for p in parts) for length, parts in of_length.items()}
+        loss = {
+            length: math.fsum(float(p["negative_log_likelihood"]) for p in parts) for length, parts in of_length.items()
+        }
         return {
-            "perplexity": {str(length): math.exp(loss[length] / scored[length]) for length in self.lengths},
+            "perplexity": {str(length): perplexity_of(loss[length], scored[length]) for length in self.lengths},
             "scored": {str(length): scored[length] for length in self.lengths},
         }
 

@@ -47,6 +47,9 @@ class RetrievalTask:
         self.name: str = options.task
         self.count: int = options.needles if self.name == "needles" else 1
         self.opened = opened
+        # What is asked for here leaves the rest to the model's own: nothing but the likeliest token shall count.
+        for module in (opened.model, opened.base):
+            module.generation_config = GenerationConfig()
         self.depths: list[float] = options.depths
         self.trials: int = options.trials
         self.seed: int = options.seed
@@ -74,7 +77,9 @@ class RetrievalTask:
             "prompt": [example.instruction, example.needles[0], example.question],
         }
         self.cells = {
-            f"length-{length}-depth-{depth:g}": (length, depth) for length in self.lengths for depth in self.depths
+            f"length-{length}-depth-{_written(depth)}": (length, depth)
+            for length in self.lengths
+            for depth in self.depths
         }
 
     def cost(self, cell: str) -> int:
@@ -161,3 +166,8 @@ class RetrievalTask:
 
     def _tokens(self, prompt: str) -> int:
         return len(self.opened.tokenizer(prompt, verbose=False)["input_ids"])
+
+
+def _written(depth: float) -> str:
+    """A depth as in the name of a cell: short, and no other one's."""
+    return short if float(short := f"{depth:g}") == depth else repr(depth)

@@ -52,6 +52,11 @@ class OpenedModel:
     trained_length: int
     description: dict[str, Any]
 
+    @property
+    def base(self) -> Any:
+        """The `PreTrainedModel`, around which the `PeftModel` of an adapter is."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
     def check_length(self, length: int, beyond: bool, what: str) -> None:
         """Raise `ValueError` if that is more than the model was trained on, unless that is meant."""
         if length > self.trained_length and not beyond:

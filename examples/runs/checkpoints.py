@@ -20,6 +20,7 @@ switched off by `CompletionMarker`, which does step 3 itself.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -34,14 +35,25 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file so that it is there whole or not at all."""
+    """Write a JSON file so that it is there whole or not at all.
+
+    JSON has no infinite numbers. They are written as text, which `float` reads: "inf", "-inf", "nan".
+    """
     scratch = path.with_name(path.name + ".tmp")
     with open(scratch, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
+        json.dump(_finite(content), file, indent=2, allow_nan=False)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
     os.replace(scratch, path)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return str(content) if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:

@@ -126,7 +126,10 @@ class Measurement(TrainerCallback):
             "perplexity": self.rows,
         }
         if before and {**before, "perplexity": self.rows} == self.record:
-            self.rows.update(before["perplexity"])
+            self.rows |= {
+                row: {length: float(value) for length, value in values.items()}
+                for row, values in before["perplexity"].items()
+            }
         elif before:
             say("note: the perplexities before training were measured on other text: the table will be without them")
 
