@@ -26,7 +26,7 @@ from evaluation.perplexity_task import SCORES, PerplexityTask
 from evaluation.prompts import ADJECTIVES, NOUNS
 from evaluation.retrieval_task import RetrievalTask
 from models.use_model import add_model_options, add_scaling_options, check_scaling, open_model
-from runs.command_line import HelpFormatter, Parser, one_clear_error
+from runs.command_line import HelpFormatter, Parser, one_clear_error, stopped_by_hand
 from runs.processes import be_quiet, decided_by_first, gathered, together
 from runs.provenance import commit, versions
 
@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
     launch.program = "evaluate.py"
     options = parse(argv)
     be_quiet()
-    with together():
+    with stopped_by_hand("stopped; the same command goes on"), together():
         with one_clear_error(f"--model {options.model}: "):
             opened = open_model(options, options.attention, options.group_size)
         with one_clear_error():
@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> None:
         say(banner(settings, folder))
         results = compute(task, folder)
         if RANK == 0:
-            content = finished(folder) or {
+            content = finished(folder, task.cells, task.numbers) or {
                 "summary": task.summary(results),
                 "settings": settings,
                 "made": {
@@ -107,7 +107,9 @@ def compute(task: Any, folder: Path) -> dict[str, Any]:
     Returns:
         On the first process, the results of all cells.
     """
-    there = decided_by_first(lambda: finished(folder) or {"cells": kept(folder)})["cells"]
+    there = decided_by_first(
+        lambda: finished(folder, task.cells, task.numbers) or {"cells": kept(folder, task.numbers)}
+    )["cells"]
     done = {cell: result for cell, result in there.items() if cell in task.cells}
     if len(done) == len(task.cells):
         say(f"{folder} is complete: nothing is computed again")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import evaluate
@@ -230,8 +232,10 @@ def test_a_killed_run_goes_on_where_it_was(
         return original(self, cell, progress)
 
     monkeypatch.setattr(PerplexityTask, "compute", compute)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as stopped:
         run("perplexity", *given)
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err.endswith("\nstopped; the same command goes on\n")
     assert len(list(Path("out/cells").iterdir())) == 2 and not Path("out/results.json").exists()
     other = refusal(capsys, "perplexity", *given, "--stride", 4, "--output", "out")
     assert "--output out belongs to another evaluation: stride was 8 and is 4" in other
@@ -247,6 +251,57 @@ def test_a_killed_run_goes_on_where_it_was(
     assert Path("out/results.json").read_bytes() == written and len(computed) == 7
     assert "belongs to another evaluation" in refusal(capsys, "perplexity", *given, "--stride", 4, "--output", "out")
     assert Path("out/results.json").read_bytes() == written
+
+
+def test_what_was_changed_by_hand_is_not_believed(model: Path, books: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--model", model, "--text", books]
+    whole = run("perplexity", *given)
+    results, settings = Path("out/results.json"), Path("out/settings.json")
+    first, second, *_ = whole["cells"]
+    cut = {**whole, "cells": {first: whole["cells"][first], second: {"scored": None}}}
+    for content in ({}, [], {"cells": {}}, {"cells": {}, "summary": {}}, cut):
+        results.write_text(json.dumps(content))
+        assert run("perplexity", *given)["summary"] == whole["summary"]
+    results.unlink()
+    Path("out/cells").mkdir()
+    for cell, content in ((first, "{}"), (second, '"x"')):
+        Path(f"out/cells/{cell}.json").write_text(content)
+    assert run("perplexity", *given)["cells"] == whole["cells"]
+    results.write_text("{")
+    assert "out/results.json cannot be read, it is no JSON: Expecting" in refusal(
+        capsys, "perplexity", *given, "--output", "out"
+    )
+    before = settings.read_text()
+    for content, message in (
+        ("{}", "belongs to another evaluation: one of the two has no attention"),
+        ("[]", "belongs to another evaluation: settings.json holds no settings"),
+        ("", "out/settings.json cannot be read, it is no JSON: Expecting"),
+    ):
+        settings.write_text(content)
+        assert message in refusal(capsys, "perplexity", *given, "--output", "out")
+        assert settings.read_text() == content != before
+
+
+def test_a_model_with_a_broken_or_missing_part_is_refused(
+    model: Path, books: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(file: str, content: str) -> str:
+        broken = shutil.copytree(model, tmp_path / "broken", dirs_exist_ok=True)
+        (broken / file).write_text(content)
+        return refusal(capsys, "perplexity", "--model", broken, "--text", books)
+
+    assert ": ValueError: " not in refused("config.json", "{")
+    rope = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0}}
+    said = refused("config.json", json.dumps(json.loads((model / "config.json").read_text()) | rope))
+    assert "broken: KeyError: " in said or "factor" in said
+    assert "broken: " in refused("tokenizer.json", '{"a": 1}')
+    shutil.rmtree(tmp_path / "broken")
+    weights = load_file(model / "model.safetensors")
+    gone = sorted(weights)[-1]
+    broken = shutil.copytree(model, tmp_path / "broken")
+    save_file({name: weight for name, weight in weights.items() if name != gone}, broken / "model.safetensors")
+    said = refusal(capsys, "perplexity", "--model", broken, "--text", books)
+    assert f"broken: its files lack weights that would be random: {gone}" in said
 
 
 def test_nothing_of_others_is_overwritten(
@@ -327,7 +382,7 @@ def test_the_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         ("perplexity --text {books} --lengths 512 --beyond_trained_length", "longest of 4 has 141"),
         ("perplexity --text {empty}", "no document of 32 tokens is there, the longest of 0 has 0"),
         ("perplexity --rope_type yarn", "--rope_type and --rope_parameters need --context_length"),
-        ("perplexity --context_length 16", "context_length must be an integer above the model's present context of 32"),
+        ("perplexity --context_length 16", "error: --context_length 16 --rope_type linear: context_length must be an "),
         ("perplexity --context_length 64 --rope_type none", "rope_type must be one of default, "),
         ("perplexity --rope_parameters 5", "argument --rope_parameters: must be a JSON object, got '5'"),
         ("perplexity --base_model x", "--base_model is for adapters"),

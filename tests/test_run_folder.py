@@ -62,7 +62,7 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint-2"
     checkpoint.mkdir()
     (tmp_path / "run.json").write_text("{}")
-    marker = {"resumable": True, "settings": {"seed": 1, "context_length": 64}}
+    marker = {"step": 2, "resumable": True, "settings": {"seed": 1, "context_length": 64}}
     (checkpoint / "complete.json").write_text(json.dumps(marker))
     assert claim(tmp_path, "latest", {"seed": 1, "context_length": 64}) == (tmp_path, checkpoint)
     with pytest.raises(ValueError, match="checkpoint-2 belongs to another run: context_length was 64 and is 128"):
@@ -70,6 +70,18 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
     (checkpoint / "complete.json").write_text(json.dumps({**marker, "resumable": False}))
     with pytest.raises(ValueError, match="--save_only_model"):
         claim(tmp_path, "latest", {"seed": 1, "context_length": 64})
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '{"step": 2}', '{"step": "2", "resumable": true, "settings": {}}'])
+def test_a_marker_that_was_changed_is_one_clear_error(tmp_path: Path, content: str) -> None:
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "checkpoint-2" / "complete.json").write_text(content)
+    with pytest.raises(ValueError, match=r"checkpoint-2/complete.json is not as it was written"):
+        claim(tmp_path, "latest")
+    (tmp_path / "checkpoint-2" / "complete.json").write_text("{")
+    with pytest.raises(ValueError, match=r"checkpoint-2/complete.json cannot be read, it is no JSON: Expecting"):
+        claim(tmp_path, "latest")
 
 
 def test_leftovers_of_a_kill_are_removed(tmp_path: Path) -> None:

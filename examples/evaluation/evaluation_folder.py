@@ -10,13 +10,13 @@ processes. With other settings it is refused, and a finished evaluation is shown
 
 from __future__ import annotations
 
-import json
 import shutil
+from collections.abc import Collection
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from runs.checkpoints import write_json
+from runs.checkpoints import read_json, write_json
 from runs.folder_lock import lock
 from runs.run_folder import differences
 
@@ -52,8 +52,6 @@ def claim(asked: str | None, default_name: str, settings: dict[str, Any]) -> Pat
         if not lock(folder / LOCK):
             raise ValueError(f"--output {folder}: another process is writing to it; wait for its end or stop it first")
         write_json(folder / SETTINGS, settings)
-        if finished(folder) is None:
-            (folder / CELLS).mkdir(exist_ok=True)
     except OSError as error:
         raise ValueError(f"--output {folder} cannot be written to: {error.strerror}") from error
     return folder
@@ -77,17 +75,39 @@ def _is_ours(folder: Path) -> bool:
 def _differences(folder: Path, settings: dict[str, Any]) -> list[str]:
     """In which of its settings the evaluation in the folder differs."""
     path = folder / SETTINGS
-    return differences(json.loads(path.read_text()), settings) if path.is_file() else []
+    if not path.is_file():
+        return []
+    then = read_json(path)
+    if not isinstance(then, dict):
+        return [f"{SETTINGS} holds no settings"]
+    unknown = sorted(then.keys() ^ settings.keys())
+    return differences(then, settings) or [f"one of the two has no {name}" for name in unknown]
 
 
 def keep(folder: Path, cell: str, result: Any) -> None:
     """Keep what was computed for a cell."""
+    (folder / CELLS).mkdir(exist_ok=True)
     write_json(folder / CELLS / f"{cell}.json", result)
 
 
-def kept(folder: Path) -> dict[str, Any]:
-    """What is computed so far, by cell."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted((folder / CELLS).glob("*.json"))}
+def kept(folder: Path, numbers: Collection[str]) -> dict[str, Any]:
+    """What is computed so far, by cell: results that have these numbers, and not what else may be there."""
+    found = {}
+    for path in sorted((folder / CELLS).glob("*.json")):
+        try:
+            result = read_json(path)
+        except ValueError:
+            continue
+        if _is_result(result, numbers):
+            found[path.stem] = result
+    return found
+
+
+def _is_result(result: Any, numbers: Collection[str]) -> bool:
+    try:
+        return all(float(result[name]) >= 0 or result[name] == "nan" for name in numbers)
+    except (TypeError, KeyError, ValueError, IndexError):
+        return False
 
 
 def finish(folder: Path, content: dict[str, Any]) -> None:
@@ -96,7 +116,9 @@ def finish(folder: Path, content: dict[str, Any]) -> None:
     shutil.rmtree(folder / CELLS, ignore_errors=True)
 
 
-def finished(folder: Path) -> dict[str, Any] | None:
-    """The result, if it is complete."""
-    path = folder / RESULTS
-    return json.loads(path.read_text()) if path.is_file() else None
+def finished(folder: Path, cells: Collection[str], numbers: Collection[str]) -> dict[str, Any] | None:
+    """The result, if it is complete: all cells with their numbers, and a summary."""
+    content = read_json(folder / RESULTS) if (folder / RESULTS).is_file() else None
+    there = content.get("cells") if isinstance(content, dict) and isinstance(content.get("summary"), dict) else None
+    whole = isinstance(there, dict) and all(_is_result(there.get(cell), numbers) for cell in cells)
+    return content if whole else None

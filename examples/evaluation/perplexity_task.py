@@ -50,6 +50,7 @@ class PerplexityTask:
     """
 
     unit = " tokens"
+    numbers = ("negative_log_likelihood", "scored")  # that a cell's result has
 
     def __init__(self, options: argparse.Namespace, opened: OpenedModel) -> None:
         self.opened = opened

@@ -42,6 +42,7 @@ class RetrievalTask:
     """
 
     unit = " answers"
+    numbers = ("right", "asked")  # that a cell's result has
 
     def __init__(self, options: argparse.Namespace, opened: OpenedModel) -> None:
         self.name: str = options.task

@@ -30,7 +30,7 @@ from longlora_ext.context import context_length, extend_config
 from models.folders import check_run_folder, is_adapter
 from models.four_bits import check_bitsandbytes, four_bits
 from models.suitable import check_attention, check_tokenizer
-from runs.command_line import TINY_LLAMA, Parser
+from runs.command_line import TINY_LLAMA, Parser, one_clear_error
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _SAMPLES = 16  # weights of each tensor that go into the fingerprint
@@ -142,6 +142,7 @@ def open_model(options: argparse.Namespace, attention: str = "dense", groups: in
 
     Raises:
         ValueError, OSError: There is no such model, or it cannot be used so.
+        SystemExit: Its RoPE cannot be scaled as the options say, which is said.
     """
     path, scaled = options.model, getattr(options, "context_length", None)
     check_run_folder(path)
@@ -150,18 +151,25 @@ def open_model(options: argparse.Namespace, attention: str = "dense", groups: in
     implementation = NAME if attention == "s2" else "sdpa"
     dtype, device = dtype_of(options.dtype), _device()
     keywords: dict[str, Any] = {"dtype": dtype, "attn_implementation": implementation}
+    # Straight to where they are used: in 4 bits they stay there. On a CPU, PEFT would take a map for offloading.
+    if options.load_in_4bit or device.type == "cuda":
+        keywords["device_map"] = {"": device}
     if options.load_in_4bit:
         check_bitsandbytes()
-        # Such weights stay on the device they are loaded on.
-        keywords |= {"quantization_config": four_bits(dtype), "device_map": {"": device}}
+        keywords["quantization_config"] = four_bits(dtype)
     if is_adapter(path):
         model: Any = load(path, base_model=options.base_model, **keywords)
     else:
         config = AutoConfig.from_pretrained(path)
         if scaled is not None:
-            given = options.rope_parameters
-            config = extend_config(config, scaled, rope_type=options.rope_type, rope_parameters=given)
-        model = AutoModelForCausalLM.from_pretrained(path, config=config, **keywords)
+            with one_clear_error(f"--context_length {scaled} --rope_type {options.rope_type}: "):
+                given = options.rope_parameters
+                config = extend_config(config, scaled, rope_type=options.rope_type, rope_parameters=given)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, config=config, output_loading_info=True, **keywords)
+        model, info = loaded
+        if missing := sorted(info["missing_keys"]):
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise ValueError(f"its files lack weights that would be random: {missing[0]}{more}")
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     base_config: PreTrainedConfig = base.config
     described: dict[str, Any] = {"attention": f"dense ({implementation})"}
@@ -195,7 +203,12 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def _device() -> torch.device:
-    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    """Where this process computes; libraries that know no better take its GPU too."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
 
 
 def _tokenizer_source(path: str, base_model: str | None) -> str:

@@ -48,6 +48,18 @@ def write_json(path: Path, content: Any) -> None:
     os.replace(scratch, path)
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: It is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read, it is no JSON: {error}") from error
+
+
 def _finite(content: Any) -> Any:
     if isinstance(content, dict):
         return {name: _finite(value) for name, value in content.items()}
@@ -76,9 +88,23 @@ def mark(checkpoint: Path, content: dict[str, Any]) -> None:
     write_json(checkpoint / MARKER, content)
 
 
+def read_marker(checkpoint: Path, *fields: str) -> dict[str, Any]:
+    """What a run wrote into the marker of a complete checkpoint, with these fields in it.
+
+    Raises:
+        ValueError: It was changed.
+    """
+    content, kinds = read_json(checkpoint / MARKER), {"step": int, "resumable": bool, "settings": dict}
+    if not isinstance(content, dict) or not all(isinstance(content.get(name), kinds[name]) for name in fields):
+        raise ValueError(
+            f"{checkpoint / MARKER} is not as it was written. Remove the file, and the checkpoint counts as incomplete"
+        )
+    return content
+
+
 def step_of(checkpoint: Path) -> int:
     """The step after which a complete checkpoint was written, whatever its folder is called by now."""
-    return json.loads((checkpoint / MARKER).read_text())["step"]
+    return read_marker(checkpoint, "step")["step"]
 
 
 def remove(checkpoint: Path) -> None:

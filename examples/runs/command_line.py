@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from runs.launch import RANK, fail
 
 EXAMPLES = Path(__file__).resolve().parents[1]
 TINY_LLAMA = EXAMPLES / "tiny_llama"
+INTERRUPTED = 130  # exit status, as of a shell's commands
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -40,9 +42,23 @@ class Parser(HfArgumentParser):
 def one_clear_error(about: str = "") -> Iterator[None]:
     """Turn what libraries raise about bad input into one line that starts with what it is `about`.
 
-    Only for what comes before the work.
+    Only for what comes before the work. What is usual there is said as it is; of anything else, which a broken file
+    makes of a library, the kind is named too.
     """
+    usual = (ValueError, OSError, ImportError, NotImplementedError, RuntimeError, SafetensorError)
     try:
         yield
-    except (ValueError, OSError, ImportError, NotImplementedError, RuntimeError, SafetensorError) as error:
-        fail(about + (" ".join(str(error).split()) or type(error).__name__))
+    except Exception as error:
+        kind, said = type(error).__name__, " ".join(str(error).split())
+        fail(about + (said if said and isinstance(error, usual) else f"{kind}: {said}" if said else kind))
+
+
+@contextmanager
+def stopped_by_hand(message: str = "") -> Iterator[None]:
+    """End the program at Ctrl-C with that line, or with nothing, in place of where it was."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if RANK == 0:
+            print(f"\n{message}" if message else "", file=sys.stderr, flush=True)
+        sys.exit(INTERRUPTED)

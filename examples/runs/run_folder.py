@@ -12,7 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 
-from runs.checkpoints import MARKER, find_resumable, remove_incomplete, write_json
+from runs.checkpoints import find_resumable, read_marker, remove_incomplete, write_json
 from runs.folder_lock import lock
 from runs.launch import say
 
@@ -126,20 +126,15 @@ def _checkpoint(folder: Path, resume: str, settings: dict[str, Any]) -> Path | N
             raise ValueError(f"--output_dir {folder} holds a finished run without checkpoints to go on from")
         say(f"no complete checkpoint in {folder}: starting from the first step")
         return None
-    if not read_marker(checkpoint)["resumable"]:
+    if not read_marker(checkpoint, "resumable", "settings", "step")["resumable"]:
         raise ValueError(f"{checkpoint} was written with --save_only_model and cannot be resumed from")
     _compare(checkpoint, settings)
     return checkpoint
 
 
-def read_marker(checkpoint: Path) -> dict[str, Any]:
-    """What a run wrote into the marker of a complete checkpoint."""
-    return json.loads((checkpoint / MARKER).read_text())
-
-
 def _compare(checkpoint: Path, settings: dict[str, Any]) -> None:
     """Refuse a checkpoint of other settings."""
-    if others := differences(read_marker(checkpoint)["settings"], settings):
+    if others := differences(read_marker(checkpoint, "settings")["settings"], settings):
         raise ValueError(f"{checkpoint} belongs to another run: {'; '.join(others)}")
 
 
