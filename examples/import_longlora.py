@@ -18,6 +18,9 @@ import sys
 import warnings
 from pathlib import Path
 
+from runs import launch
+
+from runs.launch import WORLD_SIZE, fail  # isort: skip  (first: it prepares what the libraries below look at)
 from longlora_ext.adapter import import_longlora
 
 
@@ -50,7 +53,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    launch.program = "import_longlora.py"
     options = parse(arguments)
+    if WORLD_SIZE > 1:
+        fail("one process imports: start it with python")
     warnings.filterwarnings("ignore", category=FutureWarning)  # of one library about another
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where installed, says that it found no GPU
     try:

@@ -18,11 +18,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 import warnings
 from pathlib import Path
 
+from runs import launch
+
+from runs.launch import WORLD_SIZE, fail  # isort: skip  (first: it prepares what the libraries below look at)
 from longlora_ext.adapter import merge
 from models.folders import check_run_folder
 
@@ -63,13 +65,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--max_shard_size",
         default="5GB",
         metavar="SIZE",
-        help="of a weight file, which is also about what is in memory at once (default: 5GB)",
+        help="of a weight file, which is also about what is in memory at once, in bytes or with KB, MB, GB or TB "
+        "(default: 5GB)",
     )
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
+    launch.program = "merge_adapter.py"
     options = parse(arguments)
+    if WORLD_SIZE > 1:
+        fail("one process merges: start it with python")
     warnings.filterwarnings("ignore", category=FutureWarning)  # of one library about another
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where installed, says that it found no GPU
     try:
@@ -81,9 +87,6 @@ def main(arguments: list[str] | None = None) -> int:
             dtype=options.dtype,
             max_shard_size=options.max_shard_size,
         )
-        made_by = options.adapter_folder / "run.json"  # the manifest of the run, which goes along
-        if made_by.is_file():
-            shutil.copy(made_by, options.output_folder)
     except (OSError, ValueError) as error:
         print(f"merge_adapter.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

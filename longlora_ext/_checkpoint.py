@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 from safetensors import safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+_POINTER = b"version https://git-lfs"
 
 
 class Checkpoint:
@@ -42,6 +44,7 @@ class Checkpoint:
 
 
 def _open(file: str) -> tuple[list[str], Callable[[str], torch.Tensor]]:
+    refuse_pointer(file)
     if file.endswith(".safetensors"):
         tensors = safe_open(file, framework="pt")
         return list(tensors.keys()), tensors.get_tensor
@@ -51,16 +54,34 @@ def _open(file: str) -> tuple[list[str], Callable[[str], torch.Tensor]]:
 
 def load_pickled(file: str | Path) -> dict[str, torch.Tensor]:
     """What `torch.save` wrote: tensors by name and nothing else, which is refused as it might be code."""
+    refuse_pointer(file)
     try:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # the format of before torch 1.6 cannot be mapped
             state = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{file} has more in it than tensors, which could run code: it is not loaded") from error
+        raise ValueError(
+            f"{file} is damaged, or has more in it than tensors, which could run code: it is not loaded"
+        ) from error
+    except EOFError as error:
+        raise ValueError(f"{file} is empty, or cut short") from error
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise ValueError(f"{file} is no file of tensors by name")
     return state
+
+
+def refuse_pointer(file: str | Path) -> None:
+    """Raise `ValueError` for what git leaves in place of a large file that it has not fetched."""
+    with open(file, "rb") as opened:
+        if opened.read(len(_POINTER)) == _POINTER:
+            raise ValueError(f"{file} is a git-LFS pointer, not the file: run git lfs pull")
+
+
+def listed(names: Collection[str]) -> str:
+    """The first few names, and how many more there are."""
+    first, more = sorted(names)[:3], len(names) - 3
+    return ", ".join(first) + (f" and {more} more" if more > 0 else "")
 
 
 def weight_files(model: str, **hub_arguments: Any) -> list[str]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from longlora_ext._record import WEIGHTS, apply_record, check_shape, check_weights, read_record
+from longlora_ext._checkpoint import Checkpoint, listed, refuse_pointer, weight_files
+from longlora_ext._record import WEIGHTS, apply_record, check_shape, check_tensors, check_weights, read_record
 from longlora_ext.attention import NAME
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token", "trust_remote_code")
@@ -37,8 +39,9 @@ def load(
         The [`peft.PeftModel`], or the model itself after full fine-tuning.
 
     Raises:
-        `FileNotFoundError`: the folder is not one of `save_adapter`, or incomplete.
-        `ValueError`: the base model is not the one that the adapter was trained on, or something cannot be read.
+        `FileNotFoundError`: the folder is not one of `save_adapter`, or lacks a file.
+        `ValueError`: the base model is not the one that the adapter was trained on, weights are missing, or something
+            cannot be read.
     """
     folder = Path(folder)
     from_pretrained_kwargs.setdefault("attn_implementation", NAME)
@@ -47,19 +50,58 @@ def load(
             raise FileNotFoundError(
                 f"{folder} holds neither adapter_config.json nor config.json: it is no folder of save_adapter"
             )
-        return AutoModelForCausalLM.from_pretrained(folder, **from_pretrained_kwargs)
+        return load_base(str(folder), what="the model", **from_pretrained_kwargs)
     record = read_record(folder)
     weights = weights_of_adapter(folder)
+    described = f"{weights} as adapter_config.json describes it"
+    with naming(described):
+        names = list(Checkpoint([weights]))
+    check_tensors(names, record, weights)
     base, hub = base_of(folder, base_model), _hub_arguments(from_pretrained_kwargs)
     with naming(f"the base model {base}"):
         config = AutoConfig.from_pretrained(base, **hub)
     check_shape(config, record, base)
     apply_record(config, record)
-    with naming(f"the base model {base}"):
-        model = AutoModelForCausalLM.from_pretrained(base, config=config, **from_pretrained_kwargs)
+    model = load_base(base, config=config, **from_pretrained_kwargs)
     check_weights(dict(model.named_parameters()).get, record, base)
-    with naming(f"{weights} as adapter_config.json describes it"):
-        return PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False).eval()
+    with naming(described):
+        # Read to the CPU, and copied from there: by default every process of a machine reads it to the first GPU.
+        return PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False, torch_device="cpu").eval()
+
+
+def load_base(model: str, *, what: str = "the base model", **from_pretrained_kwargs: Any) -> PreTrainedModel:
+    """
+    `AutoModelForCausalLM.from_pretrained`, which gives random numbers to weights that the files lack: they are refused.
+
+    Args:
+        model (`str`):
+            A folder or hub name.
+        what (`str`, defaults to `"the base model"`):
+            How an error calls it.
+        from_pretrained_kwargs:
+            For `from_pretrained`.
+
+    Raises:
+        `ValueError`: the model cannot be loaded, or its files lack weights.
+    """
+    with naming(f"{what} {model}"):
+        if os.path.isdir(model) and "gguf_file" not in from_pretrained_kwargs:
+            for file in weight_files(model):
+                refuse_pointer(file)
+        loading: Any = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True, **from_pretrained_kwargs)
+        loaded, found = loading
+    if missing := found["missing_keys"]:
+        raise ValueError(f"{what} {model} is incomplete: its files have no {listed(missing)}")
+    return cast(PreTrainedModel, loaded)
+
+
+def weights_of_base(base: str, **hub_arguments: Any) -> Checkpoint:
+    """The base model's weights, to be read one by one."""
+    with naming(f"the base model {base}"):
+        files = weight_files(base, **hub_arguments)
+        if not files:
+            raise FileNotFoundError("it has no weights, neither model.safetensors nor pytorch_model.bin")
+        return Checkpoint(files)
 
 
 def weights_of_adapter(folder: Path) -> Path:
@@ -74,15 +116,20 @@ def naming(what: str) -> Iterator[None]:
     """Say in one `ValueError` what could not be loaded: the libraries' own messages often leave it out."""
     try:
         yield
+    except pickle.UnpicklingError as error:  # whose text advises to load what might run code
+        raise ValueError(f"cannot load {what}: it is damaged, or has more in it than tensors") from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"cannot load {what}: {' '.join(str(error).split())[:500]}") from error
+    except Exception as error:  # of any type, where a file says something that the libraries did not expect
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+        raise ValueError(f"cannot load {what}: {said}") from error
 
 
 def base_of(folder: Path, base_model: str | None) -> str:
     """The base model of an adapter folder, or where the caller says that it is now."""
     with naming(str(folder / "adapter_config.json")):
         base = base_model or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    if not base:
+    if not base or not isinstance(base, str):
         raise ValueError(f"{folder} does not say which base model it was trained on: pass base_model")
     if os.path.isabs(base) and not os.path.isdir(base):
         raise FileNotFoundError(f"the base model is no longer at {base}: pass base_model with where it is now")

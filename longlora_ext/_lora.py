@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 from longlora_ext._checkpoint import Checkpoint
 from longlora_ext._load import naming, weights_of_adapter
+from longlora_ext._record import FACTORS, check_tensors
 
 PREFIX = "base_model.model."  # of a weight's name in a file of PEFT
-_A, _B = ".lora_A.weight", ".lora_B.weight"
+_A, _B = FACTORS
 
 # Fields of LoraConfig that say nothing of how weights add up, or that are seen to here. Any other one, also one that a
 # later PEFT brings, must be as PEFT has it by default.
@@ -35,7 +37,7 @@ class NeedsWholeModel(Exception):
 class LoraWeights:
     """LoRA's factors, and the weights that were trained in place of the base model's, by the base model's names."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, record: dict[str, Any]) -> None:
         with naming(str(folder / "adapter_config.json")):
             self._config: Any = PeftConfig.from_pretrained(str(folder))
         if other := obstacle(self._config):
@@ -44,6 +46,8 @@ class LoraWeights:
         self._about = f"{file} as adapter_config.json describes it"
         with naming(self._about):
             self._weights = Checkpoint([file])
+        check_tensors(self._weights, record, file)
+        with naming(self._about):
             names = {name.removeprefix(PREFIX): name for name in self._weights}
             self._factors = {
                 name.removesuffix(_A) + ".weight": (names[name], names[name.removesuffix(_A) + _B])
@@ -51,17 +55,22 @@ class LoraWeights:
                 if name.endswith(_A)
             }
             self._replaced = {name: stored for name, stored in names.items() if ".lora_" not in name}
-            for name in self._factors:
-                self._check(name)
         for name in names:
             if ".lora_" in name and not name.endswith((_A, _B)):
                 raise NeedsWholeModel(f"the adapter has {name}")
+        with naming(self._about):
+            self._scales = {name: self._check(name) for name in self._factors}
 
-    def _check(self, name: str) -> None:
+    def _check(self, name: str) -> float:
+        """What the product of its two factors is multiplied by, if they are what the config says."""
+        if not check_target_module_exists(self._config, name.removesuffix(".weight")):
+            raise ValueError(f"there are factors for {name}, which its target_modules do not name")
         a, b = (self._weights.get(stored) for stored in self._factors[name])
         rank = self._of(name, self._config.rank_pattern, self._config.r)
         if a.ndim != 2 or a.shape[0] != rank or b.shape[1:] != (rank,):
             raise ValueError(f"the factors for {name} have size {list(a.shape)} and {list(b.shape)}, not rank {rank}")
+        alpha = self._of(name, self._config.alpha_pattern, self._config.lora_alpha)
+        return float(alpha / (math.sqrt(rank) if self._config.use_rslora else rank))
 
     @staticmethod
     def _of(name: str, pattern: dict[str, int], default: int) -> int:
@@ -82,9 +91,7 @@ class LoraWeights:
             new = self._weights.get(self._replaced[name])
         else:
             a, b = (self._weights.get(stored).float() for stored in self._factors[name])
-            alpha = self._of(name, self._config.alpha_pattern, self._config.lora_alpha)
-            scale = alpha / (math.sqrt(len(a)) if self._config.use_rslora else len(a))
-            new = scale * (b @ a)
+            new = self._scales[name] * (b @ a)
         if new.shape != weight.shape:
             raise ValueError(
                 f"cannot load {self._about}: {name} has size {list(new.shape)} there and {list(weight.shape)} in the "

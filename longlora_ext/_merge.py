@@ -7,6 +7,7 @@ import functools
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,13 +18,20 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from transformers.utils.logging import tqdm
 
-from longlora_ext._checkpoint import Checkpoint, weight_files
+from longlora_ext._checkpoint import Checkpoint
 from longlora_ext._folders import appearing, refuse_to_overwrite
-from longlora_ext._load import HUB_ARGUMENTS, base_of, load, naming
+from longlora_ext._load import HUB_ARGUMENTS, base_of, load, naming, weights_of_base
 from longlora_ext._lora import LoraWeights, NeedsWholeModel
 from longlora_ext._record import apply_record, check_shape, check_weights, read_record
 from longlora_ext.context import CONFIG_FIELDS
@@ -61,31 +69,32 @@ def merge(
         dtype (`torch.dtype` or `str`, *optional*):
             Of the merged weights. By default, and for `"auto"`, each keeps that of the base model.
         max_shard_size (`int` or `str`, defaults to `"5GB"`):
-            Of a file, in bytes or as text; a weight that is larger has a file of its own.
+            Of a file, in bytes or as text (`"500MB"`); a weight that is larger has a file of its own.
         hub_arguments:
             `revision`, `token`, `cache_dir` and the like, for a base model on the hub.
 
     Raises:
         `FileExistsError`: the output folder holds something.
         `OSError`: there is no room for it.
-        `ValueError`: the folder holds a whole model, not an adapter, or a merged weight is not finite.
+        `ValueError`: the folder holds a whole model, not an adapter, or a weight is not finite.
         And what [`load`] raises.
     """
     folder, target = Path(folder), Path(output_folder)
     if unknown := set(hub_arguments) - set(HUB_ARGUMENTS):
         raise TypeError(f"merge() got an unexpected argument {min(unknown)!r}")
-    dtype = _dtype(dtype)
+    dtype, shard_size = _dtype(dtype), _bytes(max_shard_size)
     refuse_to_overwrite(target)
     if (folder / "config.json").is_file():
         raise ValueError(f"{folder} is a plain model folder already: there is nothing to merge")
     base = base_of(folder, base_model)
     try:
-        write = _by_shards(folder, base, dtype, max_shard_size, hub_arguments)
+        write = _by_shards(folder, base, dtype, shard_size, hub_arguments)
     except NeedsWholeModel as reason:
         _log.warning("%s: the whole model is loaded into memory, and PEFT merges it", reason)
-        write = _by_peft(folder, base, dtype, max_shard_size, hub_arguments)
+        write = _by_peft(folder, base, dtype, shard_size, hub_arguments)
     tokenizer_folder = _tokenizer_folder(folder, base)
-    tokenizer = tokenizer_folder and AutoTokenizer.from_pretrained(tokenizer_folder, **hub_arguments)
+    with naming(f"the tokenizer of {tokenizer_folder}"):
+        tokenizer = tokenizer_folder and AutoTokenizer.from_pretrained(tokenizer_folder, **hub_arguments)
     with _writing(target), appearing(target) as unfinished:
         if tokenizer:
             tokenizer.save_pretrained(unfinished)
@@ -102,6 +111,22 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f"dtype must be a floating-point dtype such as 'bfloat16', or 'auto', but it is {dtype!r}")
     return found
+
+
+def _bytes(size: int | str) -> int:
+    """A size that is given in bytes, or as text."""
+    form = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)B?", str(size).strip(), re.IGNORECASE)
+    found = int(float(form[1]) * 1000 ** " KMGT".index(form[2].upper() or " ")) if form else 0
+    if found < 1:
+        raise ValueError(
+            f"max_shard_size must be bytes, or a number with KB, MB, GB or TB like 5GB, but it is {size!r}"
+        )
+    return found
+
+
+def _check_finite(name: str, weight: torch.Tensor) -> None:
+    if not weight.isfinite().all():
+        raise ValueError(f"{name} is not finite once it is merged, in {weight.dtype}")
 
 
 def _tokenizer_folder(folder: Path, base: str) -> str | None:
@@ -128,46 +153,51 @@ def _writing(target: Path) -> Iterator[None]:
 
 
 def _by_peft(
-    folder: Path, base: str, dtype: torch.dtype | None, max_shard_size: int | str, hub: dict[str, Any]
+    folder: Path, base: str, dtype: torch.dtype | None, max_shard_size: int, hub: dict[str, Any]
 ) -> Callable[[Path], None]:
     model: Any = load(folder, base_model=base, attn_implementation="sdpa", dtype=dtype or "auto", **hub)
     try:
         merged = model.merge_and_unload(safe_merge=True)
     except RuntimeError as error:
         raise ValueError(f"PEFT cannot merge {folder}: {error}") from error
+    for name, weight in merged.state_dict().items():
+        _check_finite(name, weight)
     _forget_ours(merged.config)
     return functools.partial(merged.save_pretrained, max_shard_size=max_shard_size)
 
 
 def _by_shards(
-    folder: Path, base: str, dtype: torch.dtype | None, max_shard_size: int | str, hub: dict[str, Any]
+    folder: Path, base: str, dtype: torch.dtype | None, max_shard_size: int, hub: dict[str, Any]
 ) -> Callable[[Path], None]:
     """What writes the merged model; all that can be refused is refused before."""
-    record, adapter = read_record(folder), LoraWeights(folder)
+    record = read_record(folder)
+    adapter = LoraWeights(folder, record)
     with naming(f"the base model {base}"):
         config = AutoConfig.from_pretrained(base, **hub)
     check_shape(config, record, base)
     if getattr(config, "quantization_config", None) is not None:
         raise NeedsWholeModel("the base model's weights are quantised")
-    with naming(f"the base model {base}"):
-        weights = Checkpoint(weight_files(base, **{name: hub[name] for name in hub if name != "trust_remote_code"}))
+    weights = weights_of_base(base, **{name: hub[name] for name in hub if name != "trust_remote_code"})
+    if absent := set(record["base_weights"]).difference(weights):
+        raise NeedsWholeModel(f"the base model's files have no {min(absent)}")
     check_weights(weights.get, record, base)
     apply_record(config, record)
     _forget_ours(config)
     if dtype is not None:
         config.dtype = dtype
-    sources = _sources(config, weights, adapter, hub)
+    with naming(f"the base model {base}"), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=hub.get("trust_remote_code", False))
+    sources = _sources(model, weights, adapter)
     new = {name: _like(weights.get(in_base), dtype) for name, (in_base, _) in sources.items()}
     plan = split_torch_state_dict_into_shards(new, max_shard_size=max_shard_size)
 
     def merged(name: str) -> torch.Tensor:
         in_base, in_adapter = sources[name]
         weight = weights.get(in_base)
-        if in_adapter is None:
-            return weight.to(new[name].dtype)
-        weight = adapter.merged(in_adapter, weight).to(new[name].dtype)
-        if not weight.isfinite().all():
-            raise ValueError(f"{name} is not finite once it is merged, in {weight.dtype}")
+        if in_adapter is not None:
+            weight = adapter.merged(in_adapter, weight)
+        weight = weight.to(new[name].dtype)
+        _check_finite(name, weight)
         return weight
 
     def write(output: Path) -> None:
@@ -203,12 +233,8 @@ def _like(weight: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     return torch.empty(weight.shape, dtype=dtype if changes else weight.dtype, device="meta")
 
 
-def _sources(
-    config: PreTrainedConfig, weights: Checkpoint, adapter: LoraWeights, hub: dict[str, Any]
-) -> dict[str, tuple[str, str | None]]:
+def _sources(model: PreTrainedModel, weights: Checkpoint, adapter: LoraWeights) -> dict[str, tuple[str, str | None]]:
     """For each weight of the merged model its name in the base model, and that in the adapter if it changes."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=hub.get("trust_remote_code", False))
     tied: dict[int, list[str]] = {}
     for name, weight in model.state_dict(keep_vars=True).items():
         tied.setdefault(id(weight), []).append(name)

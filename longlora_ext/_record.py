@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,16 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig
 
+from longlora_ext._checkpoint import listed
 from longlora_ext._precision import fp32_weight, whole_shape
 from longlora_ext.context import CONFIG_FIELDS, context_length
 
 RECORD = "longlora.json"
 WEIGHTS = "adapter_model.safetensors"
+FACTORS = (".lora_A.weight", ".lora_B.weight")
 _FORMAT = 1
-_NEEDED = ("max_position_embeddings", "rope_parameters", "config", "base_shape", "base_weights")
+_NEEDED = {"max_position_embeddings": int, "rope_parameters": dict, "config": dict, "base_shape": dict,
+           "base_weights": dict}  # fmt: skip
 _SHAPE_FIELDS = (
     "model_type",
     "vocab_size",
@@ -34,9 +37,9 @@ _SAMPLES = 16  # weights a tensor in the fingerprint of the base model
 _SAME = 0.01  # relative distance of two fingerprints: rounding to bf16 makes 0.002
 
 
-def write_record(folder: Path, config: Any, fingerprint: dict[str, list[float]]) -> None:
+def write_record(folder: Path, config: Any, fingerprint: dict[str, list[float]], tensors: Iterable[str]) -> None:
     """Write what `load` needs beside the adapter: the extended context of `config`, the base model's shape and
-    `fingerprint`."""
+    `fingerprint`, and the names of the adapter's tensors."""
     record = {
         "format": _FORMAT,
         "context_length": context_length(config),
@@ -46,6 +49,7 @@ def write_record(folder: Path, config: Any, fingerprint: dict[str, list[float]])
         "base_shape": _base_shape(config),
         "base_weights": fingerprint,
         "versions": {"transformers": transformers.__version__, "peft": peft.__version__},
+        "tensors": sorted(tensors),
     }
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
 
@@ -67,7 +71,26 @@ def read_record(folder: Path) -> dict[str, Any]:
     missing = [name for name in _NEEDED if name not in record]
     if missing:
         raise ValueError(f"{path} is incomplete: it has no {', '.join(missing)}")
+    for name, kind in _NEEDED.items():
+        if not isinstance(record[name], kind):
+            raise ValueError(f"{path} is damaged: {name} is {str(record[name])[:50]!r}")
+    if not all(_are(float, values) for values in record["base_weights"].values()):
+        raise ValueError(f"{path} is damaged: base_weights are no lists of numbers")
+    if not _are(str, record.get("tensors", [])):  # which older ones do not have
+        raise ValueError(f"{path} is damaged: tensors is no list of names")
     return record
+
+
+def _are(kind: type, values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, kind) for value in values)
+
+
+def check_tensors(names: Iterable[str], record: dict[str, Any], file: Path) -> None:
+    """Raise `ValueError` if an adapter's file lacks tensors that were saved, or one of the two factors of a matrix."""
+    there = set(names)
+    pairs = {name.replace(a, b) for name in there for a, b in (FACTORS, FACTORS[::-1]) if name.endswith(a)}
+    if missing := pairs.union(record.get("tensors", ())) - there:
+        raise ValueError(f"{file} is incomplete: it has no {listed(missing)}")
 
 
 def apply_record(config: PreTrainedConfig, record: dict[str, Any]) -> None:
@@ -93,9 +116,10 @@ def fingerprint_of(model: nn.Module) -> dict[str, list[float]]:
 
 
 def fingerprint(frozen: dict[str, torch.Tensor]) -> dict[str, list[float]]:
-    """A few weights of the first and the last of the base model's matrices that are not trained."""
+    """A few weights of the base model's matrices that are not trained: of the first two, as the very first may be the
+    embedding, which many models that come of one another share, and of the last."""
     names = list(frozen)
-    return {name: _sample(frozen[name]) for name in dict.fromkeys(names[:1] + names[-1:])}
+    return {name: _sample(frozen[name]) for name in dict.fromkeys(names[:2] + names[-1:])}
 
 
 def _sample(weight: torch.Tensor) -> list[float]:

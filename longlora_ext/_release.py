@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from longlora_ext._checkpoint import Checkpoint, load_pickled, weight_files
+from longlora_ext._checkpoint import listed, load_pickled
 from longlora_ext._folders import appearing, refuse_to_overwrite
-from longlora_ext._load import base_of, naming
+from longlora_ext._load import base_of, naming, weights_of_base
 from longlora_ext._lora import PREFIX, obstacle
-from longlora_ext._record import WEIGHTS, fingerprint, write_record
+from longlora_ext._record import FACTORS, WEIGHTS, fingerprint, write_record
 from longlora_ext.context import extend_config
 
 _log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ def import_longlora(
     Raises:
         `FileExistsError`: the output folder holds something.
         `FileNotFoundError`: a file, or the base model, is missing.
-        `ValueError`: the files cannot be read, or do not fit the base model.
+        `ValueError`: the files cannot be read, are incomplete or not finite, or do not fit the base model.
     """
     release, target = Path(release), Path(output_folder)
     refuse_to_overwrite(target)
@@ -64,15 +65,19 @@ def import_longlora(
         given: Any = PeftConfig.from_pretrained(str(release))
         lora = _named(load_pickled(release / _LORA))
         trained = _named(load_pickled(release / _TRAINED)) if (release / _TRAINED).is_file() else {}
+    _check_finite(lora, _LORA)
+    _check_finite(trained, _TRAINED)
     if other := obstacle(given):
         raise ValueError(f"{release} is no adapter of the original LongLoRA: it has {other}")
     with naming(f"the base model {base}"):
-        config = extend_config(AutoConfig.from_pretrained(base), context_length)
-        weights = Checkpoint(weight_files(base))
-    with torch.device("meta"):
+        config = AutoConfig.from_pretrained(base)
+    config = extend_config(config, context_length)
+    weights = weights_of_base(base)
+    with naming(f"the base model {base}"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     shapes = {name: weight.shape for name, weight in model.named_parameters()}  # a tied one once
-    _check_lora(lora, shapes, given.r, base)
+    with naming(f"{release / _LORA} as adapter_config.json describes it"):
+        _check_lora(lora, shapes, given, base)
     trained = {name: _fitted(name, weight, shapes.get(name), base) for name, weight in trained.items()}
     peft_config = LoraConfig(
         r=given.r,
@@ -101,7 +106,7 @@ def import_longlora(
     with appearing(target) as unfinished:
         save_file(tensors, unfinished / WEIGHTS, metadata={"format": "pt"})
         peft_config.save_pretrained(str(unfinished))
-        write_record(unfinished, config, fingerprint(frozen))
+        write_record(unfinished, config, fingerprint(frozen), tensors)
 
 
 def _named(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -110,13 +115,23 @@ def _named(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.removeprefix(PREFIX).replace(".default.", "."): weight for name, weight in weights.items()}
 
 
-def _check_lora(lora: dict[str, torch.Tensor], shapes: dict[str, torch.Size], rank: int, base: str) -> None:
+def _check_lora(lora: dict[str, torch.Tensor], shapes: dict[str, torch.Size], config: Any, base: str) -> None:
     for name, factor in lora.items():
         module, _, half = name.rpartition(".lora_")
         rows, columns = shapes.get(f"{module}.weight", (0, 0))
-        want = {"A.weight": (rank, columns), "B.weight": (rows, rank)}.get(half)
+        want = {"A.weight": (config.r, columns), "B.weight": (rows, config.r)}.get(half)
         if not rows or tuple(factor.shape) != want:
             raise ValueError(f"{_LORA} does not fit {base}: {name} has size {list(factor.shape)}")
+    modules = [name.removesuffix(".weight") for name in shapes if name.endswith(".weight")]
+    targets = [module for module in modules if check_target_module_exists(config, module)]
+    missing = {module + factor for module in targets for factor in FACTORS} - lora.keys()
+    if missing or not lora:
+        raise ValueError(f"{_LORA} is incomplete: it has no {listed(missing) or 'weights'}")
+
+
+def _check_finite(weights: dict[str, torch.Tensor], file: str) -> None:
+    if broken := [name for name, weight in weights.items() if not weight.isfinite().all()]:
+        raise ValueError(f"{file} holds weights that are not finite: {listed(broken)}")
 
 
 def _fitted(name: str, weight: torch.Tensor, shape: torch.Size | None, base: str) -> torch.Tensor:

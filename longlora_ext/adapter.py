@@ -26,6 +26,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from longlora_ext._checkpoint import listed
 from longlora_ext._folders import appearing, on_first_process, refuse_to_overwrite
 from longlora_ext._load import load
 from longlora_ext._merge import merge
@@ -143,7 +144,7 @@ def save_adapter(
 
     Raises:
         `FileExistsError`: the folder holds something.
-        `ValueError`: the model is not one to save here.
+        `ValueError`: the model is not one to save here, or a weight is not finite.
     """
     model = _unwrapped(model)
     if not isinstance(model, (PeftModel, PreTrainedModel)):
@@ -158,6 +159,8 @@ def save_adapter(
     fingerprint = fingerprint_of(model) if isinstance(model, PeftModel) else {}
 
     def write() -> None:
+        if broken := [name for name, weight in state.items() if not weight.isfinite().all()]:
+            raise ValueError(f"weights are not finite, as the training diverged; nothing is saved: {listed(broken)}")
         with appearing(target) as unfinished:
             if isinstance(model, PeftModel):
                 _write_adapter(model, state, fingerprint, unfinished)
@@ -192,7 +195,7 @@ def _write_adapter(
     peft_config.inference_mode = True
     peft_config.save_pretrained(str(folder))
     peft_config.inference_mode = was
-    write_record(folder, model.get_base_model().config, fingerprint)
+    write_record(folder, model.get_base_model().config, fingerprint, tensors)
 
 
 def _write_model(model: PreTrainedModel, state: dict[str, torch.Tensor], folder: Path) -> None:

@@ -138,7 +138,19 @@ def test_what_does_not_fit_is_refused(release: Path, tmp_path: Path, capsys) -> 
     long = {"model.embed_tokens.weight": embedding.repeat(3, 1)}
     assert "size [186, 32], and the model has [61, 32]" in refused(trainable_params=long)
     assert "has no such weight" in refused(trainable_params={"model.layers.7.input_layernorm.weight": torch.ones(32)})
+    lora = torch.load(release / "longlora/adapter_model.bin", weights_only=True)
+    halves = {name: weight for name, weight in lora.items() if "lora_A" in name}
+    lacks = "it has no model.layers.0.self_attn.k_proj.lora_B.weight, model.layers.0.self_attn.o_proj.lora_B.weight, "
+    assert lacks in refused(adapter_model=halves) and "adapter_model.bin is incomplete" in refused(adapter_model={})
+    without = {name: weight for name, weight in lora.items() if "layers.1.self_attn.v_proj" not in name}
+    assert "v_proj.lora_A.weight, model.layers.1.self_attn.v_proj.lora_B.weight" in refused(adapter_model=without)
+    broken = lora | {next(iter(lora)): torch.full_like(next(iter(lora.values())), torch.nan)}
+    assert "adapter_model.bin holds weights that are not finite" in refused(adapter_model=broken)
+    broken = trained | {"model.norm.weight": torch.full((32,), torch.inf)}
+    assert "weights that are not finite: model.norm.weight" in refused(trainable_params=broken)
     factor = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 32)}
     assert "adapter_model.bin does not fit" in refused(adapter_model=factor)
+    message = refused("--context_length", 0)
+    assert "context_length must be" in message and "base model" not in message
     assert "context_length must be" in refused("--context_length", 64)
     assert "cannot load the base model nowhere/x" in refused("--context_length", 256, "--base_model", "nowhere/x")
