@@ -16,7 +16,7 @@ except ImportError:  # Python 3.10, where pytest brings it under its older name
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ["attention", "attention_generate", "attention_refusals", "context", "adapter", "adapter_zero"]
-TESTS += ["text", "arguments", "run_folder", "finetune", "finetune_resume"]
+TESTS += ["broken_models", "text", "arguments", "run_folder", "finetune", "finetune_resume"]
 TESTS += ["chat", "samples", "dense_tail", "manifest", "stopped_runs", "evaluate", "retrieval", "generate"]
 TESTS += ["merge", "release", "loss", "checkpointing", "documents", "perplexity", "launch", "parallel", "plan"]
 # Not here: finetune_zero, for its time.
