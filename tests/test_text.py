@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import longlora_ext.attention  # noqa: F401
 from inputs.text import PackedSequences, Tokenised, find_files, hold_out, load_documents, tokenise
+from training.report import _material
 
 FEATURES = datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32"))})
 PAD = 1
@@ -75,8 +76,9 @@ def test_packing_loses_nothing_and_keeps_documents_apart(lengths: list[int], con
 
     assert all(v.shape == (context,) and v.dtype == torch.int64 for s in sequences for v in s.values())
     stream = np.concatenate([s["input_ids"].numpy() for s in sequences] or [np.empty(0)])
-    total = sum(lengths)
-    assert stream[:total].tolist() == [token for ids in order for token in ids.tolist()]
+    total = packed.tokens
+    assert total == sum(lengths) or (total == sum(lengths) - 1 and total % context == 0 and total > 0)
+    assert stream[:total].tolist() == [token for ids in order for token in ids.tolist()][:total]
     assert stream[total:].tolist() == [PAD] * packed.padding
     assert packed.padding < context
 
@@ -89,6 +91,23 @@ def test_packing_loses_nothing_and_keeps_documents_apart(lengths: list[int], con
                 continues = place > 0 and index * context + place - 1 >= total
             assert positions[place] == (positions[place - 1] + 1 if continues else 0)
             assert labels[place] == (-100 if is_padding or positions[place] == 0 else token)
+
+
+def test_no_sequence_is_a_single_token() -> None:
+    """Which has no target; but for a text of one token, that its lack of targets be told."""
+    text = tokenised([[10, 11, 12], [20, 21]])
+    packed = PackedSequences(text, 4, PAD)
+    assert (
+        _material(text, packed)["sequences"]
+        == "1 of 4 tokens, 0 of them padding; the last token of the text is left out"
+    )
+    assert (len(packed), packed.tokens, packed.targets, packed.padding) == (1, 4, 2, 0)
+    assert packed.fingerprint()["train_tokens"] == 5
+    assert packed[0]["input_ids"].tolist() == [10, 11, 12, 20]
+    whole = PackedSequences(tokenised([[10, 11, 12], [20, 21, 22]]), 4, PAD)
+    assert (len(whole), whole.tokens, whole.padding) == (2, 6, 2)
+    alone = PackedSequences(tokenised([[10]]), 4, PAD)
+    assert (len(alone), alone.tokens, alone.targets) == (1, 1, 0)
 
 
 def test_context_of_one_token_is_refused() -> None:

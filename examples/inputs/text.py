@@ -8,7 +8,8 @@ every `context_length` tokens. What the cut makes of a document is called a piec
 - Position ids restart at every piece, which is how the attention knows the pieces apart.
 - The first token of a piece has the label -100: nothing of its own document stands before it to predict it
   from.
-- The last sequence is filled up with padding, itself one piece with no labels, so that no token is lost.
+- The last sequence is filled up with padding, itself one piece with no labels, so that no token is lost. Only if it
+  would hold a single token it is left out: there is nothing to learn in it, and it would cost a step all the same.
 """
 
 from __future__ import annotations
@@ -235,7 +236,8 @@ class PackedSequences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         context_length: Tokens of a sequence.
         pad_token_id: What fills the last sequence up.
 
-    Item `i` holds `input_ids`, `position_ids` and `labels`, int64 [context_length] each.
+    Item `i` holds `input_ids`, `position_ids` and `labels`, int64 [context_length] each. `tokens` are in the sequences:
+    all, or all but the last, if that would be alone in a sequence and is not the only one.
     """
 
     def __init__(self, documents: Tokenised, context_length: int, pad_token_id: int) -> None:
@@ -246,7 +248,8 @@ class PackedSequences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         self.chunks = [chunk.flatten().to_numpy() for chunk in _arrow_column(documents.input_ids).chunks]
         self.chunk_starts = np.cumsum([0, *map(len, self.chunks)])
         self.document_starts = np.cumsum([0, *documents.lengths])
-        self.tokens = int(self.document_starts[-1])
+        total = int(self.document_starts[-1])
+        self.tokens = total - 1 if total > context_length and total % context_length == 1 else total
 
     def __len__(self) -> int:
         return -(-self.tokens // self.context_length)
@@ -270,7 +273,7 @@ class PackedSequences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             digest.update(chunk.astype("<i4").tobytes())
         return {
             "train_documents": len(self.document_starts) - 1,
-            "train_tokens": self.tokens,
+            "train_tokens": int(self.document_starts[-1]),
             "train_sha256": digest.hexdigest(),
         }
 

@@ -67,7 +67,8 @@ def _material(train: Tokenised, sequences: PackedSequences | SampleRows) -> dict
         return {
             "text": f"{train.tokens:,} tokens in {counted(len(train.lengths), 'document')}"
             + (f"; {counted(train.empty, 'empty document')} dropped" if train.empty else ""),
-            "sequences": f"{len(sequences):,} of {length:,} tokens, {sequences.padding:,} of them padding",
+            "sequences": f"{len(sequences):,} of {length:,} tokens, {sequences.padding:,} of them padding"
+            + ("; the last token of the text is left out" if sequences.tokens < train.tokens else ""),
         }
     lost = train.column("lost")
     rows = f"{len(sequences):,} of {length:,} tokens, {sequences.padding:,} of them padding, samples packed whole"
