@@ -37,6 +37,14 @@ THINKING = PLAIN.replace("<|assistant|>{% endif %}", "<|assistant|>think: {% end
 #: Nothing ends an answer.
 ENDLESS = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
 
+#: The answer alone is marked.
+MARK = """\
+{% if message.role == 'assistant' %}{% generation %}{{ message.content }}{% endgeneration %}\
+{% else %}{{ message.content }}{% endif %}"""
+
+#: A special token begins each message, and nothing ends one.
+BEGINNINGS = f"{{% for message in messages %}}<|end|>{MARK}{{% endfor %}}"
+
 ASKED = [
     {"role": "system", "content": "be brief"},
     {"role": "user", "content": "one?"},
@@ -87,6 +95,23 @@ def learned(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]] =
 )
 def test_answers_alone_are_learned_with_their_ends(template: str, expected: list[list[str]]) -> None:
     assert learned(byte_tokenizer(template, eos_token="<eos>", bos_token="<bos>")) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "marked"), [("<|think|>a<|/think|>yes", False), ("<|think|>a<|/think|>yes", True), ("yes?<unk>", False)]
+)
+def test_special_tokens_within_an_answer_do_not_end_it(content: str, marked: bool) -> None:
+    template = ENDLESS.replace("{{ message.content }}", MARK) if marked else ENDLESS
+    tokenizer = byte_tokenizer(template, eos_token="<eos>", unk_token="<unk>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|think|>", "<|/think|>"]})
+    (pieces,) = learned(tokenizer, [ASKED[1], {"role": "assistant", "content": content}])
+    assert "".join(pieces).endswith("<eos>") and "".join(pieces).count("<eos>") == 1
+
+
+def test_what_begins_a_message_is_no_end() -> None:
+    """The answers are marked, nothing ends them, and a special token begins each message."""
+    tokenizer = byte_tokenizer(BEGINNINGS, eos_token="<eos>")
+    assert learned(tokenizer) == [["a#yes", "b#no<eos>"]]
 
 
 @pytest.mark.parametrize("space", ["before", "behind"])

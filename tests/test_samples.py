@@ -22,7 +22,7 @@ import finetune_llama
 from evaluation.perplexity import sliding_window_perplexity
 from finetune_runs import ROOT, losses, make_model, small_run
 from inputs.samples import FEATURES, SampleRows, Samples, hold_out_samples, pack, pad_rows, read_samples
-from test_chat import ASKED, LLAMA_2, PLAIN, byte_tokenizer
+from test_chat import ASKED, FORGETFUL, LLAMA_2, PLAIN, byte_tokenizer
 from tiny_models import tiny_model
 
 PAD = 0
@@ -38,6 +38,7 @@ def samples(*lengths: int) -> Samples:
     ids = [[10 * (sample + 1) + place for place in range(length)] for sample, length in enumerate(lengths)]
     labels = [[-100] * (len(row) - 2) + row[-2:] for row in ids]
     columns = {"input_ids": ids, "labels": labels, "learned": [2] * len(ids), "lost": [0] * len(ids)}
+    columns["conversation"] = list(range(len(ids)))
     return Samples(datasets.Dataset.from_dict(columns, features=FEATURES))
 
 
@@ -120,6 +121,19 @@ def test_held_out_samples() -> None:
     assert held_out.ids(0)[0] == 200 and held_out.labels(0).tolist()[:2] == [-100, -100]
     train, held_out = hold_out_samples(samples(4))
     assert (len(train.input_ids), len(held_out.input_ids)) == (1, 0)
+
+
+def test_a_conversation_is_held_out_as_a_whole(tmp_path: Path) -> None:
+    """Of a template that makes two samples of each, and in two files: their rows are numbered apart."""
+    tokenizer = byte_tokenizer(FORGETFUL, eos_token="<eos>")
+    files = [write(tmp_path / f"{name}.jsonl", *[{"messages": ASKED}] * 2) for name in "ab"]
+    read = read_samples(files, tokenizer, 128)
+    assert read.column("conversation").tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    train, held_out = hold_out_samples(read)
+    assert train.column("conversation").tolist() == [0, 0, 1, 1, 2, 2]
+    assert held_out.column("conversation").tolist() == [3, 3]
+    train, held_out = hold_out_samples(read_samples([write(tmp_path / "c.jsonl", {"messages": ASKED})], tokenizer, 128))
+    assert (len(train.input_ids), len(held_out.input_ids)) == (2, 0)
 
 
 @pytest.mark.parametrize(

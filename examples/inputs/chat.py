@@ -11,6 +11,9 @@ that of Llama 2, which is saved with it. Answers are found in one of two ways:
 Some templates write the last answer otherwise than those before it (they leave earlier thoughts out). Such a
 conversation becomes several samples, one up to each answer that is written anew, and each learns what was not learned
 before.
+
+Where a template ends no answer, the last one gets an end-of-sequence token, which is learned. Those before it get none:
+between messages the model is to see what the template will write there when it is used.
 """
 
 from __future__ import annotations
@@ -96,9 +99,12 @@ def _by_marks(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -
     answers = sum(message["role"] == "assistant" for message in messages)
     if answers != sum(here and not before for here, before in zip(marked, [0, *marked[:-1]], strict=True)):
         return []
-    ends = _ends(tokenizer)
+    # Some templates mark the answer without its end. What follows the last answer, with no message behind it, can only
+    # be an end; what follows the others may also begin the next message.
+    last = len(marked) - marked[::-1].index(1)
+    ends = _ends(tokenizer).intersection(ids[last : last + 1]) | {tokenizer.eos_token_id}
     labels = [
-        token if here or (before and token in ends) else IGNORED_LABEL  # some templates mark the answer without its end
+        token if here or (before and token in ends) else IGNORED_LABEL
         for token, here, before in zip(ids, marked, [0, *marked[:-1]], strict=True)
     ]
     return [Encoded(ids, labels)]
@@ -131,18 +137,19 @@ def _by_comparison(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBa
 def _ended(sample: Encoded, tokenizer: PreTrainedTokenizerBase) -> Encoded:
     """The sample with an end-of-sequence token that is learned, if the template ends the last answer with nothing."""
     ids, labels = sample
-    start = next(n for n in range(len(labels), 0, -1) if labels[n - 1] != IGNORED_LABEL)
-    while start and labels[start - 1] != IGNORED_LABEL:
-        start -= 1
-    if tokenizer.eos_token_id is None or _ends(tokenizer).intersection(ids[start:]):
+    learned = (token for token in reversed(labels) if token != IGNORED_LABEL)
+    last = next((token for token in learned if str(tokenizer.decode([token])).strip()), None)
+    if tokenizer.eos_token_id is None or last in _ends(tokenizer):
         return sample
     return Encoded([*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id])
 
 
 def _ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens that can end an answer: the special ones, but for that which begins a text."""
+    """Tokens that can end an answer: the special ones, but for those that begin a text or stand for what is unknown."""
     added = {token for token, content in tokenizer.added_tokens_decoder.items() if content.special}
-    return ({*tokenizer.all_special_ids, *added} - {tokenizer.bos_token_id}) | {tokenizer.eos_token_id}
+    return ({*tokenizer.all_special_ids, *added} - {tokenizer.bos_token_id, tokenizer.unk_token_id}) | {
+        tokenizer.eos_token_id
+    }
 
 
 def _written(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, ask: bool = False) -> str:

@@ -1,7 +1,7 @@
 """Samples to learn answers from, and how they come into rows: packed whole, or one a row.
 
 A sample is a conversation as token ids with a label for each: the token itself where it is part of an answer, -100
-elsewhere. `read_samples` makes them of files, `SampleRows` the rows that are trained on. As in `data.PackedSequences`
+elsewhere. `read_samples` makes them of files, `SampleRows` the rows that are trained on. As in `text.PackedSequences`
 position ids restart at every sample and at padding, which is how the attention knows them apart.
 """
 
@@ -20,11 +20,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from inputs import chat, conversations
-from inputs.text import IGNORED_LABEL, Tokenised, hold_out
+from inputs.text import IGNORED_LABEL, Tokenised
 
 _IDS = datasets.Sequence(datasets.Value("int32"))
+_NUMBER = datasets.Value("int64")
 FEATURES = datasets.Features(
-    {"input_ids": _IDS, "labels": _IDS, "learned": datasets.Value("int64"), "lost": datasets.Value("int64")}
+    {"input_ids": _IDS, "labels": _IDS, "learned": _NUMBER, "lost": _NUMBER, "conversation": _NUMBER}
 )
 
 #: What makes the samples. `datasets` takes results from its cache as long as the function is the same that it calls,
@@ -35,7 +36,8 @@ _CODE = "".join(inspect.getsource(module) for module in (chat, conversations))
 @dataclass(frozen=True)
 class Samples(Tokenised):
     """Tokenised samples. `input_ids` has a column `labels` beside that of its name, and for each sample `learned`, how
-    many of its tokens are answers, and `lost`, how many did not fit into the context.
+    many of its tokens are answers, `lost`, how many did not fit into the context, and `conversation`, the number of
+    the one that it is of.
 
     Attributes:
         dropped: How many were left out, as their answers begin beyond the context.
@@ -44,7 +46,7 @@ class Samples(Tokenised):
     dropped: int = 0
 
     def column(self, name: str) -> np.ndarray:
-        """`learned` or `lost`, int64 [samples]."""
+        """`learned`, `lost` or `conversation`, int64 [samples]."""
         return np.asarray(self.input_ids.select_columns([name]).with_format("numpy")[:][name], dtype=np.int64)
 
     def labels(self, sample: int) -> np.ndarray:
@@ -64,9 +66,10 @@ def read_samples(sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, con
         FileNotFoundError: A source that is not there.
         ValueError: What cannot be read or understood, with the file, the row (counting from 1) and what is expected.
     """
-    parts = [
-        _encoded(name, rows, tokenizer, context_length) for name, rows in conversations.load_conversations(sources)
-    ]
+    parts, first = [], 0
+    for name, table in conversations.load_conversations(sources):
+        parts.append(_encoded(name, table, tokenizer, context_length, first))
+        first += len(table)
     rows = datasets.concatenate_datasets(parts)
     kept = np.flatnonzero(Samples(rows).column("learned"))
     if not len(kept):
@@ -77,8 +80,10 @@ def read_samples(sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, con
 
 
 def _encoded(
-    name: str, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, context_length: int
+    name: str, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, context_length: int, first: int
 ) -> datasets.Dataset:
+    """The samples of one file, whose conversations are numbered from `first` on."""
+
     def encode_row(batch: dict[str, list[Any]], indices: list[int], code: str) -> dict[str, list[Any]]:
         (index,) = indices
         try:
@@ -94,6 +99,7 @@ def _encoded(
             "labels": [sample[1] for sample in cut],
             "learned": [int((sample[1] != IGNORED_LABEL).sum()) for sample in cut],
             "lost": [len(whole.input_ids) - part.shape[1] for whole, part in zip(samples, cut, strict=True)],
+            "conversation": [first + index] * len(cut),
         }
 
     return rows.map(
@@ -109,10 +115,15 @@ def _encoded(
 
 
 def hold_out_samples(samples: Samples) -> tuple[Samples, Samples]:
-    """`(train, held_out)`: every 20th sample is held out; a single one is only trained on."""
-    if len(samples.input_ids) == 1:
-        return samples, replace(samples, input_ids=samples.input_ids.select([]))
-    return hold_out(samples)
+    """`(train, held_out)`: every 20th conversation is held out, with all its samples; a single one is trained on."""
+    rows, conversation = samples.input_ids, samples.column("conversation")
+    numbers = np.unique(conversation)
+    chosen = numbers[min(20, len(numbers)) - 1 :: 20] if len(numbers) > 1 else numbers[:0]
+    held_out = np.isin(conversation, chosen)
+    return (
+        replace(samples, input_ids=rows.select(np.flatnonzero(~held_out))),
+        replace(samples, input_ids=rows.select(np.flatnonzero(held_out))),
+    )
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
