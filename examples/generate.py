@@ -7,6 +7,8 @@ python examples/generate.py --help
 from __future__ import annotations
 
 import argparse
+import io
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +21,9 @@ from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from inputs.chat import LLAMA_2
+from models.suitable import check_largest_token
 from models.use_model import OpenedModel, add_model_options, add_scaling_options, check_scaling, open_model
-from runs.command_line import HelpFormatter, Parser, one_clear_error
+from runs.command_line import HelpFormatter, Parser, one_clear_error, stopped_by_hand
 from runs.processes import be_quiet
 
 DESCRIPTION = """\
@@ -43,12 +46,19 @@ examples:
 """
 
 DEFAULT_NEW_TOKENS = 512
+MIN_TEMPERATURE = 1e-6  # logits are divided by it, in float32
 SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
 
 
 def main(argv: Sequence[str]) -> None:
     """Count, then answer."""
     launch.program = "generate.py"
+    with stopped_by_hand():
+        answer(argv)
+
+
+def answer(argv: Sequence[str]) -> None:
+    """What `main` does, if it is let."""
     options = parse(argv)
     be_quiet()
     with one_clear_error():
@@ -58,7 +68,9 @@ def main(argv: Sequence[str]) -> None:
     with one_clear_error():
         if options.chat_template is not None:
             opened.tokenizer.chat_template = chat_template(options.chat_template)
-        ids = tokens(opened.tokenizer, text, options.question).to(opened.model.device)
+        ids = tokens(opened.tokenizer, text, options.question)
+        check_largest_token(opened.base.config, int(ids.max()))
+        ids = ids.to(opened.model.device)
         new = room_for(opened, ids.shape[1], options)
         config = generation_config(opened, options, new)
     print(f"{ids.shape[1]:,} tokens read, at most {new:,} to come", file=sys.stderr, flush=True)
@@ -110,14 +122,20 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     check_scaling(parser, options)
     if options.max_new_tokens is not None and options.max_new_tokens < 1:
         parser.error(f"--max_new_tokens must be 1 or more, got {options.max_new_tokens}")
-    if options.temperature is not None and not options.temperature >= 0:
-        parser.error(f"--temperature must be 0 or more, got {options.temperature}")
+    if options.temperature not in (None, 0) and not MIN_TEMPERATURE <= options.temperature < math.inf:
+        parser.error(f"--temperature must be 0, or {MIN_TEMPERATURE} or more, got {options.temperature}")
     if options.top_p is not None and not 0 < options.top_p <= 1:
         parser.error(f"--top_p must be above 0 and at most 1, got {options.top_p}")
     if options.top_k is not None and options.top_k < 1:
         parser.error(f"--top_k must be 1 or more, got {options.top_k}")
-    if options.repetition_penalty is not None and not options.repetition_penalty > 0:
-        parser.error(f"--repetition_penalty must be above 0, got {options.repetition_penalty}")
+    if options.repetition_penalty is not None and not 0 < options.repetition_penalty < math.inf:
+        parser.error(f"--repetition_penalty must be a number above 0, got {options.repetition_penalty}")
+    if not 0 <= options.seed < 2**32:
+        parser.error(f"--seed must be in 0..{2**32 - 1}, got {options.seed}")
+    if options.question is not None and not options.question.strip():
+        parser.error("--question is empty; without it, the model goes on with the text")
+    if any("\ud800" <= character <= "\udfff" for character in options.question or ""):
+        parser.error("--question is no text in UTF-8")
     if options.chat_template is not None and options.question is None:
         parser.error("--chat_template needs a --question")
     if WORLD_SIZE > 1:
@@ -132,7 +150,10 @@ def read(file: str) -> str:
         OSError, ValueError: There is no such file, or no text in it.
     """
     try:
-        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+        if file == "-":  # whose own encoding is the terminal's
+            text = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8").read()
+        else:
+            text = Path(file).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"--file {file} is no text in UTF-8: {error.reason} at byte {error.start:,}") from error
     if not text.strip():
@@ -155,7 +176,7 @@ def tokens(tokenizer: PreTrainedTokenizerBase, text: str, question: str | None) 
     Without a question it is the text alone. With one it is a user's message in the chat template, where there is one.
 
     Raises:
-        ValueError: The template fails.
+        ValueError: The template fails or leaves the question out, or the tokenizer makes nothing of the text.
     """
     if question is None:
         prompt = text
@@ -167,9 +188,13 @@ def tokens(tokenizer: PreTrainedTokenizerBase, text: str, question: str | None) 
             prompt = str(tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
         except TemplateError as error:
             raise ValueError(f"the chat template cannot be used: {error}") from error
+        if question.strip() not in prompt:
+            raise ValueError("the chat template cannot be used: it leaves the user's message out")
     templated = question is not None and tokenizer.chat_template is not None  # it brings its own special tokens
     encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=not templated, verbose=False)
-    return encoded["input_ids"]
+    if not encoded["input_ids"].numel():
+        raise ValueError("the model's tokenizer makes no tokens of the text")
+    return encoded["input_ids"].long()
 
 
 def room_for(opened: OpenedModel, prompt: int, options: argparse.Namespace) -> int:

@@ -133,6 +133,22 @@ def test_the_papers_way_to_score_on_the_originals_data(model: Path, tmp_path: Pa
     assert done["settings"]["score"] == "all tokens of each window" and done["settings"]["tokens"] == 75
 
 
+def test_files_of_token_ids_by_folder_and_pattern(
+    model: Path, books: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ids").mkdir()
+    for number in (1, 2):
+        np.arange(40 + number).astype("<u2").tofile(tmp_path / "ids" / f"{number}.bin")
+    for number, text in enumerate(("ids", "ids/*.bin", "**/?.bin")):
+        done = run("perplexity", "--model", model, "--text", text, output=f"out{number}")
+        assert done["settings"]["documents"] == 2 and done["settings"]["tokens"] == 41 + 42
+    (tmp_path / "ids" / "notes.txt").write_text("text")
+    assert "cannot be mixed" in refusal(capsys, "perplexity", "--model", model, "--text", "ids")
+    (tmp_path / "none").mkdir()
+    said = refusal(capsys, "perplexity", "--model", model, "--text", "none")
+    assert "--text none: the folder holds no file to measure on; looked for .bin, .json" in said
+
+
 def test_a_long_document_is_many_cells(model: Path, books: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that one book keeps all processes busy and is not begun anew after an interruption."""
     given = ["--model", model, "--text", books, "--lengths", 16, 32]

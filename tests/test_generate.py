@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 
 import pytest
@@ -87,9 +88,14 @@ def test_the_answer_is_that_of_the_model(
 def test_standard_input_and_no_question(
     adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO(TEXT))
-    _, beside = answer(capsys, "--model", adapter, "--file", "-", "--max_new_tokens", 2)
-    assert f"{len(TEXT)} tokens read" in beside
+    def stdin(content: bytes) -> None:  # as in a C locale
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), "ascii", errors="surrogateescape"))
+
+    stdin(TEXT.encode() + "é".encode())
+    given = ["--model", adapter, "--file", "-", "--max_new_tokens", 2]
+    assert f"{len(TEXT) + 2} tokens read" in answer(capsys, *given)[1]
+    stdin(b"\xff\xfe")
+    assert "--file - is no text in UTF-8: invalid start byte at byte 0" in refusal(capsys, *given)
 
 
 def test_sampling_is_by_seed(adapter: Path, book: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,6 +127,10 @@ def test_a_chat_template_can_be_given(adapter: Path, book: Path, capsys: pytest.
     given = ["--model", adapter, "--file", book, "--question", "Why?", "--max_new_tokens", 1]
     _, beside = answer(capsys, *given, "--chat_template", book.parent / "template.jinja")
     assert f"{len('[user]' + TEXT.rstrip() + '  Why?[it]')} tokens read" in beside
+    for template in ("", "{% for m in messages %}[{{ m.role }}]{% endfor %}"):
+        (book.parent / "template.jinja").write_text(template)
+        said = refusal(capsys, *given, "--chat_template", book.parent / "template.jinja")
+        assert "the chat template cannot be used: it leaves the user's message out" in said
     (book.parent / "template.jinja").write_text("{{ raise_exception('no users') }}")
     said = refusal(capsys, *given, "--chat_template", book.parent / "template.jinja")
     assert "the chat template cannot be used: no users" in said
@@ -137,6 +147,29 @@ def test_too_much_text_is_refused_with_its_count(adapter: Path, book: Path, caps
     assert "540 tokens read, at most 3" in answer(capsys, *given, "--max_new_tokens", 3, "--beyond_trained_length")[1]
 
 
+def test_a_tokenizer_of_another_model_is_refused(
+    adapter: Path, book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(adapter.with_name("base"), tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["Pequod"])
+    tokenizer.save_pretrained(model)
+    said = refusal(capsys, "--model", model, "--context_length", CONTEXT, "--file", book)
+    assert "the text has the token id 257, but the model's vocabulary has 257 tokens" in said
+
+
+def test_it_ends_when_it_is_stopped(
+    adapter: Path, book: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(seed: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "set_seed", stop)
+    with pytest.raises(SystemExit) as stopped:
+        generate.main(["--model", str(adapter), "--file", str(book)])
+    assert stopped.value.code == 130 and capsys.readouterr().err.endswith("to come\n\n")
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -144,10 +177,16 @@ def test_too_much_text_is_refused_with_its_count(adapter: Path, book: Path, caps
         ("--file {empty}", "holds no text"),
         ("--file {binary}", "is no text in UTF-8: invalid start byte at byte 0"),
         ("--file {book} --max_new_tokens 0", "--max_new_tokens must be 1 or more, got 0"),
-        ("--file {book} --temperature -1", "--temperature must be 0 or more, got -1.0"),
+        ("--file {book} --temperature -1", "--temperature must be 0, or 1e-06 or more, got -1.0"),
+        ("--file {book} --temperature 1e-45", "--temperature must be 0, or 1e-06 or more, got 1e-45"),
+        ("--file {book} --temperature inf", "--temperature must be 0, or 1e-06 or more, got inf"),
+        ("--file {book} --seed -1", "--seed must be in 0..4294967295, got -1"),
+        ("--file {book} --seed 99999999999", "--seed must be in 0..4294967295, got 99999999999"),
+        ("--file {book} --question=", "--question is empty"),
+        ("--file {book} --question \udce9", "--question is no text in UTF-8"),
         ("--file {book} --top_p 2", "--top_p must be above 0 and at most 1, got 2.0"),
         ("--file {book} --top_k 0", "--top_k must be 1 or more, got 0"),
-        ("--file {book} --repetition_penalty 0", "--repetition_penalty must be above 0, got 0.0"),
+        ("--file {book} --repetition_penalty 0", "--repetition_penalty must be a number above 0, got 0.0"),
         ("--file {book} --model nowhere", "--model nowhere: "),
         ("--file {book} --chat_template llama2", "--chat_template needs a --question"),
         ("--file {book} --question Why --chat_template gone", "No such file or directory: 'gone'"),

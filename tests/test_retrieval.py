@@ -33,6 +33,7 @@ class Stub:
     """A model that answers a prompt as it is told to."""
 
     device = torch.device("cpu")
+    config = SimpleNamespace(vocab_size=257)
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, answer) -> None:
         self.tokenizer, self.answer = tokenizer, answer
@@ -173,6 +174,15 @@ def test_nothing_but_the_likeliest_token_counts(tmp_path: Path, monkeypatch: pyt
     task = RetrievalTask(options, opened)
     task.compute(next(iter(task.cells)), lambda asked: None)
     assert ran == []
+
+
+def test_a_tokenizer_of_another_model_is_refused(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Stub.config, "vocab_size", 80)
+    for task in ("passkey", "needles"):
+        with pytest.raises(
+            ValueError, match=r"the text has the token id \d+, but the model's vocabulary has 80 tokens"
+        ):
+            retrieval(tokenizer, knows, task)
 
 
 def test_depths_that_are_nearly_the_same_are_two_cells(tokenizer) -> None:

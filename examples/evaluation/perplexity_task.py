@@ -9,6 +9,7 @@ the context alone: a document shorter than the longest length is left out, or ke
 from __future__ import annotations
 
 import argparse
+import glob
 import math
 from collections.abc import Callable
 from itertools import groupby
@@ -20,7 +21,7 @@ import numpy as np
 
 from evaluation.perplexity import Window, fingerprint, perplexity_of, windows, windows_loss
 from inputs.corpus import stdlib_documents
-from inputs.text import Tokenised, load_documents, tokenise
+from inputs.text import READERS, Tokenised, load_documents, tokenise
 from models.suitable import check_tokens
 from models.use_model import OpenedModel
 from runs.launch import say
@@ -63,7 +64,8 @@ class PerplexityTask:
         if options.max_tokens is not None and options.max_tokens < longest:
             raise ValueError(f"--max_tokens {options.max_tokens} is less than the longest length of {longest}")
         self.batch_tokens: int = options.batch_tokens
-        self.has_ids = any(source.endswith(TOKEN_IDS) for source in options.text or ())
+        self.sources = [file for source in options.text or () for file in _expanded(source)]
+        self.has_ids = any(source.endswith(TOKEN_IDS) for source in self.sources)
         self.documents, left_out = self._read(options)
         self.settings = {
             "task": "perplexity",
@@ -90,7 +92,7 @@ class PerplexityTask:
     def _read(self, options: argparse.Namespace) -> tuple[list[np.ndarray], int]:
         """The documents to measure on, and how many were too short."""
         longest = self.lengths[-1]
-        found = first_process_first(lambda: self._tokens(options.text, options.text_column))
+        found = first_process_first(lambda: self._tokens(options.text_column))
         check_tokens(self.opened.model.config, found)
         lengths = found.lengths.tolist()
         enough = 2 if options.keep_short else longest
@@ -107,13 +109,13 @@ class PerplexityTask:
         documents = [found.ids(number)[: options.max_tokens] for number in chosen[: options.max_documents]]
         return documents, short
 
-    def _tokens(self, sources: list[str] | None, column: str) -> Tokenised:
-        if not sources:
+    def _tokens(self, column: str) -> Tokenised:
+        if not self.sources:
             return tokenise(stdlib_documents()[1], self.opened.tokenizer)
         if not self.has_ids:
-            return tokenise(load_documents(sources, column), self.opened.tokenizer)
-        ids = [_read_ids(source) for source in sources if source.endswith(TOKEN_IDS)]
-        if len(ids) < len(sources):
+            return tokenise(load_documents(self.sources, column), self.opened.tokenizer)
+        ids = [_read_ids(source) for source in self.sources if source.endswith(TOKEN_IDS)]
+        if len(ids) < len(self.sources):
             raise ValueError(f"--text: files of token ids ({TOKEN_IDS}) and of text cannot be mixed")
         features = datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32"))})
         return Tokenised(datasets.Dataset.from_dict({"input_ids": ids}, features=features))
@@ -162,6 +164,23 @@ class PerplexityTask:
 
 def _parts(items: list[Window], size: int) -> list[list[Window]]:
     return [items[begin : begin + size] for begin in range(0, len(items), size)]
+
+
+def _expanded(source: str) -> list[str]:
+    """The files of token ids that a source names, with the source itself if it names others.
+
+    Raises:
+        FileNotFoundError: A folder without any file that can be read.
+    """
+    path = Path(source).expanduser()
+    found = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+    files = [file for file in found if file.is_file()]
+    ids = sorted(str(file) for file in files if file.suffix == TOKEN_IDS)
+    texts = any(file.suffix in READERS for file in files)
+    if path.is_dir() and not ids and not texts:
+        known = ", ".join(sorted([*READERS, TOKEN_IDS]))
+        raise FileNotFoundError(f"--text {source}: the folder holds no file to measure on; looked for {known}")
+    return [*ids, source] if texts or not ids else ids
 
 
 def _read_ids(file: str) -> np.ndarray:

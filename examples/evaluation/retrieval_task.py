@@ -19,7 +19,8 @@ import torch
 from transformers import GenerationConfig
 
 from evaluation.heat_map import heat_map
-from evaluation.prompts import Retrieval, needles, passkey
+from evaluation.prompts import ADJECTIVES, FILLER, NOUNS, Retrieval, needles, passkey
+from models.suitable import check_largest_token
 from models.use_model import OpenedModel
 
 ANSWER_TOKENS = 16  # of the length, kept free for the answer
@@ -54,6 +55,7 @@ class RetrievalTask:
         self.depths: list[float] = options.depths
         self.trials: int = options.trials
         self.seed: int = options.seed
+        self._check_tokens()
         # Several prompts: their digits and names differ in the number of tokens.
         shortest = ANSWER_TOKENS + max(self._tokens(self._prompt("probe", 0.5, n, MIN_FILLER)) for n in range(20))
         quarters = (opened.trained_length * part // 4 for part in (1, 2, 3, 4))
@@ -165,8 +167,17 @@ class RetrievalTask:
         """Chance that depends on what is asked alone, not on what was asked before."""
         return random.Random(" ".join(map(str, (self.name, self.seed, *what))))
 
+    def _check_tokens(self) -> None:
+        """Raise `ValueError` if the model does not know a token of what it is asked."""
+        names = needles(self._rng("names"), len(ADJECTIVES) * len(NOUNS))
+        texts = (names.prompt(len(FILLER), [0.5] * len(names.needles)), self._prompt("probe", 0.5, 0, len(FILLER)))
+        check_largest_token(self.opened.base.config, max(max(self._ids(text)) for text in texts))
+
     def _tokens(self, prompt: str) -> int:
-        return len(self.opened.tokenizer(prompt, verbose=False)["input_ids"])
+        return len(self._ids(prompt))
+
+    def _ids(self, prompt: str) -> list[int]:
+        return self.opened.tokenizer(prompt, verbose=False)["input_ids"]
 
 
 def _written(depth: float) -> str:

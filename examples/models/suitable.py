@@ -45,7 +45,11 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def check_tokens(config: PreTrainedConfig, *texts: Tokenised) -> None:
     """Raise `ValueError` if the tokenizer made tokens that the model does not know."""
-    largest = max(text.largest_id for text in texts)
+    check_largest_token(config, max(text.largest_id for text in texts))
+
+
+def check_largest_token(config: PreTrainedConfig, largest: int) -> None:
+    """Raise `ValueError` if the model does not know the largest of a text's token ids."""
     if largest >= config.vocab_size:
         raise ValueError(
             f"the text has the token id {largest}, but the model's vocabulary has {config.vocab_size} tokens: this is "
