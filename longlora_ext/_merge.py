@@ -220,10 +220,11 @@ def _by_shards(
 
 def _save_generation_config(base: str, hub: dict[str, Any], output: Path) -> None:
     """The base model's. A model without has that of its config."""
-    try:
-        generation = GenerationConfig.from_pretrained(base, **hub)
-    except OSError:
-        return
+    with naming(f"generation_config.json of {base}"):
+        try:
+            generation = GenerationConfig.from_pretrained(base, **hub)
+        except OSError:
+            return
     generation.save_pretrained(output)
 
 

@@ -207,7 +207,9 @@ def test_what_is_damaged_is_told_in_a_line(file: str, content: Any, message: str
     refused(models, capsys)
 
 
-def test_a_tokenizer_that_is_damaged(models: Path, capsys) -> None:
+def test_what_comes_along_and_is_damaged(models: Path, capsys) -> None:
+    (models / "base/generation_config.json").write_text("[3]")
+    assert "cannot load generation_config.json of" in refused(models, capsys)
     (models / "base/tokenizer.json").write_bytes(POINTER)
     assert "cannot load the tokenizer of" in refused(models, capsys)
 
