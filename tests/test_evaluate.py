@@ -334,7 +334,7 @@ def test_nothing_of_others_is_overwritten(
 
 
 def test_a_folder_belongs_to_one_process(model: Path, books: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with held(Path("out/settings.json.lock")):
+    with held(Path("out/.lock")):
         said = refusal(capsys, "perplexity", "--model", model, "--text", books, "--output", "out")
     assert "--output out: another process is writing to it" in said
 

@@ -120,7 +120,7 @@ def test_another_run_is_refused(first: Path, tmp_path: Path, capsys: pytest.Capt
     with open(text, "a") as file:
         file.write('{"text": "more"}\n')
     assert "names: train_documents was 38 and is 39; " in refusal([*again, "--train_file", text], capsys)
-    assert os.listdir(tmp_path / "out") == ["run.json.lock"]
+    assert os.listdir(tmp_path / "out") == [".lock"]
 
 
 def test_other_versions_are_said(first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -89,11 +89,11 @@ def test_leftovers_of_a_kill_are_removed(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     (tmp_path / "run.json").write_text("{}")
     claim(tmp_path, "latest")
-    assert {path.name for path in tmp_path.iterdir()} == {"run.json", "run.json.lock"}
+    assert {path.name for path in tmp_path.iterdir()} == {"run.json", ".lock"}
 
     (tmp_path / "run.json").rename(tmp_path / "run.json.tmp")  # killed when it was about to be renamed
     assert claim(tmp_path, "latest") == (tmp_path, None)
-    assert {path.name for path in tmp_path.iterdir()} == {"run.json", "run.json.lock"}
+    assert {path.name for path in tmp_path.iterdir()} == {"run.json", ".lock"}
 
 
 @contextmanager
@@ -111,7 +111,7 @@ def held(lock: Path) -> Iterator[None]:
 
 def test_a_folder_belongs_to_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with held(tmp_path / "finetuned" / "model-64" / "run.json.lock"):
+    with held(tmp_path / "finetuned" / "model-64" / ".lock"):
         for resume in (None, "latest"):
             with pytest.raises(ValueError, match="another run is writing to it"):
                 claim("finetuned/model-64", resume)

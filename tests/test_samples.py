@@ -285,4 +285,4 @@ def test_bad_conversations_are_one_clear_error(
     assert stopped.value.code == 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("finetune_llama.py: error: ")]
     assert len(said) == 1 and message in said[0]
-    assert os.listdir(tmp_path / "out") == ["run.json.lock"]
+    assert os.listdir(tmp_path / "out") == [".lock"]

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from runs.checkpoints import read_json, write_json
-from runs.folder_lock import lock
+from runs.folder_lock import LOCK, lock
 from runs.run_folder import differences
 
 SETTINGS = "settings.json"
-LOCK = SETTINGS + ".lock"
 CELLS = "cells"
 RESULTS = "results.json"
 
@@ -49,7 +48,7 @@ def claim(asked: str | None, default_name: str, settings: dict[str, Any]) -> Pat
         folder = next(folder for folder in folders if _is_ours(folder) and not _differences(folder, settings))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not lock(folder / LOCK):
+        if not lock(folder):
             raise ValueError(f"--output {folder}: another process is writing to it; wait for its end or stop it first")
         write_json(folder / SETTINGS, settings)
     except OSError as error:
@@ -69,7 +68,9 @@ def _is_ours(folder: Path) -> bool:
     if not folder.exists():
         return True
     begun = [path.name for path in folder.iterdir()] if folder.is_dir() else [folder.name]
-    return SETTINGS in begun or all(name.startswith(SETTINGS) for name in begun)  # killed before they were written
+    return SETTINGS in begun or all(
+        name == LOCK or name.startswith(SETTINGS) for name in begun
+    )  # killed before they were written
 
 
 def _differences(folder: Path, settings: dict[str, Any]) -> list[str]:

@@ -8,22 +8,25 @@ from typing import IO
 
 from runs.launch import say
 
+#: The file that is locked, hidden: it stays when the run is over.
+LOCK = ".lock"
+
 #: The locks of this process, held until it ends, however it ends.
 _locks: list[IO[str]] = []
 
 
-def lock(file: Path) -> bool:
-    """Lock a file, unless another process has. Workers that this process forks do not share the lock.
+def lock(folder: Path) -> bool:
+    """Lock a folder, unless another process has. Workers that this process forks do not share the lock.
 
     Raises:
         OSError: It cannot be written to.
     """
-    opened = open(file, "a")  # noqa: SIM115  (open as long as the process lives)
+    opened = open(folder / LOCK, "a")  # noqa: SIM115  (open as long as the process lives)
     _locks.append(opened)
     try:
         fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
     except OSError as error:
-        say(f"note: {file.parent} cannot be locked ({error.strerror}): take care that no two runs write to it")
+        say(f"note: {folder} cannot be locked ({error.strerror}): take care that no two runs write to it")
     return True

@@ -13,11 +13,10 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 
 from runs.checkpoints import find_resumable, read_marker, remove_incomplete, write_json
-from runs.folder_lock import lock
+from runs.folder_lock import LOCK, lock
 from runs.launch import say
 
 RUN_FILE = "run.json"
-LOCK_FILE = RUN_FILE + ".lock"
 
 #: What was trained: an adapter, or after full fine-tuning a model.
 RESULTS = ("adapter", "model")
@@ -93,14 +92,18 @@ def _claim(args: TrainingArguments, default_name: str, settings: dict[str, Any])
 
 def _is_free(folder: Path) -> bool:
     """Whether a new run may write there: nothing, or what a run left that failed before it had begun."""
-    return not folder.exists() or (folder.is_dir() and all(path.name.startswith(RUN_FILE) for path in folder.iterdir()))
+    return not folder.exists() or (folder.is_dir() and all(_is_begun(path.name) for path in folder.iterdir()))
+
+
+def _is_begun(name: str) -> bool:
+    return name == LOCK or name.startswith(RUN_FILE)
 
 
 def _lock(folder: Path) -> bool:
     """Create the folder and lock it, unless another process has."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return lock(folder / LOCK_FILE)
+        return lock(folder)
     except OSError as error:
         raise ValueError(f"--output_dir {folder} cannot be written to: {error.strerror}") from error
 
