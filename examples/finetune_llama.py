@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from runs.launch import fail, say  # isort: skip  (first: it prepares what the libraries below look at)
 import torch
@@ -23,7 +24,6 @@ from accelerate import PartialState
 from peft import PeftModel
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -38,7 +38,7 @@ from inputs.chat import give_template
 from inputs.corpus import stdlib_documents
 from inputs.samples import SampleRows, Samples, hold_out_samples, pad_rows, read_samples
 from inputs.text import PackedSequences, Tokenised, hold_out, load_documents, tokenise
-from longlora_ext.adapter import lora_config, prepare_model, save_adapter
+from longlora_ext.adapter import load_base, lora_config, prepare_model, save_adapter
 from longlora_ext.attention import DEFAULT_GROUP_RATIO, even_group_size
 from longlora_ext.context import context_length, extend_config
 from longlora_ext.loss import refusal, tile_loss
@@ -106,10 +106,8 @@ def main(argv: Sequence[str]) -> None:
         if options.gguf_file:
             model_path = convert_gguf(model_path, options.gguf_file, folder / "base_model", dtype)
         set_seed(args.seed)
-        quantised = {"quantization_config": four_bits(dtype)} if options.load_in_4bit else {}
-        base = AutoModelForCausalLM.from_pretrained(
-            model_path, config=config, dtype=dtype, attn_implementation="s2attn", **quantised
-        )
+        quantised: dict[str, Any] = {"quantization_config": four_bits(dtype)} if options.load_in_4bit else {}
+        base = load_base(model_path, config=config, dtype=dtype, attn_implementation="s2attn", **quantised)
         lora = {"r": options.lora_r, "lora_alpha": options.lora_alpha}
         model = prepare_model(base, None if options.full_finetune else lora_config(base, **lora))
         if not args.use_liger_kernel:  # which has a loss of its own
@@ -153,7 +151,8 @@ def main(argv: Sequence[str]) -> None:
             # The run was at its end before, or was shorter then. The checkpoint it went on from has all that is needed.
             shutil.rmtree(adapter)
         state.wait_for_everyone()
-        save_adapter(model, adapter, tokenizer)
+        with one_clear_error():
+            save_adapter(model, adapter, tokenizer)
         if measurement:
             measurement.measure(model, args, AFTER)
         if state.is_main_process:

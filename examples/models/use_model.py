@@ -18,13 +18,12 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 
-from longlora_ext.adapter import load
+from longlora_ext.adapter import load, load_base
 from longlora_ext.attention import NAME, group_size
 from longlora_ext.context import context_length, extend_config
 from models.folders import check_run_folder, is_adapter
@@ -165,11 +164,7 @@ def open_model(options: argparse.Namespace, attention: str = "dense", groups: in
             with one_clear_error(f"--context_length {scaled} --rope_type {options.rope_type}: "):
                 given = options.rope_parameters
                 config = extend_config(config, scaled, rope_type=options.rope_type, rope_parameters=given)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, config=config, output_loading_info=True, **keywords)
-        model, info = loaded
-        if missing := sorted(info["missing_keys"]):
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise ValueError(f"its files lack weights that would be random: {missing[0]}{more}")
+        model = load_base(path, what="the model", config=config, **keywords)
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     base_config: PreTrainedConfig = base.config
     described: dict[str, Any] = {"attention": f"dense ({implementation})"}
