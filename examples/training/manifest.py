@@ -27,7 +27,7 @@ import torch
 from transformers import PreTrainedConfig, TrainingArguments
 
 from longlora_ext.context import context_length
-from runs.checkpoints import write_json
+from runs.checkpoints import read_json, write_json
 from runs.command_line import EXAMPLES
 from runs.launch import fail, launcher, say
 from runs.provenance import commit, versions
@@ -132,7 +132,7 @@ def describe(
 def finish(folder: Path, result: Path, outcome: dict[str, Any]) -> None:
     """Note in a run's manifest how it ended, and put a copy into what it made. On one process."""
     path = folder / RUN_FILE
-    write_json(path, {**json.loads(path.read_text()), "outcome": outcome})
+    write_json(path, {**read_json(path), "outcome": outcome})
     shutil.copy(path, result / RUN_FILE)
 
 
@@ -164,6 +164,6 @@ def _command(manifest: Path) -> str:
 def _earlier(checkpoint: Path | None) -> dict[str, Any]:
     """The calls that a run has behind it when it goes on from a checkpoint, the first one first."""
     path = checkpoint.parent / RUN_FILE if checkpoint else None
-    before = json.loads(path.read_text()) if path and path.is_file() else {}
+    before = read_json(path) if path and path.is_file() else {}
     call = {name: before[name] for name in ("date", "from", "commit", "versions", "device") if name in before}
     return {"earlier": [*before.get("earlier", []), call]} if call else {}
