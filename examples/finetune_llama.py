@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from runs.launch import fail, say  # isort: skip  (first: it prepares what the libraries below look at)
+from runs.launch import fail, leave_group, say  # isort: skip  (first: it prepares what the libraries below look at)
 import torch
 from accelerate import PartialState
 from peft import PeftModel
@@ -164,7 +164,7 @@ def main(argv: Sequence[str]) -> None:
             )
     say(results(folder, adapter, measurement, options.full_finetune))
     state.wait_for_everyone()
-    state.destroy_process_group()
+    leave_group()
 
 
 def new_context(base_config: PreTrainedConfig, options: ModelOptions) -> PreTrainedConfig:

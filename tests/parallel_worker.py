@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from longlora_ext._precision import fp32_state
 from longlora_ext.adapter import lora_config, prepare_model
 from longlora_ext.loss import tile_loss
-from runs.launch import prepare_deepspeed
+from runs.launch import leave_group, prepare_deepspeed
 from tiny_models import VOCABULARY, tiny_config, tiny_model, tokens
 from zero_worker import ZERO
 
@@ -37,7 +37,7 @@ def main() -> None:
     found |= ulysses()
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(found))
-    dist.destroy_process_group()
+    leave_group()
 
 
 def zero(kind: str, case: str) -> Found:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from longlora_ext.adapter import lora_config, prepare_model, save_adapter
-from runs.launch import prepare_deepspeed
+from runs.launch import leave_group, prepare_deepspeed
 from tiny_training import LEARNING_RATE, batches, extended_model, lora_a
 
 ZERO = {
@@ -53,7 +53,7 @@ def main() -> None:
             assert "nothing is overwritten" in str(error)
         else:
             raise AssertionError("a second save to the same folder was not refused everywhere")
-    dist.destroy_process_group()
+    leave_group()
 
 
 def start(kind: str) -> None:

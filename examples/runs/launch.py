@@ -72,9 +72,19 @@ def fail(message: str) -> NoReturn:
         time.sleep(10)
     who = "" if RANK == 0 else f"process {RANK}: "
     print(f"{program}: error: {who}{message}", file=sys.stderr, flush=True)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave_group()
     sys.exit(2)
+
+
+def leave_group() -> None:
+    """Take the process group down, if one is up.
+
+    That holds Python's lock while it waits for gloo's threads (torch 2.13), and a thread that has just sent a tensor
+    wants the lock to let go of it: without a moment for that, processes that were done hung now and then.
+    """
+    if torch.distributed.is_initialized():
+        time.sleep(0.2)
+        torch.distributed.destroy_process_group()
 
 
 def prepare_deepspeed() -> None:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from runs.launch import RANK, WORLD_SIZE, fail  # isort: skip  (first: it prepares what the libraries below look at)
+from runs.launch import RANK, WORLD_SIZE, fail, leave_group  # isort: skip  (first: it prepares what the libraries below look at)
 import datasets
 import torch.distributed as dist
 import transformers
@@ -32,8 +32,7 @@ def together() -> Iterator[None]:
     try:
         yield
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_group()
 
 
 def first_process_first(action: Callable[[], Found]) -> Found:
