@@ -18,7 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from runs.launch import fail, leave_group, say  # isort: skip  (first: it prepares what the libraries below look at)
+from runs import launch  # isort: skip  (first: it prepares what the libraries below look at)
+from runs.launch import fail, leave_group, say  # isort: skip
 import torch
 from accelerate import PartialState
 from peft import PeftModel
@@ -65,6 +66,7 @@ from training.ulysses import UlyssesTrainer, check_sequence_parallel
 
 def main(argv: Sequence[str]) -> None:
     """The whole run. What can be refused is refused before the training starts."""
+    launch.program = "finetune_llama.py"
     argv, original = repeated(argv)
     options, text, args = parse(argv)
     be_quiet()
@@ -151,8 +153,10 @@ def main(argv: Sequence[str]) -> None:
             # The run was at its end before, or was shorter then. The checkpoint it went on from has all that is needed.
             shutil.rmtree(adapter)
         state.wait_for_everyone()
-        with one_clear_error():
+        try:
             save_adapter(model, adapter, tokenizer)
+        except ValueError as error:  # what came of it are no numbers
+            fail(str(error))
         if measurement:
             measurement.measure(model, args, AFTER)
         if state.is_main_process:

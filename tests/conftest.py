@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import longlora_ext  # noqa: F401  (registers the kernels)
+from runs import launch
 
 HAS_CUDA = torch.cuda.is_available() and torch._C._dispatch_has_kernel_for_dispatch_key("longlora::s2attn_fwd", "CUDA")
 
@@ -62,6 +63,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each program puts its name into what it says of mistakes; the next test is none of its business."""
+    monkeypatch.setattr(launch, "program", "finetune_llama.py")
 
 
 @pytest.fixture

@@ -72,7 +72,7 @@ def test_the_rope_types_of_the_documentation_are_there() -> None:
 @pytest.mark.parametrize("rope_type", ROPE_TYPES)
 def test_every_rope_type_comes_back_with_an_adapter(rope_type: str, tmp_path) -> None:
     extended = extended_by(rope_type)
-    write_record(tmp_path, extended, {})
+    write_record(tmp_path, extended, {}, [])
     config = base()
     apply_record(config, read_record(tmp_path))
     config.validate_rope()

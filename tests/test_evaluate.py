@@ -22,7 +22,6 @@ from finetune_runs import CONTEXT, ROOT, environment, make_model, torchrun
 from inputs.text import load_documents, tokenise
 from longlora_ext.adapter import lora_config, merge, prepare_model, save_adapter
 from longlora_ext.context import extend_config
-from runs import launch
 from test_perplexity import brute_force
 from test_run_folder import held
 
@@ -31,8 +30,7 @@ LONGER = 4 * CONTEXT
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Each test in a folder of its own, and the name of the trainer in errors afterwards."""
-    monkeypatch.setattr(launch, "program", launch.program)
+    """Each test in a folder of its own."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
 

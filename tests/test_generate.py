@@ -15,18 +15,12 @@ import generate
 from finetune_runs import make_model
 from longlora_ext.adapter import lora_config, merge, prepare_model, save_adapter
 from longlora_ext.context import extend_config
-from runs import launch
 
 CONTEXT = 512
 TEXT = "The ship is called Pequod. " * 10
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[it]{% endif %}"
 )
-
-
-@pytest.fixture(autouse=True)
-def named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "program", launch.program)
 
 
 @pytest.fixture(scope="module")

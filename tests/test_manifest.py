@@ -17,13 +17,6 @@ from safetensors.torch import load_file
 import finetune_llama
 import merge_adapter
 from finetune_runs import deepspeed, environment, losses, make_model, make_text, run, small_run
-from runs import launch
-
-
-@pytest.fixture(autouse=True)
-def named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The name of the trainer in errors after another program ran."""
-    monkeypatch.setattr(launch, "program", launch.program)
 
 
 @pytest.fixture(scope="module")

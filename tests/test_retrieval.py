@@ -24,7 +24,6 @@ from evaluation.prompts import FILLER, needles, passkey
 from evaluation.retrieval_task import ANSWER_TOKENS, RetrievalTask
 from finetune_runs import make_model
 from models.use_model import OpenedModel
-from runs import launch
 
 LENGTHS, DEPTHS = [500, 700, 900], [0.0, 0.5, 1.0]
 
@@ -138,7 +137,6 @@ def test_questions_do_not_depend_on_what_was_asked_before(tokenizer) -> None:
 
 def test_dynamic_rope_does_not_remember_the_text_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What transformers keeps of a longer text is gone before the next question."""
-    monkeypatch.setattr(launch, "program", launch.program)
     given = ["--model", make_model(tmp_path / "tiny"), "--context_length", 900, "--rope_type", "dynamic"]
     options = evaluate.parse(["passkey", *map(str, given), "--lengths", "400", "900", "--trials", "1"])
     opened = evaluate.open_model(options)
@@ -155,7 +153,6 @@ def test_dynamic_rope_does_not_remember_the_text_before(tmp_path: Path, monkeypa
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_nothing_but_the_likeliest_token_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrapped: bool) -> None:
     """The model's own generation_config, an instruct model's, would push it away from repeating the key."""
-    monkeypatch.setattr(launch, "program", launch.program)
     model = make_model(tmp_path / "tiny")
     own = {"repetition_penalty": 1.05, "no_repeat_ngram_size": 3, "do_sample": True, "temperature": 0.6, "top_k": 20}
     (model / "generation_config.json").write_text(json.dumps(own))
@@ -212,7 +209,6 @@ def test_heat_map_shows_its_numbers(tmp_path: Path) -> None:
 
 
 def test_the_program_asks_a_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "program", launch.program)
     monkeypatch.chdir(tmp_path)
     model = make_model(tmp_path / "tiny")
     given = ["--model", str(model), "--context_length", "512", "--depths", "0", "1", "--trials", "1"]

@@ -31,7 +31,7 @@ if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-#: Who speaks in `fail`: a program other than the trainer puts its name here.
+#: Who speaks in `fail`: each program puts its name here.
 program = "finetune_llama.py"
 
 
