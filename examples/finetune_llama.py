@@ -41,7 +41,7 @@ from inputs.samples import SampleRows, Samples, hold_out_samples, pad_rows, read
 from inputs.text import PackedSequences, Tokenised, hold_out, load_documents, tokenise
 from longlora_ext.adapter import load_base, lora_config, prepare_model, save_adapter
 from longlora_ext.attention import DEFAULT_GROUP_RATIO, even_group_size
-from longlora_ext.context import context_length, extend_config
+from longlora_ext.context import context_length, extend_config, rope_type_of
 from longlora_ext.loss import refusal, tile_loss
 from models.convert_gguf import convert_gguf
 from models.folders import check_model_folder
@@ -175,8 +175,7 @@ def new_context(base_config: PreTrainedConfig, options: ModelOptions) -> PreTrai
     """The config for the new context. One that is not longer than the model's own leaves RoPE alone."""
     old = context_length(base_config)
     new = options.context_length or 4 * old
-    scaled = (getattr(base_config, "rope_parameters", None) or {}).get("rope_type", "default") != "default"
-    if options.context_length is None and scaled:
+    if options.context_length is None and rope_type_of(base_config) != "default":
         say(f"note: the model's RoPE is scaled already, to {old:,} tokens; --context_length {old} leaves it at that")
     ratio = options.group_ratio or DEFAULT_GROUP_RATIO
     if new > old:

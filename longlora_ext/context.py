@@ -46,6 +46,13 @@ def context_length(config: PreTrainedConfig) -> int:
     return length
 
 
+def rope_type_of(config: PreTrainedConfig) -> str:
+    """
+    How the positions of a model of this config are scaled: `"default"` where they are not.
+    """
+    return (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+
+
 def extend_config(
     config: PreTrainedConfig,
     context_length: int,
@@ -146,7 +153,7 @@ def _extended_rope(config: PreTrainedConfig, context: int, rope_type: str, given
             "rope_type 'longrope' needs rope_parameters with short_factor and long_factor: they are found by "
             "a search, not computed from the context length"
         )
-    present_type = present.get("rope_type", "default")
+    present_type = rope_type_of(config)
     if present_type not in ("default", rope_type):
         raise ValueError(
             f"this model's RoPE is scaled with rope_type {present_type!r} already and cannot be extended "

@@ -26,10 +26,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-__all__ = ["refusal", "tile_loss"]
+__all__ = ["IGNORED_LABEL", "refusal", "tile_loss"]
 
 #: Logits that may exist at once: 256 MiB of them in fp32.
 TILE = 2**26
+#: The label of a token that is not learned.
 IGNORED_LABEL = -100
 
 # Fields of a config with which some models change the logits after their output layer.

@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-IGNORED_LABEL = -100
+from longlora_ext.loss import IGNORED_LABEL
+
 LOSS_TOKENS = 1024  # whose logits exist at once
 
 

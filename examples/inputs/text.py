@@ -30,6 +30,8 @@ import torch
 from datasets.data_files import DataFilesList
 from transformers import PreTrainedTokenizerBase
 
+from longlora_ext.loss import IGNORED_LABEL
+
 #: The file formats, by suffix: which reader of `datasets` takes them.
 READERS = {
     ".txt": "text",
@@ -42,7 +44,6 @@ READERS = {
 }
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}")
-IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)

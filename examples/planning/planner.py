@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from longlora_ext.adapter import lora_config, prepare_model
-from longlora_ext.context import context_length, extend_config
+from longlora_ext.context import context_length, extend_config, rope_type_of
 from longlora_ext.loss import refusal, tile_loss
 from planning.dry_run import Step, cuda_scratch, dry_run
 from runs.command_line import EXAMPLES
@@ -77,7 +77,7 @@ class Plan:
         self.base, self.tokens, self.run = config, tokens, run
         self.config = copy.deepcopy(config)
         if tokens > context_length(config):
-            rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+            rope_type = rope_type_of(config)
             self.config = extend_config(config, tokens, rope_type="linear" if rope_type == "default" else rope_type)
         self.layers: int = config.num_hidden_layers
         self.step = cache(self._step)

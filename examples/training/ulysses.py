@@ -13,6 +13,8 @@ import torch.distributed as dist
 from transformers import PreTrainedConfig, Trainer
 
 from longlora_ext.attention import NAME
+from longlora_ext.context import rope_type_of
+from longlora_ext.loss import IGNORED_LABEL
 from runs.launch import WORLD_SIZE
 
 
@@ -38,7 +40,7 @@ def check_sequence_parallel(config: PreTrainedConfig, context: int, processes: i
         return
     heads: int = config.num_attention_heads
     groups: int = getattr(config, "num_key_value_heads", None) or heads
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    rope = rope_type_of(config)
     if heads % processes or (groups % processes and processes % groups):
         raise ValueError(
             f"--sequence_parallel_size {processes} does not divide the model's heads: {heads} query heads, "
@@ -70,7 +72,7 @@ class UlyssesTrainer(Trainer):
 
         group = get_sequence_parallel_group()
         labels = inputs["shift_labels"]  # the labels, moved by one before the sequence was cut
-        count = (labels != -100).sum()
+        count = (labels != IGNORED_LABEL).sum()
         dist.all_reduce(count, group=group)
         count.clamp_(min=1)  # of a row that holds nothing to learn
         outputs = model(**inputs, labels=labels, num_items_in_batch=count)
