@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 
 from runs import launch
 
@@ -23,6 +25,24 @@ def test_a_process_that_fails_alone_speaks_after_the_first_had_its_time(
     assert stopped.value.code == 2
     assert said_while_waiting == [""]
     assert capsys.readouterr().err == "finetune_llama.py: error: process 3: no room\n"
+
+
+def test_threads_get_pythons_lock_before_the_group_is_taken_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one of gloo's does that lets go of a tensor. Nobody has to give the lock away within this minute."""
+    go, let_go, seen = threading.Event(), [], []
+    thread = threading.Thread(target=lambda: (go.wait(), let_go.append("tensor")))
+    thread.start()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: seen.extend(let_go))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(60)
+    try:
+        go.set()
+        launch.leave_group()
+    finally:
+        sys.setswitchinterval(interval)
+        thread.join()
+    assert seen == ["tensor"]
 
 
 @pytest.mark.parametrize(
