@@ -50,16 +50,16 @@ def plant(csrc: Path, mutants: Mapping[str, Mutant]) -> None:
 
 
 def copy_sources(to: Path) -> Path:
-    """A copy of the sources and tests, which builds by itself. Returns its root."""
-    for folder in ("csrc", "tests", "benchmarks"):
+    """A copy of the sources and what their tests import, which builds by itself. Returns its root."""
+    for folder in ("csrc", "tests", "benchmarks", "examples"):
         shutil.copytree(simt_build.ROOT / folder, to / folder, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(simt_build.ROOT / "pyproject.toml", to)
     return to
 
 
-def run_tests(tree: Path, expression: str, mutant: int = 0) -> subprocess.CompletedProcess[str]:
+def run_tests(tree: Path, expression: str, mutant: int = 0, *options: str) -> subprocess.CompletedProcess[str]:
     """Of the emulated kernels, those that pytest's `-k expression` selects, until one fails."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", expression]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", expression, *options]
     environment = {**os.environ, CHOSEN: str(mutant)}
     return subprocess.run(
         [*command, "tests/test_cuda_emulated.py"], cwd=tree, env=environment, capture_output=True, text=True

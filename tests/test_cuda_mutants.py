@@ -12,8 +12,6 @@ import pytest
 
 from cuda_mutants import Mutant, copy_sources, plant, run_tests
 
-pytestmark = pytest.mark.full
-
 # The forward's tiles have more rows than keys, the backward's more keys than rows.
 CONFIG = "fp16-128"
 
@@ -95,12 +93,21 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tree
 
 
+def test_each_mutant_has_its_place_and_its_test(tree: Path) -> None:
+    """Nothing is compiled: what a change of the sources or the tests has moved shows within seconds."""
+    found = run_tests(tree, CONFIG, 0, "--collect-only").stdout
+    for mutant in MUTANTS.values():
+        assert re.search(rf"test_cuda_emulated.py::.*{mutant.found_by}.*{CONFIG}", found), mutant.found_by + found
+
+
+@pytest.mark.full
 def test_no_mutant_no_failure(tree: Path) -> None:
     tests = {mutant.found_by for mutant in MUTANTS.values()}
     result = run_tests(tree, f"{CONFIG} and ({' or '.join(tests)})")
     assert result.returncode == 0, result.stdout
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("number, name", list(enumerate(MUTANTS, 1)))
 def test_mutants_are_found(tree: Path, number: int, name: str) -> None:
     test = MUTANTS[name].found_by
@@ -110,6 +117,7 @@ def test_mutants_are_found(tree: Path, number: int, name: str) -> None:
     assert failed or crashed, result.stdout + result.stderr
 
 
+@pytest.mark.full
 def test_other_swizzle_is_found(tmp_path: Path) -> None:
     """By its bank conflicts: results stay right."""
     tree = copy_sources(tmp_path / "tree")
