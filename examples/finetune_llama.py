@@ -37,8 +37,10 @@ from transformers import (
 import longlora_ext.attention  # noqa: F401  (registers attn_implementation="s2attn")
 from inputs.chat import give_template
 from inputs.corpus import stdlib_documents
+from inputs.files import load_documents
+from inputs.packed import PackedSequences
 from inputs.samples import SampleRows, Samples, hold_out_samples, pad_rows, read_samples
-from inputs.text import PackedSequences, Tokenised, hold_out, load_documents, tokenise
+from inputs.tokens import Tokenised, hold_out, tokenise
 from longlora_ext.adapter import load_base, lora_config, prepare_model, save_adapter
 from longlora_ext.attention import DEFAULT_GROUP_RATIO, even_group_size
 from longlora_ext.context import context_length, extend_config, rope_type_of
@@ -52,10 +54,11 @@ from runs.command_line import one_clear_error
 from runs.full_disk import writing_to
 from runs.processes import be_quiet
 from runs.run_folder import begin, claim, read_marker
-from training.arguments import DataOptions, ModelOptions, compute_dtype, parse
+from training.arguments import compute_dtype, parse
 from training.dense_tail import DenseTail
 from training.manifest import check_repeats, describe, finish, repeated
 from training.measure import AFTER, Measurement, choose_documents, choose_samples
+from training.options import DataOptions, ModelOptions
 from training.plot import loss_curve
 from training.report import banner, results
 from training.run_settings import settings

@@ -27,7 +27,7 @@ from models.folders import check_model_folder
 from models.suitable import check_attention
 from planning.planner import MOST, Plan, Run, Way
 from runs.wording import counted
-from training.arguments import accumulation
+from training.recipe import accumulation
 
 WAYS = {
     "default": Way(),

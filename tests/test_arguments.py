@@ -16,6 +16,8 @@ import finetune_llama
 from finetune_runs import ROOT, make_model, make_text, small_run
 from models import suitable
 from training import arguments
+from training.options import DataOptions, ModelOptions
+from training.recipe import CHECKPOINTING, TINY_RECIPE
 from training.run_settings import settings
 from training.ulysses import check_sequence_parallel
 
@@ -87,7 +89,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         ("--sequence_parallel_size 0", "--sequence_parallel_size must be 1 or more, got 0"),
         ("--sequence_parallel_size 2", "--sequence_parallel_size 2 needs DeepSpeed"),
         ("--sequence_parallel_size 2 --deepspeed {}", "does not divide the number of processes, 1"),
-        (f'--{arguments.CHECKPOINTING}_kwargs {{"offload":true}}', '_kwargs "offload" needs a GPU'),
+        (f'--{CHECKPOINTING}_kwargs {{"offload":true}}', '_kwargs "offload" needs a GPU'),
         ("--use_liger_kernel", "--use_liger_kernel needs a GPU and the package liger-kernel"),
         ("--modle_name_or_path x", "unknown argument: --modle_name_or_path x"),
         ("--lr_scheduler_type zigzag", "zigzag"),
@@ -186,7 +188,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
 # --- what becomes of them ---------------------------------------------------------------------------------------
 
 
-def parsed(*words: str) -> tuple[arguments.ModelOptions, arguments.DataOptions, TrainingArguments]:
+def parsed(*words: str) -> tuple[ModelOptions, DataOptions, TrainingArguments]:
     return arguments.parse(["--output_dir", "out", *words])
 
 
@@ -195,7 +197,7 @@ def test_a_named_model_gets_the_recipe_of_the_paper() -> None:
     assert (args.learning_rate, args.max_steps, args.warmup_steps) == (2e-5, 1000, 20)
     assert args.lr_scheduler_type == "constant_with_warmup"
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 64
-    assert getattr(args, arguments.CHECKPOINTING) is True
+    assert getattr(args, CHECKPOINTING) is True
     _, _, args = parsed("--model_name_or_path", "some/model", "--per_device_train_batch_size", "16")
     assert args.gradient_accumulation_steps == 4
 
@@ -206,23 +208,23 @@ def test_answers_are_learned_for_five_passes_as_the_original_did() -> None:
     assert (args.num_train_epochs, args.max_steps, args.learning_rate) == (5, -1, 2e-5)
     _, _, args = parsed("--model_name_or_path", "some/model", *sft, "--max_steps", "9")
     assert args.max_steps == 9
-    assert parsed(*sft)[2].max_steps == arguments.TINY_RECIPE["max_steps"]
+    assert parsed(*sft)[2].max_steps == TINY_RECIPE["max_steps"]
 
 
 def test_the_tiny_llama_gets_its_own() -> None:
     model, text, args = parsed()
     assert Path(model.model_name_or_path) == ROOT / "examples" / "tiny_llama"
-    assert text.eval_tokens == arguments.TINY_RECIPE["eval_tokens"]
-    assert args.max_steps == arguments.TINY_RECIPE["max_steps"] < 1000
+    assert text.eval_tokens == TINY_RECIPE["eval_tokens"]
+    assert args.max_steps == TINY_RECIPE["max_steps"] < 1000
     assert args.gradient_accumulation_steps == 1
 
 
 def test_what_is_given_wins_over_every_default() -> None:
     given = "--learning_rate 1e-4 --gradient_accumulation_steps 3 --max_steps 7 --save_steps 5 --eval_tokens 9"
     for model in ([], ["--model_name_or_path", "some/model"]):
-        _, text, args = parsed(*model, *given.split(), f"--{arguments.CHECKPOINTING}", "false")
+        _, text, args = parsed(*model, *given.split(), f"--{CHECKPOINTING}", "false")
         assert (args.learning_rate, args.gradient_accumulation_steps, args.max_steps) == (1e-4, 3, 7)
-        assert (args.save_steps, text.eval_tokens, getattr(args, arguments.CHECKPOINTING)) == (5, 9, False)
+        assert (args.save_steps, text.eval_tokens, getattr(args, CHECKPOINTING)) == (5, 9, False)
     _, _, args = parsed("--model-name-or-path", "some/model", "--num-train-epochs=2")
     assert (args.num_train_epochs, args.max_steps) == (2, -1)
 
@@ -261,7 +263,7 @@ def test_what_losses_depend_on_is_a_setting(option: str) -> None:
     [
         "--max_steps 9", "--num_train_epochs 2", "--logging_steps 3", "--save_steps 7", "--save_total_limit 9",
         "--eval_tokens 5", "--eval_strategy epoch", "--dataloader_num_workers 2", "--report_to none", "--run_name me",
-        f"--{arguments.CHECKPOINTING} true", "--resume_from_checkpoint latest", "--disable_tqdm true",
+        f"--{CHECKPOINTING} true", "--resume_from_checkpoint latest", "--disable_tqdm true",
         "--per_device_eval_batch_size 2",
     ],
 )  # fmt: skip

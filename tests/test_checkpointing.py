@@ -12,7 +12,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from longlora_ext.adapter import lora_config, prepare_model
 from tiny_models import tiny_model, tokens
-from training.arguments import CHECKPOINTING, RECIPE
+from training.recipe import CHECKPOINTING, RECIPE
 
 ENABLE = f"{CHECKPOINTING}_enable"
 

@@ -19,7 +19,8 @@ import evaluate
 from evaluation import evaluation_folder, perplexity_task
 from evaluation.perplexity_task import PerplexityTask
 from finetune_runs import CONTEXT, ROOT, environment, make_model, torchrun
-from inputs.text import load_documents, tokenise
+from inputs.files import load_documents
+from inputs.tokens import tokenise
 from longlora_ext.adapter import lora_config, merge, prepare_model, save_adapter
 from longlora_ext.context import extend_config
 from test_perplexity import brute_force

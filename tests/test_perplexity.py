@@ -21,8 +21,8 @@ from evaluation.perplexity import _batches, sliding_window_perplexity, windows
 from longlora_ext.context import extend_config
 from runs.checkpoints import write_json
 from test_loss import LiveBytes, cohere, prepared
-from test_text import tokenised
 from tiny_models import tiny_config, tiny_model
+from tiny_texts import tokenised
 from training import measure
 from training.measure import choose_documents, lengths_to_measure, old_rotary_embedding
 

@@ -21,7 +21,8 @@ import numpy as np
 
 from evaluation.perplexity import Window, fingerprint, perplexity_of, windows, windows_loss
 from inputs.corpus import stdlib_documents
-from inputs.text import READERS, Tokenised, load_documents, tokenise
+from inputs.files import READERS, load_documents
+from inputs.tokens import Tokenised, tokenise
 from models.suitable import check_tokens
 from models.use_model import OpenedModel
 from runs.launch import say

@@ -26,7 +26,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from inputs.conversations import Message
-from inputs.text import IGNORED_LABEL
+from longlora_ext.loss import IGNORED_LABEL
 
 #: What Llama 2 was trained with: the system's message goes into the first question.
 LLAMA_2 = """\

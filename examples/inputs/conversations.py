@@ -15,7 +15,7 @@ from typing import Any
 
 import datasets
 
-from inputs.text import read_tables
+from inputs.files import read_tables
 
 ROLES = ("system", "user", "assistant")
 EXPECTED = (

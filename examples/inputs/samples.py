@@ -20,7 +20,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from inputs import chat, conversations
-from inputs.text import IGNORED_LABEL, Tokenised
+from inputs.tokens import Tokenised
+from longlora_ext.loss import IGNORED_LABEL
 
 _IDS = datasets.Sequence(datasets.Value("int32"))
 _NUMBER = datasets.Value("int64")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from inputs.text import Tokenised
+from inputs.tokens import Tokenised
 
 MAX_HEAD_DIM = 256
 

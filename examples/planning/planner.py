@@ -22,7 +22,7 @@ from longlora_ext.context import context_length, extend_config, rope_type_of
 from longlora_ext.loss import refusal, tile_loss
 from planning.dry_run import Step, cuda_scratch, dry_run
 from runs.command_line import EXAMPLES
-from training.arguments import CHECKPOINTING
+from training.recipe import CHECKPOINTING
 
 #: Bytes that no tensor shows: CUDA's context, the libraries' workspaces, gaps in the allocator. Assumed, not computed.
 UNSEEN = 2 * 10**9

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -36,6 +36,12 @@ class Parser(HfArgumentParser):
     def print_help(self, file: Any = None) -> None:
         if RANK == 0:
             super().print_help(file)
+
+
+def is_given(argv: Sequence[str], option: str) -> bool:
+    """Whether an option of that name stands in `argv`: `--name VALUE`, `--name=VALUE`, with _ or - within it."""
+    spellings = {f"--{option}", f"--{option.replace('_', '-')}"}
+    return any(argument.split("=")[0] in spellings for argument in argv)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from runs.command_line import EXAMPLES
 from runs.launch import fail, launcher, say
 from runs.provenance import commit, versions
 from runs.run_folder import RUN_FILE, differences
-from training.arguments import DataOptions, ModelOptions
+from training.options import DataOptions, ModelOptions
 
 #: Arguments of one call, not of the run: where it wrote, what it went on from, what a launcher or a person added.
 NOT_REPEATED = ("from_manifest", "output_dir", "resume_from_checkpoint", "local_rank", "hub_token")

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, TrainerCallback, TrainerControl, Trai
 
 from evaluation.perplexity import fingerprint, sliding_window_perplexity
 from inputs.samples import Samples
-from inputs.text import Tokenised
+from inputs.tokens import Tokenised
 from longlora_ext.context import context_length
 from runs.checkpoints import write_json
 from runs.launch import say

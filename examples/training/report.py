@@ -9,15 +9,17 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig, TrainingArguments
 
+from inputs.packed import PackedSequences
 from inputs.samples import SampleRows, Samples
-from inputs.text import PackedSequences, Tokenised
+from inputs.tokens import Tokenised
 from longlora_ext.context import context_length
 from runs.command_line import EXAMPLES
 from runs.launch import WORLD_SIZE
 from runs.wording import counted
-from training.arguments import ModelOptions, compute_dtype
+from training.arguments import compute_dtype
 from training.dense_tail import dense_count
 from training.measure import Measurement
+from training.options import ModelOptions
 
 
 def banner(

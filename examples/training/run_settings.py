@@ -8,7 +8,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from runs.launch import WORLD_SIZE
-from training.arguments import ModelOptions
+from training.options import ModelOptions
 
 #: Options of TrainingArguments that may differ, by name or by how the name begins: those for the length of a run, for
 #: what it says, saves and measures, and for how fast it is. Any other one counts, also one that is new in transformers.

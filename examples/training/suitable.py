@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transformers import TrainingArguments
 
+from inputs.packed import PackedSequences
 from inputs.samples import SampleRows
-from inputs.text import PackedSequences
 from runs.launch import WORLD_SIZE
 
 

@@ -1,0 +1,53 @@
+"""The paper's recipe, which `finetune_llama.py` follows where nothing is asked, and a small one for the tiny Llama."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainingArguments
+
+#: transformers renamed this option in 5.23.
+CHECKPOINTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
+)
+
+#: The recipe of the LongLoRA paper. Its global batch of 64 sequences is made up by accumulation.
+RECIPE: dict[str, Any] = {
+    "max_steps": 1000,
+    "learning_rate": 2e-5,
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 20,
+    "weight_decay": 0.0,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    CHECKPOINTING: True,
+    f"{CHECKPOINTING}_kwargs": '{"use_reentrant": false}',
+    "logging_steps": 10,
+    "logging_nan_inf_filter": False,  # it shows a loss of 0 where there is none: `StopAtNaN` looks at it
+    "save_steps": 100,
+    "save_total_limit": 2,
+    "eval_tokens": 65536,
+}
+GLOBAL_BATCH = 64
+
+
+def accumulation(at_once: int) -> int:
+    """How many times `at_once` sequences make a step of `GLOBAL_BATCH`, or of the most below it."""
+    return max(1, GLOBAL_BATCH // max(1, at_once))
+
+
+#: What is different where answers are learned (`--task sft`).
+SFT_RECIPE: dict[str, Any] = RECIPE | {"max_steps": -1, "num_train_epochs": 5}
+
+#: What is different for the tiny Llama, so that it is done in minutes on two CPU cores.
+TINY_RECIPE: dict[str, Any] = RECIPE | {
+    "max_steps": 200,
+    "learning_rate": 2e-3,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 10,
+    "gradient_accumulation_steps": 1,
+    "per_device_train_batch_size": 2,
+    CHECKPOINTING: False,
+    "save_steps": 100,
+    "eval_tokens": 12288,
+}
