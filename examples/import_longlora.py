@@ -16,6 +16,7 @@ import argparse
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from runs import launch
@@ -24,7 +25,7 @@ from runs.launch import WORLD_SIZE, fail  # isort: skip  (first: it prepares wha
 from longlora_ext.adapter import import_longlora
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -49,12 +50,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="MODEL",
         help="a folder or hub name of the base model, in place of the one that adapter_config.json names",
     )
-    return parser.parse_args(arguments)
+    return parser.parse_args(argv)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> None:
     launch.program = "import_longlora.py"
-    options = parse(arguments)
+    options = parse(argv)
     if WORLD_SIZE > 1:
         fail("one process imports: start it with python")
     warnings.filterwarnings("ignore", category=FutureWarning)  # of one library about another
@@ -67,11 +68,9 @@ def main(arguments: list[str] | None = None) -> int:
             base_model=options.base_model,
         )
     except (OSError, ValueError) as error:
-        print(f"import_longlora.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        fail(" ".join(str(error).split()))
     print(f"imported: {options.output_folder}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(sys.argv[1:])

@@ -20,6 +20,7 @@ import argparse
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from runs import launch
@@ -31,7 +32,7 @@ from models.folders import check_run_folder
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -68,12 +69,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="of a weight file, which is also about what is in memory at once, in bytes or with KB, MB, GB or TB "
         "(default: 5GB)",
     )
-    return parser.parse_args(arguments)
+    return parser.parse_args(argv)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> None:
     launch.program = "merge_adapter.py"
-    options = parse(arguments)
+    options = parse(argv)
     if WORLD_SIZE > 1:
         fail("one process merges: start it with python")
     warnings.filterwarnings("ignore", category=FutureWarning)  # of one library about another
@@ -88,11 +89,9 @@ def main(arguments: list[str] | None = None) -> int:
             max_shard_size=options.max_shard_size,
         )
     except (OSError, ValueError) as error:
-        print(f"merge_adapter.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        fail(" ".join(str(error).split()))
     print(f"merged: {options.output_folder}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(sys.argv[1:])

@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from longlora_ext.context import context_length
 from models.folders import check_model_folder
 from models.suitable import check_attention
 from planning.planner import MOST, Plan, Run, Way
+from runs import launch
+from runs.command_line import one_clear_error
 from runs.wording import counted
 from training.recipe import accumulation
 
@@ -47,7 +50,7 @@ PRESETS: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
 }
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -67,7 +70,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lora_r", type=int, help="rank of the adapter (default: 8)")
     parser.add_argument("--gpu_memory", type=float, default=80, metavar="GB", help="of one GPU (default: 80)")
     parser.add_argument("--json", action="store_true", help="print the numbers, in bytes and operations, as JSON")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(argv)
     for name in ("context", "gpus", "batch", "lora_r", "gpu_memory"):
         value = getattr(options, name)
         if value is not None and not 0 < value < 1e9:
@@ -179,18 +182,14 @@ def _tokens(longest: int) -> str:
     return f"{longest:,}" if 0 < longest < MOST else "none" if longest == 0 else f"over {MOST:,}"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
+def main(argv: Sequence[str]) -> None:
+    launch.program = "plan.py"
+    options = parse(argv)
     warnings.filterwarnings("ignore", category=FutureWarning)  # of one library about another
-    try:
+    with one_clear_error(f"--model {options.model}: "):
         found = figures(options)
-    except Exception as error:  # nothing is lost here, and a config can be wrong in as many ways as it has fields
-        kind = "" if isinstance(error, (OSError, ValueError, ImportError)) else f"{type(error).__name__}: "
-        print(f"plan.py: error: --model {options.model}: {kind}{' '.join(str(error).split())[:500]}", file=sys.stderr)
-        return 2
     print(json.dumps(found, indent=2) if options.json else table(found))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(sys.argv[1:])

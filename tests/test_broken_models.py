@@ -66,7 +66,8 @@ def without_names(adapter: Path) -> None:
 
 def refused(models: Path, capsys: pytest.CaptureFixture[str], *options: str) -> str:
     """The line with which the program refuses to merge, which is one of no more than a line."""
-    assert merge_adapter.main([str(models / "adapter"), str(models / "merged"), *options]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        merge_adapter.main([str(models / "adapter"), str(models / "merged"), *options])
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("merge_adapter.py: error: ")]
     assert len(errors) == 1 and not (models / "merged").exists()
     return errors[0]

@@ -32,10 +32,8 @@ def run_folder(tmp_path: Path) -> Path:
     ],
 )
 def test_the_folder_of_a_run_is_told_from_what_it_made(command, run_folder: Path, capsys) -> None:
-    try:
-        assert command(str(run_folder)) == 2
-    except SystemExit as stopped:
-        assert stopped.code == 2
+    with pytest.raises(SystemExit, match="2"):
+        command(str(run_folder))
     assert f"this is the folder of a run: take what it made, {run_folder / 'adapter'}" in capsys.readouterr().err
 
 
@@ -48,8 +46,6 @@ def test_the_folder_of_a_run_is_told_from_what_it_made(command, run_folder: Path
 )
 def test_an_adapter_is_no_model(command, run_folder: Path, capsys) -> None:
     adapter = str(run_folder / "adapter")
-    try:
-        assert command(adapter) == 2
-    except SystemExit as stopped:
-        assert stopped.code == 2
+    with pytest.raises(SystemExit, match="2"):
+        command(adapter)
     assert f"merge it first, python examples/merge_adapter.py {adapter}" in capsys.readouterr().err
