@@ -28,8 +28,7 @@ from runs import launch
 from runs.launch import WORLD_SIZE, fail  # isort: skip  (first: it prepares what the libraries below look at)
 from longlora_ext.adapter import merge
 from models.folders import check_run_folder
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+from models.use_model import DTYPES
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -31,6 +31,7 @@ from runs import launch
 from runs.command_line import one_clear_error
 from runs.wording import counted
 from training.recipe import accumulation
+from training.ulysses import check_sequence_parallel
 
 WAYS = {
     "default": Way(),
@@ -68,10 +69,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1, help="sequences on a GPU at a time (default: 1)")
     parser.add_argument("--full_finetune", action="store_true", help="all weights are trained")
     parser.add_argument("--lora_r", type=int, help="rank of the adapter (default: 8)")
+    parser.add_argument("--load_in_4bit", action="store_true", help="weights that do not train in 4 bits")
+    parser.add_argument(
+        "--sequence_parallel_size", type=int, default=1, metavar="GPUS", help="GPUs that share a sequence (default: 1)"
+    )
     parser.add_argument("--gpu_memory", type=float, default=80, metavar="GB", help="of one GPU (default: 80)")
     parser.add_argument("--json", action="store_true", help="print the numbers, in bytes and operations, as JSON")
     options = parser.parse_args(argv)
-    for name in ("context", "gpus", "batch", "lora_r", "gpu_memory"):
+    for name in ("context", "gpus", "batch", "lora_r", "sequence_parallel_size", "gpu_memory"):
         value = getattr(options, name)
         if value is not None and not 0 < value < 1e9:
             parser.error(f"--{name} must be above 0 and below a billion, got {value}")
@@ -80,6 +85,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if options.full_finetune and options.lora_r is not None:
         parser.error("--lora_r says nothing with --full_finetune, which trains no adapter")
     options.zero = 3 if options.offload else 2 if options.zero is None else options.zero
+    if options.load_in_4bit and (options.full_finetune or options.zero == 3):
+        parser.error("--load_in_4bit is for weights that do not train, and that ZeRO-3 does not cut up")
+    if options.gpus % options.sequence_parallel_size:
+        parser.error(f"--sequence_parallel_size {options.sequence_parallel_size} does not divide --gpus {options.gpus}")
+    if options.sequence_parallel_size > 1 and options.zero == 0:
+        parser.error("--sequence_parallel_size needs DeepSpeed: --zero 1, 2 or 3")
     options.lora_r = options.lora_r or 8
     return options
 
@@ -105,6 +116,7 @@ def figures(options: argparse.Namespace) -> dict[str, Any]:
     """All that is printed, in bytes, operations and tokens."""
     config = read_config(options.model)
     context = options.context or 4 * context_length(config)
+    check_sequence_parallel(config, context, options.sequence_parallel_size)
     run = Run(
         zero=options.zero,
         offload=options.offload,
@@ -112,6 +124,8 @@ def figures(options: argparse.Namespace) -> dict[str, Any]:
         batch=options.batch,
         full_finetune=options.full_finetune,
         lora_r=options.lora_r,
+        load_in_4bit=options.load_in_4bit,
+        sequence_parallel_size=options.sequence_parallel_size,
     )
     plan = Plan(config, context, run)
     memory, available = {name: plan.memory(way) for name, way in WAYS.items()}, int(options.gpu_memory * 1e9)
@@ -135,14 +149,16 @@ def table(found: dict[str, Any]) -> str:
     run, parameters, context = found["run"], found["parameters"], found["context"]
     zero = f"ZeRO-{run['zero']}{' with offload' if run['offload'] else ''}" if run["zero"] else "no ZeRO"
     trained = "all weights" if run["full_finetune"] else f"LoRA r={run['lora_r']}, embedding and norms"
-    own, at_once = found["model_context"], run["gpus"] * run["batch"]
+    own, sharing = found["model_context"], run["sequence_parallel_size"]
+    at_once = run["gpus"] * run["batch"] // sharing
+    batch = f"batch {run['batch']} a GPU" if sharing == 1 else f"batch {run['batch']} for {sharing} GPUs together"
+    packed = f", {parameters['in_4_bits']:,} of these in 4 bits" if run["load_in_4bit"] else ""
     step = at_once * accumulation(at_once)
     tokens = f"{own:,} -> {context:,} tokens" if context > own else f"{context:,} tokens, the model's own is {own:,}"
     lines = [
-        f"{found['model']}: {tokens}, {counted(run['gpus'], 'GPU')}, {zero}, "
-        f"batch {run['batch']} a GPU, bf16, {trained}",
+        f"{found['model']}: {tokens}, {counted(run['gpus'], 'GPU')}, {zero}, {batch}, bf16, {trained}",
         f"parameters: {parameters['trainable']:,} trained ({parameters['lora']:,} of LoRA), "
-        f"{parameters['frozen']:,} frozen",
+        f"{parameters['frozen']:,} frozen{packed}",
         "",
         f"{'GB on each GPU':<32}" + "".join(f"{name:>16}" for name in WAYS),
     ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -16,6 +17,7 @@ from longlora_ext.adapter import load, lora_config, prepare_model, save_adapter
 from longlora_ext.context import extend_config
 from longlora_ext.loss import tile_loss
 from models.four_bits import four_bits
+from planning.planner import FOUR_BITS, Plan, Run
 from tiny_training import CONTEXT
 
 
@@ -30,6 +32,7 @@ def main() -> None:
     assert {weight.dtype for weight in model.parameters() if weight.requires_grad} == {torch.float32}
     frozen = {name: weight.clone() for name, weight in model.named_parameters() if weight.dtype == torch.uint8}
     assert len(frozen) == 7 * config.num_hidden_layers
+    check_plan(model, [weight for weight in model.parameters() if weight.dtype == torch.uint8])
 
     ids = torch.randint(3, vocabulary, (2, 100), generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-2)
@@ -54,6 +57,16 @@ def main() -> None:
     distances = [(one - logits[0]).abs().max().item() for one in logits[1:]]
     assert 10 * distances[0] < distances[1], distances  # the base in 4 bits, and in 16
     print("distances", distances, "losses", losses[0], losses[-1])
+
+
+def check_plan(model: Any, packed: list[Any]) -> None:
+    """The planner knows how many weights are packed, and how much memory they are left with."""
+    planned = Plan(model.config, CONTEXT, Run(load_in_4bit=True)).parameters["in_4_bits"]
+    assert planned == 2 * sum(weight.numel() for weight in packed)
+    states = [weight.quant_state for weight in packed]
+    scales = [tensor for state in states for tensor in (state.absmax, state.state2.absmax)]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in (*packed, *scales))
+    assert abs(size / (FOUR_BITS * planned) - 1) < 0.01, (size, planned)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,23 @@
 """The planner against what is: parameters of models, memory that an allocator saw, operations that the paper counts."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, LlamaConfig, MambaConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, MambaConfig, PreTrainedConfig
 
+import measured_peak
 import plan as command
+from finetune_runs import environment, torchrun
 from longlora_ext._flops import attended_pairs
 from longlora_ext.adapter import lora_config, prepare_model
 from longlora_ext.loss import tile_loss
 from longlora_ext.ops import s2attn
 from longlora_ext.reference import s2attn_mask
+from measured_peak import TILE, TOKENS, peak_of_a_step, small, with_numbers
 from planning.dry_run import Counts, cpu_scratch, cuda_scratch
 from planning.planner import GRAIN, Plan, Run, Way
 from tiny_models import CONFIGS, tiny_config
@@ -41,17 +45,13 @@ def test_parameters_are_those_of_the_model_that_trains(family: str, full: bool) 
 def test_parameters_of_llama_2_7b() -> None:
     found = Plan(LLAMA_2_7B, 32768, Run()).parameters
     embedding, norms = 32000 * 4096, 65 * 4096
-    assert found == {"trainable": 8_388_608 + embedding + norms, "lora": 8_388_608, "frozen": 6_738_415_616}
+    trainable, frozen = 8_388_608 + embedding + norms, 6_738_415_616
+    assert found == {"trainable": trainable, "lora": 8_388_608, "frozen": frozen, "in_4_bits": 0}
+    packed = Plan(LLAMA_2_7B, 32768, Run(load_in_4bit=True)).parameters
+    assert packed == found | {"in_4_bits": frozen - 2 * embedding - norms}
 
 
 # Memory -----------------------------------------------------------------------------------------------------
-
-
-def small(layers: int = 6) -> PreTrainedConfig:
-    return LlamaConfig(
-        vocab_size=3000, hidden_size=64, intermediate_size=160, num_hidden_layers=layers, num_attention_heads=8,
-        num_key_value_heads=2, max_position_embeddings=256, attention_dropout=0.0,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -61,35 +61,35 @@ def small(layers: int = 6) -> PreTrainedConfig:
 )
 def test_activations_take_what_the_allocator_saw(way: Way, tmp_path: Path, monkeypatch) -> None:
     """The peak of a step on the CPU, by torch's profiler, within 5%. The plan runs two and three layers of six."""
-    monkeypatch.setattr(tile_loss, "__defaults__", (2**18,))  # tiles of a small model's size
-    plan = Plan(small(), 1024, Run(dtype=torch.float32, scratch=cpu_scratch))
+    monkeypatch.setattr(tile_loss, "__defaults__", (TILE,))
+    plan = Plan(small(), TOKENS, Run(dtype=torch.float32, scratch=cpu_scratch))
     planned = plan.step(way).peak
-    model = plan.model(6, way).to_empty(device="cpu")
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    for module in model.modules():  # to_empty left it without numbers
-        if hasattr(module, "inv_freq"):
-            module.inv_freq.fill_(0.1)
-    measured = peak_of_a_step(model, 1024, tmp_path / "trace.json")
+    measured = peak_of_a_step(with_numbers(plan.model(6, way)), torch.randint(0, 3000, (1, TOKENS)), tmp_path)
     assert planned == pytest.approx(measured, rel=0.05)
     assert planned > 5e6
 
 
-def peak_of_a_step(model: torch.nn.Module, tokens: int, trace: Path) -> int:
-    """Bytes that the CPU's allocator had given out at most, beyond those at the start."""
-    ids = torch.randint(0, 3000, (1, tokens))
-    model(input_ids=ids[:, :64], labels=ids[:, :64], use_cache=False).loss.backward()  # what is made once
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-    profile.export_chrome_trace(str(trace))
-    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event["ts"]):
-        live += event["args"]["Bytes"]
-        peak = max(peak, live)
-    return peak
+@pytest.mark.full
+def test_what_a_shared_sequence_takes(tmp_path: Path, monkeypatch) -> None:
+    """The peak of each of two processes, DeepSpeed's own, within 5%."""
+    command = [*torchrun(2), measured_peak.__file__, str(tmp_path)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    measured = json.loads((tmp_path / "peak.json").read_text())
+    monkeypatch.setattr(tile_loss, "__defaults__", (TILE,))
+    plan = Plan(small(), TOKENS, Run(dtype=torch.float32, scratch=cpu_scratch, sequence_parallel_size=2))
+    planned = {"default": plan.step(Way()).peak, "no checkpoints": plan.step(Way(checkpointing=False)).peak}
+    assert planned == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("heads, kv_heads, gpus", [(8, 2, 4), (8, 8, 8), (8, 1, 2)])
+def test_of_a_shared_sequence_each_gpu_has_a_part(heads: int, kv_heads: int, gpus: int) -> None:
+    config = small()
+    config.num_attention_heads, config.num_key_value_heads = heads, kv_heads
+    alone, shared = (Plan(config, 4096, Run(gpus=gpus, sequence_parallel_size=n)) for n in (1, gpus))
+    assert alone.step(Way()).kept / shared.step(Way()).kept == pytest.approx(gpus, rel=0.01)
+    assert 1 / gpus < shared.step(Way()).peak / alone.step(Way()).peak < 1
+    assert shared.flops() == alone.flops() and shared.parameters == alone.parameters
 
 
 def test_what_zero_divides() -> None:
@@ -214,6 +214,14 @@ def test_models_of_other_kinds_are_refused(config: PreTrainedConfig, tmp_path, c
         (["--model", "llama-2-7b", "--offload", "--zero", "2"], "--offload goes with --zero 3"),
         (["--model", "Llama-2-7B", "--full_finetune", "--lora_r", "8"], "--lora_r says nothing with --full_finetune"),
         (["--model", "llama-2-7b", "--zero", "4"], "invalid choice"),
+        (["--model", "llama-2-7b", "--zero", "3", "--load_in_4bit"], "--load_in_4bit is for weights that do not train"),
+        (["--model", "llama-2-7b", "--full_finetune", "--load_in_4bit"], "--load_in_4bit is for weights that do not"),
+        (["--model", "llama-2-7b", "--gpus", "3", "--sequence_parallel_size", "2"], "does not divide --gpus 3"),
+        (
+            ["--model", "llama-2-7b", "--gpus", "3", "--sequence_parallel_size", "3"],
+            "does not divide the model's heads",
+        ),
+        (["--model", "llama-2-7b", "--gpus", "2", "--zero", "0", "--sequence_parallel_size", "2"], "needs DeepSpeed"),
         (["--model", "llama-2-7b", "--gpu_memory", "inf"], "--gpu_memory must be above 0 and below a billion, got inf"),
     ],
 )

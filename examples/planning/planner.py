@@ -10,7 +10,7 @@ import copy
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
 
@@ -18,8 +18,10 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from longlora_ext.adapter import lora_config, prepare_model
+from longlora_ext.attention import NAME
 from longlora_ext.context import context_length, extend_config, rope_type_of
 from longlora_ext.loss import refusal, tile_loss
+from planning import shared_sequences
 from planning.dry_run import Step, cuda_scratch, dry_run
 from runs.command_line import EXAMPLES
 from training.recipe import CHECKPOINTING
@@ -28,6 +30,8 @@ from training.recipe import CHECKPOINTING
 UNSEEN = 2 * 10**9
 #: ZeRO-3 keeps up to so many parameters gathered: DeepSpeed's `stage3_max_live_parameters`, by default.
 LIVE_PARAMETERS = 10**9
+#: Bytes of a weight in 4 bits: its own half, and what scales 64 of them, a byte, of which 256 share a float.
+FOUR_BITS = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 #: A context that is searched for is a multiple of this.
 GRAIN = 1024
 #: No longer one is searched for.
@@ -47,6 +51,8 @@ class Run:
     batch: int = 1  # sequences on a GPU at a time
     full_finetune: bool = False
     lora_r: int = 8
+    load_in_4bit: bool = False
+    sequence_parallel_size: int = 1
     dtype: torch.dtype = torch.bfloat16
     scratch: Callable[[torch.Tensor], int] = cuda_scratch  # bytes of the attention's own, given q
 
@@ -79,20 +85,31 @@ class Plan:
         if tokens > context_length(config):
             rope_type = rope_type_of(config)
             self.config = extend_config(config, tokens, rope_type="linear" if rope_type == "default" else rope_type)
+        self.config.sequence_parallel_size = run.sequence_parallel_size
         self.layers: int = config.num_hidden_layers
         self.step = cache(self._step)
 
     @cached_property
     def parameters(self) -> dict[str, int]:
-        """How many are trained (of these LoRA's), and how many are not. PEFT keeps the base model's embedding and norms
-        beside those that are trained: they count as not trained."""
-        named = dict(self.model(self.layers, Way()).named_parameters())
+        """How many are trained (of these LoRA's), and how many are not (of these in 4 bits).
+
+        PEFT keeps the base model's embedding and norms beside those that are trained: they count as not trained.
+        """
+        model = self.model(self.layers, Way())
+        named = dict(model.named_parameters())
         trainable = {name: parameter.numel() for name, parameter in named.items() if parameter.requires_grad}
         return {
             "trainable": sum(trainable.values()),
             "lora": sum(count for name, count in trainable.items() if ".lora_" in name),
             "frozen": sum(parameter.numel() for parameter in named.values()) - sum(trainable.values()),
+            "in_4_bits": sum(weight.numel() for weight in self._packed(model)),
         }
+
+    def _packed(self, model: Any) -> list[torch.Tensor]:
+        """The weights that bitsandbytes packs: the frozen ones of all projections but the output layer."""
+        linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+        weights = [module.weight for module in linear if module is not model.get_output_embeddings()]
+        return [weight for weight in weights if not weight.requires_grad] if self.run.load_in_4bit else []
 
     def model(self, layers: int, way: Way) -> Any:
         """The model with so many layers, on the meta device, as DeepSpeed trains it: its fp32 masters are elsewhere."""
@@ -102,8 +119,9 @@ class Plan:
             config.layer_types = config.layer_types[:layers]
         if way.dense:
             config.s2attn_mode = "dense"
+        attention = NAME if self.run.sequence_parallel_size == 1 else shared_sequences.NAME
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="s2attn", dtype=self.run.dtype)
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=self.run.dtype)
             lora = None if self.run.full_finetune else lora_config(model, r=self.run.lora_r)
             model = prepare_model(model, lora)
         for parameter in model.parameters():
@@ -124,16 +142,17 @@ class Plan:
         return Step(kept, peak, Counter(flops))
 
     def _run(self, layers: int, way: Way) -> Step:
-        return dry_run(self.model(layers, way), self.run.batch, self.tokens, self.run.scratch)
+        tokens = -(-self.tokens // self.run.sequence_parallel_size)
+        return dry_run(self.model(layers, way), self.run.batch, tokens, self.run.scratch)
 
     def memory(self, way: Way) -> dict[str, int]:
         """Bytes of each GPU by part."""
         run, size = self.run, self.run.dtype.itemsize
         trainable, frozen = self.parameters["trainable"], self.parameters["frozen"]
         cut = {stage: run.gpus if run.zero >= stage else 1 for stage in (1, 2, 3)}  # by what each stage divides
-        on_gpu = 0 if run.offload else 1
+        on_gpu, in_4_bits = 0 if run.offload else 1, self.parameters["in_4_bits"]
         parts = {
-            "frozen weights": on_gpu * size * frozen // cut[3],
+            "frozen weights": on_gpu * (size * (frozen - in_4_bits) + int(FOUR_BITS * in_4_bits)) // cut[3],
             "trained weights": on_gpu * size * trainable // cut[3],
             "gradients": on_gpu * 4 * trainable // cut[2],  # summed up in fp32, as ds_configs/ ask for
             "fp32 masters, Adam's moments": on_gpu * (12 if size == 2 else 8) * trainable // cut[1],
@@ -142,6 +161,8 @@ class Plan:
             "work of a layer or the loss": self.step(way).peak - self.step(way).kept,
             "CUDA and gaps (assumed)": UNSEEN,
         }
+        if in_4_bits:
+            parts["a weight unpacked"] = size * max(weight.numel() for weight in self._packed(self.model(1, way)))
         return parts
 
     def host_memory(self) -> int:
@@ -162,6 +183,8 @@ class Plan:
 
     def flops(self, dense: bool = False) -> dict[str, int]:
         """Floating-point operations of a forward and backward pass of one sequence, activations computed again."""
+        if self.run.sequence_parallel_size > 1:
+            return Plan(self.base, self.tokens, replace(self.run, sequence_parallel_size=1)).flops(dense)
         flops = self.step(Way(dense=dense)).flops
         attention = sum(count for op, count in flops.items() if op.startswith("longlora."))
         return {"attention": attention // self.run.batch, "all": sum(flops.values()) // self.run.batch}
