@@ -190,6 +190,14 @@ def test_the_row_before_is_the_model_as_it_came(rope_type: str) -> None:
     assert sliding_window_perplexity(extended, documents, 64, 32) == scaled
 
 
+def test_dynamic_rope_reads_each_window_as_if_it_were_its_first() -> None:
+    model = make_model(extend_config(CONFIG, 64, rope_type="dynamic"))
+    documents, counts = make_documents(50, 30, 40), (49, 29, 39)
+    each = [math.log(sliding_window_perplexity(model, [document], 64, 32)) for document in documents]
+    mean = sum(loss * count for loss, count in zip(each, counts, strict=True)) / sum(counts)
+    assert math.log(sliding_window_perplexity(model, documents, 64, 32)) == pytest.approx(mean, rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("base", "context", "expected"),
     [

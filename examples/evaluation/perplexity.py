@@ -183,11 +183,14 @@ def _targets(window: Window, targets: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _batches(all_windows: Sequence[Window], size: int) -> list[list[Window]]:
-    """Windows of one shape side by side, at most `size` of them."""
+    """Windows of one shape side by side, at most `size` of them; short ones first.
+
+    RoPE of the type "dynamic" keeps the frequencies of the longest text so far: these are then each window's own.
+    """
     by_shape: dict[tuple[int, int], list[Window]] = {}
     for w in all_windows:
         by_shape.setdefault((w.end - w.begin, w.scored), []).append(w)
-    return [group[i : i + size] for group in by_shape.values() for i in range(0, len(group), size)]
+    return [group[i : i + size] for _, group in sorted(by_shape.items()) for i in range(0, len(group), size)]
 
 
 def _pieces(batch: list[Window]) -> int:
