@@ -115,7 +115,12 @@ def read_config(model: str) -> PreTrainedConfig:
 def figures(options: argparse.Namespace) -> dict[str, Any]:
     """All that is printed, in bytes, operations and tokens."""
     config = read_config(options.model)
-    context = options.context or 4 * context_length(config)
+    own = context_length(config)
+    context = options.context or 4 * own
+    if context < own:
+        raise ValueError(
+            f"--context {context} is less than the model's own {own}: give more to extend it, or {own} to train it as it is"
+        )
     check_sequence_parallel(config, context, options.sequence_parallel_size)
     run = Run(
         zero=options.zero,
@@ -132,7 +137,7 @@ def figures(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "model": options.model,
         "context": context,
-        "model_context": context_length(config),
+        "model_context": own,
         "run": {name: value for name, value in asdict(run).items() if name not in ("dtype", "scratch")},
         "parameters": plan.parameters,
         "memory": memory,
@@ -154,7 +159,7 @@ def table(found: dict[str, Any]) -> str:
     batch = f"batch {run['batch']} a GPU" if sharing == 1 else f"batch {run['batch']} for {sharing} GPUs together"
     packed = f", {parameters['in_4_bits']:,} of these in 4 bits" if run["load_in_4bit"] else ""
     step = at_once * accumulation(at_once)
-    tokens = f"{own:,} -> {context:,} tokens" if context > own else f"{context:,} tokens, the model's own is {own:,}"
+    tokens = f"{own:,} -> {context:,} tokens" if context > own else f"{context:,} tokens, the model's own"
     lines = [
         f"{found['model']}: {tokens}, {counted(run['gpus'], 'GPU')}, {zero}, {batch}, bf16, {trained}",
         f"parameters: {parameters['trainable']:,} trained ({parameters['lora']:,} of LoRA), "

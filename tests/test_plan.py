@@ -178,6 +178,16 @@ def test_table_11_of_the_paper(tokens: int, full: float, s2: float) -> None:
     assert ours_s2 / ours_dense == pytest.approx(15 / 64, rel=1e-3)
 
 
+@pytest.mark.parametrize("tokens", [64, 256, 1024])
+def test_groups_are_a_quarter_of_the_context(tokens: int) -> None:
+    """As in a run: of the context, whether it is the model's own or not, and whatever groups the model had before."""
+    config = small()
+    config.s2attn_group_size = 32
+    s2, dense = (Plan(config, tokens, Run()).flops(dense=dense)["attention"] for dense in (False, True))
+    pairs = attended_pairs(tokens, tokens // 4, 8, 4)
+    assert s2 / dense == pytest.approx(pairs / (8 * tokens * (tokens + 1) / 2))
+
+
 # The command ------------------------------------------------------------------------------------------------
 
 
@@ -195,6 +205,17 @@ def test_the_table_and_its_numbers(tmp_path: Path, capsys) -> None:
         assert f"{parts['activations kept'] / 1e9:,.2f}" in printed
     flops = found["flops_of_a_sequence"]
     assert 4 < flops["dense"]["attention"] / flops["s2"]["attention"] < 4.5
+
+
+def test_a_context_that_a_run_refuses_is_refused(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(Plan, "longest", lambda *_: 0)  # which takes seconds
+    small().save_pretrained(tmp_path)
+    given = ["--model", str(tmp_path), "--context"]
+    command.main([*given, "256"])
+    assert f"{tmp_path}: 256 tokens, the model's own, 1 GPU" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        command.main([*given, "128"])
+    assert "--context 128 is less than the model's own 256: give more to extend it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("config", [GPT2Config(), MambaConfig(), BertConfig()], ids=lambda config: config.model_type)

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from longlora_ext.adapter import lora_config, prepare_model
-from longlora_ext.attention import NAME
+from longlora_ext.attention import DEFAULT_GROUP_RATIO, NAME, even_group_size
 from longlora_ext.context import context_length, extend_config, rope_type_of
 from longlora_ext.loss import refusal, tile_loss
 from planning import shared_sequences
@@ -85,6 +85,7 @@ class Plan:
         if tokens > context_length(config):
             rope_type = rope_type_of(config)
             self.config = extend_config(config, tokens, rope_type="linear" if rope_type == "default" else rope_type)
+        self.config.s2attn_group_size = even_group_size(tokens * DEFAULT_GROUP_RATIO)  # at the model's own context too
         self.config.sequence_parallel_size = run.sequence_parallel_size
         self.layers: int = config.num_hidden_layers
         self.step = cache(self._step)
