@@ -4,9 +4,9 @@
     python examples/merge_adapter.py ADAPTER_FOLDER OUTPUT_FOLDER
 
 The output is a plain model folder: LoRA is added to the weights it belongs to, the trained embedding and norms take
-the place of the base model's, the config has the extended context's RoPE parameters and names its length (for RoPE
-type "dynamic" the old one, beyond which transformers scales), and the tokenizer lies beside. Transformers, and
-whatever reads its folders, loads it without longlora_ext:
+the place of the base model's, the config has the extended context's RoPE parameters and its length (for RoPE type
+"dynamic" as s2attn_context_length: max_position_embeddings is the old one, beyond which transformers scales), and the
+tokenizer lies beside. Transformers, and whatever reads its folders, loads it without longlora_ext:
 
     AutoModelForCausalLM.from_pretrained("OUTPUT_FOLDER")
 

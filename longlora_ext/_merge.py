@@ -22,7 +22,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -31,10 +30,11 @@ from transformers.utils.logging import tqdm
 
 from longlora_ext._checkpoint import Checkpoint
 from longlora_ext._folders import appearing, refuse_to_overwrite
+from longlora_ext._generation import AsItIs, keep_generation_config
 from longlora_ext._load import HUB_ARGUMENTS, base_of, load, naming, weights_of_base
 from longlora_ext._lora import LoraWeights, NeedsWholeModel
 from longlora_ext._record import apply_record, check_shape, check_weights, read_record
-from longlora_ext.context import CONFIG_FIELDS
+from longlora_ext.context import CONFIG_FIELDS, context_length
 
 #: What a run writes into the folder that it made, about itself.
 MANIFEST = "run.json"
@@ -138,9 +138,14 @@ def _tokenizer_folder(folder: Path, base: str) -> str | None:
 
 
 def _forget_ours(config: PreTrainedConfig) -> None:
+    """Leave a plain config, whose context is `max_position_embeddings`. RoPE of the type "dynamic" needs the old length
+    there, beyond which transformers scales: the new one then stays in our field, which others pass over."""
+    length = context_length(config)
     for name in CONFIG_FIELDS:
         if hasattr(config, name):
             delattr(config, name)
+    if length > config.max_position_embeddings:
+        config.s2attn_context_length = length
 
 
 @contextmanager
@@ -163,6 +168,7 @@ def _by_peft(
     for name, weight in merged.state_dict().items():
         _check_finite(name, weight)
     _forget_ours(merged.config)
+    keep_generation_config(merged)
     return functools.partial(merged.save_pretrained, max_shard_size=max_shard_size)
 
 
@@ -222,7 +228,7 @@ def _save_generation_config(base: str, hub: dict[str, Any], output: Path) -> Non
     """The base model's. A model without has that of its config."""
     with naming(f"generation_config.json of {base}"):
         try:
-            generation = GenerationConfig.from_pretrained(base, **hub)
+            generation = AsItIs.from_pretrained(base, **hub)
         except OSError:
             return
     generation.save_pretrained(output)

@@ -28,6 +28,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from longlora_ext._checkpoint import listed
 from longlora_ext._folders import appearing, on_first_process, refuse_to_overwrite
+from longlora_ext._generation import keep_generation_config
 from longlora_ext._load import load, load_base
 from longlora_ext._merge import merge
 from longlora_ext._precision import fp32_state, train_in_fp32
@@ -109,6 +110,7 @@ def prepare_model(model: PreTrainedModel, peft_config: PeftConfig | None) -> Pre
     in_fp32 = not is_deepspeed_zero3_enabled()
     if peft_config is None:
         model.requires_grad_(True)
+        keep_generation_config(model)
         return model.float() if in_fp32 else model
     dtype, base = model.dtype, model.name_or_path or ""
     prepared = get_peft_model(model, peft_config, autocast_adapter_dtype=in_fp32)

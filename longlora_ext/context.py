@@ -35,7 +35,8 @@ def context_length(config: PreTrainedConfig) -> int:
 
     Args:
         config ([`~transformers.PreTrainedConfig`]):
-            An extended config or any other; for any other it is `max_position_embeddings`.
+            An extended config or any other; for any other it is `max_position_embeddings`. A merged model's is either:
+            `max_position_embeddings`, or for RoPE of the type `"dynamic"` the `s2attn_context_length` beside it.
 
     Raises:
         `ValueError`: it has none, as models without positions, or with positions of another kind.

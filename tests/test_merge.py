@@ -1,5 +1,6 @@
 """Merging shard by shard: the merged model is the adapter model, and only a shard of it is ever in memory."""
 
+import itertools
 import json
 import resource
 import shutil
@@ -9,12 +10,15 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+import finetune_llama
 import longlora_ext._merge
 from longlora_ext.adapter import load, lora_config, merge, prepare_model, save_adapter
+from longlora_ext.context import context_length, extend_config, rope_type_of
 from tiny_models import tokens
 from tiny_training import CONTEXT, extended_model, save_base
+from training.options import ModelOptions
 
 EVERYWHERE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -152,6 +156,42 @@ def test_dtypes_configs_and_what_lies_beside(tmp_path: Path) -> None:
         merge(adapter, tmp_path / "again", dtype="int3")
     with pytest.raises(TypeError, match="unexpected argument 'device_map'"):
         merge(adapter, tmp_path / "again", device_map="auto")
+
+
+#: Options that transformers would ignore, as Vicuna's file has them.
+IGNORED = {"_from_model_config": True, "eos_token_id": 2, "max_length": 4096, "temperature": 0.9, "top_p": 0.6}
+
+
+@pytest.mark.parametrize("how", ["by shards", "by PEFT", "full fine-tuning"])
+def test_generation_options_that_transformers_would_not_save(how: str, tmp_path: Path, monkeypatch) -> None:
+    """After 5.20.2 it saves them if they are as they were read, and all that it reads here looks changed."""
+    changing = itertools.count()
+    monkeypatch.setattr(GenerationConfig, "__hash__", lambda config: next(changing))
+    base = fp32_base(tmp_path / "base")
+    (base / "generation_config.json").write_text(json.dumps(IGNORED))
+    if how == "full fine-tuning":
+        model = prepare_model(extended_model(base), None)
+        model.save_pretrained(tmp_path / "checkpoint")  # as the Trainer does
+        save_adapter(model, tmp_path / "made")
+    else:
+        merge(save_random_adapter(base, tmp_path / "adapter", use_dora=how == "by PEFT"), tmp_path / "made")
+    saved = json.loads((tmp_path / "made/generation_config.json").read_text())
+    assert {name: value for name, value in saved.items() if name != "transformers_version"} == IGNORED
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["by shards", "by PEFT"])
+def test_a_merged_model_of_dynamic_rope_knows_its_context(dora: bool, tmp_path: Path) -> None:
+    """`max_position_embeddings` cannot tell it: beyond that transformers scales."""
+    base = fp32_base(tmp_path / "base")
+    config = extend_config(AutoConfig.from_pretrained(base), CONTEXT, rope_type="dynamic")
+    model = AutoModelForCausalLM.from_pretrained(base, config=config, attn_implementation="s2attn")
+    save_adapter(prepare_model(model, lora_config(model, use_dora=dora)), tmp_path / "adapter")
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    merged = AutoConfig.from_pretrained(tmp_path / "merged")
+    assert (merged.max_position_embeddings, context_length(merged)) == (64, CONTEXT)
+    assert not hasattr(merged, "s2attn_group_size") and rope_type_of(merged) == "dynamic"
+    trained_on = finetune_llama.new_context(merged, ModelOptions(context_length=CONTEXT))
+    assert trained_on.rope_parameters == merged.rope_parameters
 
 
 def test_one_shard_is_in_memory_at_a_time(tmp_path: Path) -> None:

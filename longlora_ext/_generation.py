@@ -1,0 +1,23 @@
+"""The generation_config.json of a base model, which goes along with what is made of it as it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedModel
+
+
+class AsItIs(GenerationConfig):
+    """
+    Saved whatever it says. transformers refuses to save options that it would ignore, up to 5.20 even those of a file
+    that it has read, such as the `temperature` without `do_sample` of early Llama 2 and of Vicuna.
+    """
+
+    def validate(self, strict: bool = False, *others: Any, **named: Any) -> None:
+        super().validate(False, *others, **named)
+
+
+def keep_generation_config(model: PreTrainedModel) -> None:
+    """Let a model be saved with the generation config that it has."""
+    if model.can_generate():
+        model.generation_config = AsItIs.from_dict(model.generation_config.to_dict())
