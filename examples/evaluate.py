@@ -95,9 +95,12 @@ def main(argv: Sequence[str]) -> None:
                 },
                 "cells": results,
             }
-            (folder / "results.txt").write_text(task.table(results))
-            pictures = task.draw(results, folder)
-            finish(folder, content)
+            try:
+                (folder / "results.txt").write_text(task.table(results))
+                pictures = task.draw(results, folder)
+                finish(folder, content)
+            except OSError as error:
+                fail(cannot_be_written_to(folder, error))
             say("", task.table(results), *map(str, [folder / "results.json", *pictures]))
 
 
@@ -126,12 +129,15 @@ def compute(task: Any, folder: Path) -> dict[str, Any]:
                 keep(folder, cell, new[cell])
             except OSError as error:
                 bar.close()  # or the error stands behind it on its line
-                fail(
-                    f"{folder} cannot be written to: {error.strerror}. What is computed so far is kept; the same "
-                    "command goes on from there"
-                )
+                fail(cannot_be_written_to(folder, error))
     results = done | gathered(new)
     return {cell: results[cell] for cell in task.cells if cell in results}  # in their order
+
+
+def cannot_be_written_to(folder: Path, error: OSError) -> str:
+    """What is said when the disk is full, whichever part of the result is written."""
+    kept = "What is computed so far is kept; the same command goes on from there"
+    return f"{folder} cannot be written to: {error.strerror}. {kept}"
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -119,7 +119,8 @@ def figures(options: argparse.Namespace) -> dict[str, Any]:
     context = options.context or 4 * own
     if context < own:
         raise ValueError(
-            f"--context {context} is less than the model's own {own}: give more to extend it, or {own} to train it as it is"
+            f"--context {context} is less than the model's own {own}: give more to extend it, or {own} to train it as "
+            "it is"
         )
     check_sequence_parallel(config, context, options.sequence_parallel_size)
     run = Run(

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -18,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import evaluate
 from evaluation import evaluation_folder, perplexity_task
 from evaluation.perplexity_task import PerplexityTask
+from evaluation.retrieval_task import RetrievalTask
 from finetune_runs import CONTEXT, ROOT, environment, make_model, torchrun
 from inputs.files import load_documents
 from inputs.tokens import tokenise
@@ -344,6 +346,23 @@ def test_a_folder_is_found_where_none_is_given(model: Path, books: Path) -> None
     assert sorted(path.name for path in Path("evaluated").iterdir()) == ["tiny-perplexity", "tiny-perplexity-2"]
 
 
+def test_a_folder_that_cannot_be_read_is_named(
+    model: Path, books: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path("evaluated/tiny-perplexity")
+    folder.mkdir(parents=True)
+
+    def iterdir(path: Path, original=Path.iterdir) -> Iterator[Path]:
+        if path.resolve() == folder.resolve():  # as for who may not read it
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    given = ["perplexity", "--model", model, "--text", books]
+    for output in ([], ["--output", folder]):
+        assert f"Permission denied: '{folder}'" in refusal(capsys, *given, *output)
+
+
 def test_a_full_disk_keeps_what_is_complete(
     model: Path, books: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -356,6 +375,27 @@ def test_a_full_disk_keeps_what_is_complete(
     said = refusal(capsys, "perplexity", "--model", model, "--text", books, "--output", "out")
     assert "out cannot be written to: No space left on device. What is computed so far is kept" in said
     assert len(list(Path("out/cells").iterdir())) == 2
+
+
+@pytest.mark.parametrize("file", ["results.txt", "heat_map.png", "results.json"])
+def test_a_disk_that_is_full_at_the_end_is_one_clear_error(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], file: str
+) -> None:
+    """The system's own: the file, or what it is written as at first, is another name of /dev/full by then."""
+    given = ["--model", model, "--context_length", 512, "--lengths", 400, "--depths", 0.5, "--trials", 1]
+    full = Path("out") / (f"{file}.tmp" if file == "results.json" else file)
+
+    def compute(*arguments: object, original=evaluate.compute) -> dict:
+        full.symlink_to("/dev/full")
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "compute", compute)
+        said = refusal(capsys, "passkey", *given, "--output", "out")
+    assert "out cannot be written to: No space left on device. What is computed so far is kept" in said
+    full.unlink()
+    monkeypatch.setattr(RetrievalTask, "compute", None)  # nothing is left to compute
+    assert run("passkey", *given)["summary"]["asked"] == 1
 
 
 def test_two_processes_compute_what_one_computes(model: Path, books: Path) -> None:

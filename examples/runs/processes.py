@@ -45,12 +45,12 @@ def first_process_first(action: Callable[[], Found]) -> Found:
 
 
 def decided_by_first(action: Callable[[], Found]) -> Found:
-    """What the action returned on the first process. If it raises a `ValueError` there, all processes fail."""
+    """What the action returned on the first process. If it raises a `ValueError` or an `OSError` there, all fail."""
     outcome: list[Any] = [None, None]
     if RANK == 0:
         try:
             outcome = [action(), None]
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             outcome = [None, str(error)]
     if dist.is_initialized():
         dist.broadcast_object_list(outcome, src=0)
