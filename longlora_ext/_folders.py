@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 
 def is_first_process() -> bool:
@@ -48,12 +49,15 @@ def appearing(folder: Path) -> Iterator[Path]:
     """A folder beside `folder` to write into, which takes its name once all is written.
 
     Who writes holds a lock on it, which ends with the process: what one that was killed has left is removed.
+
+    Raises:
+        `OSError`: it cannot be written, whichever library found that out.
     """
-    folder = folder.resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    named, folder = folder, folder.resolve()
     beginning = f".{folder.name}.unfinished-"
     unfinished = folder.with_name(beginning + secrets.token_hex(4))
-    with ExitStack() as held:
+    with _writing(named), ExitStack() as held:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder.parent, wait=True):  # nobody sees the new folder before it is locked
             for other in folder.parent.iterdir():
                 if other.name.startswith(beginning):
@@ -68,6 +72,15 @@ def appearing(folder: Path) -> Iterator[Path]:
             unfinished.rename(folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Whoever finds the disk full, it is an `OSError` that names the folder."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"cannot write {folder}: {error}") from error
 
 
 @contextmanager

@@ -9,14 +9,12 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
@@ -95,7 +93,7 @@ def merge(
     tokenizer_folder = _tokenizer_folder(folder, base)
     with naming(f"the tokenizer of {tokenizer_folder}"):
         tokenizer = tokenizer_folder and AutoTokenizer.from_pretrained(tokenizer_folder, **hub_arguments)
-    with _writing(target), appearing(target) as unfinished:
+    with appearing(target) as unfinished:
         if tokenizer:
             tokenizer.save_pretrained(unfinished)
         if (folder / MANIFEST).is_file():
@@ -146,15 +144,6 @@ def _forget_ours(config: PreTrainedConfig) -> None:
             delattr(config, name)
     if length > config.max_position_embeddings:
         config.s2attn_context_length = length
-
-
-@contextmanager
-def _writing(target: Path) -> Iterator[None]:
-    """Whoever finds the disk full, it is an `OSError` that names the folder."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"cannot write {target}: {error}") from error
 
 
 def _by_peft(

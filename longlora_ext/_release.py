@@ -53,6 +53,7 @@ def import_longlora(
     Raises:
         `FileExistsError`: the output folder holds something.
         `FileNotFoundError`: a file, or the base model, is missing.
+        `OSError`: there is no room for it.
         `ValueError`: the files cannot be read, are incomplete or not finite, or do not fit the base model.
     """
     release, target = Path(release), Path(output_folder)

@@ -57,15 +57,17 @@ def lora_config(model: PreTrainedModel, **overrides: Any) -> LoraConfig:
         [`peft.LoraConfig`]: tied embeddings are trained as one and stay tied.
 
     Raises:
-        `ValueError`: the model has no `q_proj`, `k_proj`, `v_proj`, `o_proj`, and `target_modules` are not
-        given.
+        `ValueError`: the model has not all of `q_proj`, `k_proj`, `v_proj`, `o_proj`, and `target_modules` are
+        not given.
     """
     modules = [(name.rpartition(".")[2], module) for name, module in model.named_modules()]
     targets = [name for name in _PROJECTIONS if name in dict(modules)]
-    if not targets and "target_modules" not in overrides:
+    missing = [name for name in _PROJECTIONS if name not in targets]
+    if missing and "target_modules" not in overrides:  # what is there alone would be another recipe
+        there = f"{', '.join(targets)} but " if targets else ""
         raise ValueError(
-            f"{type(model).__name__} has none of the modules {', '.join(_PROJECTIONS)}: pass "
-            "target_modules=[...] with the names of its attention projections"
+            f"{type(model).__name__} has {there}no {', '.join(missing)}: pass target_modules=[...] with the names of "
+            "its attention projections"
         )
     embedding = {name for name, module in modules if module is model.get_input_embeddings()}
     norms = {name for name, module in modules if type(module).__name__.lower().endswith("norm")}
@@ -146,6 +148,7 @@ def save_adapter(
 
     Raises:
         `FileExistsError`: the folder holds something.
+        `OSError`: there is no room for it.
         `ValueError`: the model is not one to save here, or a weight is not finite.
     """
     model = _unwrapped(model)

@@ -4,6 +4,8 @@ import itertools
 import json
 import resource
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -219,17 +221,23 @@ def peak() -> int:
     return 1024 * int(line.split()[1])
 
 
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """No file can grow beyond that: a weight file finds the disk full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def test_a_disk_that_is_full_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
     base = fp32_base(tmp_path / "base")
     adapter = save_random_adapter(base, tmp_path / "adapter")
     there = {path.name for path in tmp_path.iterdir()}
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))  # a weight file cannot grow to its size
-    try:
-        with pytest.raises(OSError, match=r"cannot write .*merged: .*[Ff]ile too large"):
-            merge(adapter, tmp_path / "merged")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with files_up_to(50_000), pytest.raises(OSError, match=r"cannot write .*merged: .*[Ff]ile too large"):
+        merge(adapter, tmp_path / "merged")
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(longlora_ext._merge.shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(OSError, match=r"cannot write .*merged: .*it takes 0.1 MB, and 0.0 MB are free"):

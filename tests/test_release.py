@@ -1,6 +1,7 @@
 """What the original LongLoRA wrote becomes an adapter of ours: shown on a release of a tiny model, made here."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import import_longlora as example
 from longlora_ext.adapter import import_longlora, load, merge
 from longlora_ext.context import extend_config
+from test_merge import files_up_to
 from tiny_models import VOCABULARY, tokens
 from tiny_training import CONTEXT, save_base
 
@@ -105,6 +107,15 @@ def test_lora_alone_is_imported(release: Path, tmp_path: Path) -> None:
     model = load(tmp_path / "adapter", dtype=torch.float32)
     assert model.peft_config["default"].modules_to_save is None
     assert model(tokens(1, 90)).logits.isfinite().all()
+
+
+def test_a_disk_that_is_full_leaves_nothing(release: Path, tmp_path: Path, capsys) -> None:
+    arguments = [release / "longlora", tmp_path / "adapter", "--context_length", CONTEXT]
+    with files_up_to(10_000), pytest.raises(SystemExit, match="2"):
+        example.main([*map(str, arguments)])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(r"error: cannot write .*adapter: .*file too large", line, re.IGNORECASE)
+    assert list(tmp_path.iterdir()) == []
 
 
 class Code:
