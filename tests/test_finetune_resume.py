@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 import finetune_runs
+import merge_adapter
 from finetune_runs import environment, losses, make_model, make_text, run, small_run
 from runs.checkpoints import MARKER, CompletionMarker, complete_checkpoints, find_resumable, mark, remove_incomplete
 
@@ -293,6 +294,22 @@ def test_a_finished_run_can_be_made_longer(inputs: tuple[Path, Path], undisturbe
     assert done.returncode == 0, done.stderr
     assert "going on from checkpoint-4" in done.stdout
     assert_same_run(shorter, undisturbed)
+
+
+def test_an_adapter_is_made_of_a_checkpoint(
+    inputs: tuple[Path, Path], undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the options that a program names which is given the checkpoint instead."""
+    checkpoint = undisturbed / "checkpoint-4"
+    with pytest.raises(SystemExit, match="2"):
+        merge_adapter.main([str(checkpoint), str(tmp_path / "merged")])
+    options = re.search(r"--resume_from_checkpoint .*(?= --output_dir)", capsys.readouterr().err)
+    done = run(*small_run(*inputs, tmp_path / "out"), *options[0].split())  # type: ignore[index]
+    assert done.returncode == 0 and "'loss':" not in done.stdout, done.stderr
+    adapter = tmp_path / "out" / "adapter"
+    then, now = (load_file(folder / "adapter_model.safetensors") for folder in (checkpoint, adapter))
+    assert then.keys() == now.keys() and all(now[name].equal(weight) for name, weight in then.items())
+    merge_adapter.main([str(adapter), str(tmp_path / "merged")])
 
 
 def test_a_run_that_goes_on_elsewhere_takes_its_perplexities_along(

@@ -21,7 +21,7 @@ def run_folder(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize(
+EVERYWHERE = pytest.mark.parametrize(
     "command",
     [
         lambda folder: evaluate.main(["passkey", "--model", folder]),
@@ -31,10 +31,24 @@ def run_folder(tmp_path: Path) -> Path:
         lambda folder: merge_adapter.main([folder, f"{folder}-merged"]),
     ],
 )
+
+
+@EVERYWHERE
 def test_the_folder_of_a_run_is_told_from_what_it_made(command, run_folder: Path, capsys) -> None:
     with pytest.raises(SystemExit, match="2"):
         command(str(run_folder))
     assert f"this is the folder of a run: take what it made, {run_folder / 'adapter'}" in capsys.readouterr().err
+
+
+@EVERYWHERE
+def test_a_checkpoint_is_no_adapter(command, run_folder: Path, capsys) -> None:
+    checkpoint = run_folder / "checkpoint-500"
+    (run_folder / "adapter").rename(checkpoint)
+    (checkpoint / "complete.json").write_text('{"step": 500}')
+    with pytest.raises(SystemExit, match="2"):
+        command(str(checkpoint))
+    said = f"--resume_from_checkpoint {checkpoint} --max_steps 500 --output_dir NEW_FOLDER"
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

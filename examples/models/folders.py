@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from runs.checkpoints import MARKER, step_of
+
 
 def is_adapter(path: str) -> bool:
     """Whether that is the folder of an adapter."""
@@ -11,7 +13,12 @@ def is_adapter(path: str) -> bool:
 
 
 def check_run_folder(path: str) -> None:
-    """Raise `ValueError` for the folder of a run, where what it made is meant."""
+    """Raise `ValueError` for the folder of a run, or a checkpoint, where what a run made is meant."""
+    if is_adapter(path) and (Path(path) / MARKER).is_file():
+        raise ValueError(
+            "this is a checkpoint, to go on from. The run's command makes an adapter of it with "
+            f"--resume_from_checkpoint {path} --max_steps {step_of(Path(path))} --output_dir NEW_FOLDER"
+        )
     made = [Path(path) / name for name in ("adapter", "model") if (Path(path) / name).is_dir()]
     if made and not is_adapter(path) and not (Path(path) / "config.json").is_file():
         raise ValueError(f"this is the folder of a run: take what it made, {made[0]}")
