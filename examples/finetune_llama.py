@@ -48,7 +48,7 @@ from longlora_ext.loss import refusal, tile_loss
 from models.convert_gguf import convert_gguf
 from models.folders import check_model_folder
 from models.four_bits import four_bits
-from models.suitable import check_attention, check_tokenizer, check_tokens, padding_token
+from models.suitable import check_attention, check_kernels, check_tokenizer, check_tokens, padding_token
 from runs.checkpoints import CompletionMarker, step_of
 from runs.command_line import one_clear_error
 from runs.full_disk import writing_to
@@ -82,6 +82,7 @@ def main(argv: Sequence[str]) -> None:
         base_config = AutoConfig.from_pretrained(model_path, **source)
         check_attention(base_config)
     with one_clear_error():
+        check_kernels(base_config, dtype, args.device)
         config = new_context(base_config, options)
         context = context_length(config)
         check_sequence_parallel(config, context, options.sequence_parallel_size)
@@ -175,11 +176,16 @@ def main(argv: Sequence[str]) -> None:
 
 
 def new_context(base_config: PreTrainedConfig, options: ModelOptions) -> PreTrainedConfig:
-    """The config for the new context. One that is not longer than the model's own leaves RoPE alone."""
+    """The config for the new context. The model's own leaves RoPE alone, and a shorter one is refused."""
     old = context_length(base_config)
     new = options.context_length or 4 * old
     if options.context_length is None and rope_type_of(base_config) != "default":
         say(f"note: the model's RoPE is scaled already, to {old:,} tokens; --context_length {old} leaves it at that")
+    if new < old:
+        raise ValueError(
+            f"--context_length {new} is less than the model's own {old}: give more to extend it, or {old} to train it "
+            "as it is"
+        )
     ratio = options.group_ratio or DEFAULT_GROUP_RATIO
     if new > old:
         return extend_config(
@@ -191,7 +197,7 @@ def new_context(base_config: PreTrainedConfig, options: ModelOptions) -> PreTrai
             group_size=options.group_size,
         )
     if options.rope_parameters or options.rope_type != "linear":
-        raise ValueError(f"--context_length {new} is not more than the model's own {old}: RoPE is not scaled for it")
+        raise ValueError(f"--context_length {new} is the model's own: RoPE is not scaled for it")
     if (options.group_size or 0) > new:
         raise ValueError(f"--group_size {options.group_size} is more than the context of {new}")
     config = copy.deepcopy(base_config)

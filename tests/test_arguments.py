@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -39,7 +40,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         ("--group_size 7", "--group_size must be even and at least 2, got 7"),
         ("--group_size 4096", "group_size must be an even integer from 2 to the context of 128, but it is 4096"),
         ("--context_length 32 --group_size 64", "--group_size 64 is more than the context of 32"),
-        ("--context_length 32 --rope_type yarn", "--context_length 32 is not more than the model's own 32"),
+        ("--context_length 32 --rope_type yarn", "--context_length 32 is the model's own: RoPE is not scaled for it"),
+        ("--context_length 30", "--context_length 30 is less than the model's own 32"),
         ("--rope_type none", "rope_type must be one of default, "),
         ("--rope_type longrope", "needs rope_parameters with short_factor and long_factor"),
         ("--rope_parameters 5", "--rope_parameters must be a JSON object, got '5'"),
@@ -229,6 +231,14 @@ def test_what_is_given_wins_over_every_default() -> None:
     assert (args.num_train_epochs, args.max_steps) == (2, -1)
 
 
+@pytest.mark.parametrize("name", ["activation", "gradient"])
+def test_activation_checkpointing_goes_by_both_of_its_names(name: str) -> None:
+    off = (f"--{name}_checkpointing=false", f"--{name}-checkpointing-kwargs", '{"use_reentrant": true}')
+    _, _, args = parsed("--model_name_or_path", "some/model", *off)
+    assert getattr(args, CHECKPOINTING) is False
+    assert getattr(args, f"{CHECKPOINTING}_kwargs") == {"use_reentrant": True}
+
+
 def test_cpu_processes_find_each_other_without_being_asked() -> None:
     """Without `use_cpu` and without DeepSpeed, accelerate starts no group where there is no GPU."""
     assert parsed()[2].use_cpu == (not torch.accelerator.is_available())
@@ -269,6 +279,25 @@ def test_what_losses_depend_on_is_a_setting(option: str) -> None:
 )  # fmt: skip
 def test_what_no_loss_depends_on_is_none(option: str) -> None:
     assert settings_of(*option.split()) == settings_of()
+
+
+def test_a_model_is_the_same_wherever_it_lies(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    first = settings_of("--model_name_or_path", str(inputs[0]))
+    moved = shutil.copytree(inputs[0], tmp_path / "moved")
+    assert settings_of("--model_name_or_path", str(moved)) == first
+    with open(moved / "model.safetensors", "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\0")
+    assert settings_of("--model_name_or_path", str(moved))["model"] != first["model"]
+    assert settings_of("--model_name_or_path", "some/model")["model"] == "some/model"
+
+
+def test_a_machine_without_the_kernels_is_told_at_once(inputs: tuple[Path, Path]) -> None:
+    """As with fp32 on a GPU; a dtype that no kernel takes stands for it."""
+    config = AutoConfig.from_pretrained(inputs[0])
+    suitable.check_kernels(config, torch.float32, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"S2-Attn does not run here, on cpu in torch\.complex64: "):
+        suitable.check_kernels(config, torch.complex64, torch.device("cpu"))
 
 
 def test_4_bit_weights_neither_train_nor_are_cut_up(

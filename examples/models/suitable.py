@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from inputs.tokens import Tokenised
+from longlora_ext import s2attn
 
 MAX_HEAD_DIM = 256
+
+
+def head_dim_of(config: PreTrainedConfig) -> int:
+    """Dimensions of a head."""
+    heads = getattr(config, "num_attention_heads", None)
+    return getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else MAX_HEAD_DIM)
 
 
 def check_attention(config: PreTrainedConfig) -> None:
@@ -14,7 +22,7 @@ def check_attention(config: PreTrainedConfig) -> None:
     window = getattr(config, "sliding_window", None)
     window = window or ("sliding_attention" in (getattr(config, "layer_types", None) or ()))
     heads = getattr(config, "num_attention_heads", None)
-    head_dim = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else MAX_HEAD_DIM)
+    head_dim = head_dim_of(config)
     if getattr(config, "attn_logit_softcapping", None):
         raise ValueError("its attention caps its logits (attn_logit_softcapping), which S2-Attn cannot express")
     if getattr(config, "use_bidirectional_attention", None):
@@ -35,6 +43,16 @@ def check_attention(config: PreTrainedConfig) -> None:
         raise ValueError(f"its {heads} query heads are no multiple of its {kv_heads} key and value heads")
     if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"its heads have {head_dim} dimensions, and S2-Attn takes multiples of 8 up to {MAX_HEAD_DIM}")
+
+
+def check_kernels(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise `ValueError` if S2-Attn does not run there: it is tried, and says best itself what it lacks."""
+    shape = (3, 1, 8, 1, head_dim_of(config))  # q, k, v of eight tokens
+    q, k, v = torch.zeros(shape, dtype=dtype, device=device, requires_grad=True).unbind()
+    try:
+        s2attn(q, k, v, group_size=8).sum().backward()
+    except RuntimeError as error:
+        raise ValueError(f"S2-Attn does not run here, on {device.type} in {dtype}: {error}") from error
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:

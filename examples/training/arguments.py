@@ -5,15 +5,25 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+import transformers
+from transformers import PreTrainedModel, TrainingArguments
 
 from runs.command_line import EXAMPLES, HelpFormatter, Parser, is_given, one_clear_error
 from runs.launch import USE_CONFIGURED_STATE, WORLD_SIZE, by_deepspeed, fail, prepare_deepspeed
 from training.options import DataOptions, ModelOptions, TrainingOptions
-from training.recipe import CHECKPOINTING, GLOBAL_BATCH, RECIPE, SFT_RECIPE, TINY_RECIPE, accumulation
+from training.recipe import (
+    CHECKPOINTING,
+    CHECKPOINTING_NAMES,
+    GLOBAL_BATCH,
+    RECIPE,
+    SFT_RECIPE,
+    TINY_RECIPE,
+    accumulation,
+)
 from training.refusals import check_options
 from training.ulysses import parallelism
 
@@ -114,6 +124,7 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingArgum
     probe.add_argument("--task")
     probed = probe.parse_known_args(argv)[0]
     named = probed.model_name_or_path
+    _take_both_names(parser)
     recipe = TINY_RECIPE if named is None else SFT_RECIPE if probed.task == "sft" else RECIPE
     parser.set_defaults(**recipe, **_machine_defaults())
     for action in parser._actions:
@@ -150,11 +161,34 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingArgum
             f"one process sees {training.n_gpu} GPUs: start it with deepspeed to use them all, or set "
             "CUDA_VISIBLE_DEVICES=0 to use one"
         )
-    if (getattr(training, f"{CHECKPOINTING}_kwargs") or {}).get("offload") and not torch.accelerator.is_available():
-        fail(f'--{CHECKPOINTING}_kwargs "offload" needs a GPU: on a CPU activations are in host memory already')
+    if (getattr(training, f"{CHECKPOINTING}_kwargs") or {}).get("offload"):
+        _check_offload()
     if os.path.isdir(model.model_name_or_path):
         model.model_name_or_path = os.path.abspath(model.model_name_or_path)
     return model, data, training
+
+
+def _check_offload() -> None:
+    option = f'--{CHECKPOINTING}_kwargs "offload"'
+    if not torch.accelerator.is_available():
+        fail(f"{option} needs a GPU: on a CPU activations are in host memory already")
+    if "offload" not in signature(getattr(PreTrainedModel, f"{CHECKPOINTING}_enable")).parameters:
+        fail(f"{option} needs a newer transformers than {transformers.__version__}")
+
+
+def _take_both_names(parser: Parser) -> None:
+    """Let activation checkpointing be asked for by its current name and by its former one, which says the same.
+
+    Where transformers has both, it takes no notice of the former if the current one has a value, as in our recipes.
+    """
+    options = parser._option_string_actions
+    for suffix in ("", "_kwargs"):
+        action = options[f"--{CHECKPOINTING}{suffix}"]
+        for name in CHECKPOINTING_NAMES:
+            option = f"--{name}{suffix}"
+            if options.get(option, action) is not action:
+                options[option].help = argparse.SUPPRESS
+            options[option] = options[option.replace("_", "-")] = action
 
 
 def _machine_defaults() -> dict[str, Any]:

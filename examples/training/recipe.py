@@ -6,10 +6,9 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-#: transformers renamed this option in 5.23.
-CHECKPOINTING = next(
-    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
-)
+#: What transformers calls this option from 5.23 on, and what before.
+CHECKPOINTING_NAMES = ("activation_checkpointing", "gradient_checkpointing")
+CHECKPOINTING = next(name for name in CHECKPOINTING_NAMES if hasattr(TrainingArguments, name))
 
 #: The recipe of the LongLoRA paper. Its global batch of 64 sequences is made up by accumulation.
 RECIPE: dict[str, Any] = {

@@ -50,7 +50,7 @@ def banner(
     zero = f"ZeRO-{args.deepspeed_plugin.zero_stage}" if args.deepspeed_plugin else "no DeepSpeed"
     rows = {
         "model": f"{options.model_name_or_path} ({type(config).__name__.removesuffix('Config')})",
-        "context": f"{old:,} -> {new:,} tokens" if new > old else f"{new:,} tokens; the model's own is {old:,}",
+        "context": f"{old:,} -> {new:,} tokens" if new > old else f"{new:,} tokens, the model's own",
         "RoPE": ", ".join(f"{key}={value}" for key, value in rope.items()) if new > old else "as it is",
         "attention": f"groups of {config.s2attn_group_size:,} tokens in training, {tail}dense in use",
         "training": f"{trained}: {trainable:,} of {total:,} weights, {dtype}",

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from models.fingerprint import fingerprint
 from runs.launch import WORLD_SIZE
 from training.options import ModelOptions
 
@@ -31,4 +32,6 @@ def settings(options: ModelOptions, args: TrainingArguments) -> dict[str, Any]:
     if options.dense_steps:  # they are counted from the end
         given |= {"max_steps": args.max_steps, "num_train_epochs": args.num_train_epochs}
     given["deepspeed"] = {name: value for name, value in zero.items() if name != "steps_per_print"}
-    return {**asdict(options), **given, "processes": WORLD_SIZE}
+    model = asdict(options)
+    model["model"] = fingerprint(model.pop("model_name_or_path"))  # it may lie elsewhere by now
+    return {**model, **given, "processes": WORLD_SIZE}

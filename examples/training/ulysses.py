@@ -56,7 +56,10 @@ def check_sequence_parallel(config: PreTrainedConfig, context: int, processes: i
 
 
 class UlyssesTrainer(Trainer):
-    """A Trainer whose loss and gradients, when processes share a sequence, are those of one that has it all."""
+    """A Trainer whose loss and gradients, when processes share a sequence, are those of one that has it all.
+
+    Each sequence of a step counts alike, also the last one of a text, which may be padded.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

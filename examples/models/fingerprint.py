@@ -1,0 +1,36 @@
+"""Which model that is, by its files: the same wherever they lie, and told before any weight is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+_ENDS = 1 << 16  # bytes read at each end of a file: its header or first weights, and its last weights
+
+
+def fingerprint(model: str) -> str:
+    """Tell a model from others.
+
+    Args:
+        model: A folder, or a hub name.
+
+    Returns:
+        The SHA-256 of a folder's config and of both ends of its files of weights, whose whole would take minutes to
+        read; the name of what is on a hub.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        return model
+    digest = hashlib.sha256()
+    config = folder / "config.json"
+    digest.update(config.read_bytes() if config.is_file() else b"")
+    for path in sorted(path for pattern in WEIGHTS for path in folder.glob(pattern)):
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest.update(f"{path.name} {size} ".encode())
+            for start in (0, max(0, size - _ENDS)):
+                file.seek(start)
+                digest.update(file.read(_ENDS))
+    return f"sha256:{digest.hexdigest()}"
