@@ -5,7 +5,7 @@
 
 RELEASE is a folder with adapter_config.json, adapter_model.bin and trainable_params.bin, such as
 Llama-2-7b-longlora-8k; of a checkpoint of your own, the original's get_trainable_weights.py makes these. What comes out
-is used like any adapter of this project:
+is used like any adapter of this project, and says in import.json what made it:
 
     python examples/merge_adapter.py OUTPUT_FOLDER merged/
 """
@@ -23,6 +23,7 @@ from runs import launch
 
 from runs.launch import WORLD_SIZE, fail  # isort: skip  (first: it prepares what the libraries below look at)
 from longlora_ext.adapter import import_longlora
+from models.made_by import write_made_by
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -60,12 +61,14 @@ def main(argv: Sequence[str]) -> None:
         fail("one process imports: start it with python")
     warnings.filterwarnings("ignore", category=FutureWarning)  # of one library about another
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where installed, says that it found no GPU
+    release = options.release
+    given = {name: getattr(options, name) for name in ("base_model", "context_length")}
     try:
         import_longlora(
-            options.release,
+            release,
             options.output_folder,
-            context_length=options.context_length,
-            base_model=options.base_model,
+            **given,
+            finish=lambda folder: write_made_by(folder / "import.json", release, given),
         )
     except (OSError, ValueError) as error:
         fail(" ".join(str(error).split()))

@@ -6,7 +6,8 @@
 The output is a plain model folder: LoRA is added to the weights it belongs to, the trained embedding and norms take
 the place of the base model's, the config has the extended context's RoPE parameters and its length (for RoPE type
 "dynamic" as s2attn_context_length: max_position_embeddings is the old one, beyond which transformers scales), and the
-tokenizer lies beside. Transformers, and whatever reads its folders, loads it without longlora_ext:
+tokenizer lies beside, and merge.json, which says what made it. Transformers, and whatever reads its folders, loads it
+without longlora_ext:
 
     AutoModelForCausalLM.from_pretrained("OUTPUT_FOLDER")
 
@@ -28,6 +29,7 @@ from runs import launch
 from runs.launch import WORLD_SIZE, fail  # isort: skip  (first: it prepares what the libraries below look at)
 from longlora_ext.adapter import merge
 from models.folders import check_run_folder
+from models.made_by import write_made_by
 from models.use_model import DTYPES
 
 
@@ -78,14 +80,15 @@ def main(argv: Sequence[str]) -> None:
         fail("one process merges: start it with python")
     warnings.filterwarnings("ignore", category=FutureWarning)  # of one library about another
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where installed, says that it found no GPU
+    adapter = options.adapter_folder
+    given = {name: getattr(options, name) for name in ("base_model", "dtype", "max_shard_size")}
     try:
-        check_run_folder(str(options.adapter_folder))
+        check_run_folder(str(adapter))
         merge(
-            options.adapter_folder,
+            adapter,
             options.output_folder,
-            base_model=options.base_model,
-            dtype=options.dtype,
-            max_shard_size=options.max_shard_size,
+            **given,
+            finish=lambda folder: write_made_by(folder / "merge.json", adapter, given),
         )
     except (OSError, ValueError) as error:
         fail(" ".join(str(error).split()))

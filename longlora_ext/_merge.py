@@ -34,8 +34,8 @@ from longlora_ext._lora import LoraWeights, NeedsWholeModel
 from longlora_ext._record import apply_record, check_shape, check_weights, read_record
 from longlora_ext.context import CONFIG_FIELDS, context_length
 
-#: What a run writes into the folder that it made, about itself.
-MANIFEST = "run.json"
+#: What the programs that make an adapter write into its folder about that.
+MANIFESTS = ("run.json", "import.json")
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ def merge(
     base_model: str | None = None,
     dtype: torch.dtype | str | None = None,
     max_shard_size: int | str = "5GB",
+    finish: Callable[[Path], None] | None = None,
     **hub_arguments: Any,
 ) -> None:
     """
@@ -61,13 +62,16 @@ def merge(
             The adapter folder.
         output_folder (`str` or `os.PathLike`):
             Must not exist, or be empty; it appears when it is complete. The tokenizer comes along, from the
-            adapter folder or else from the base model, and the run's manifest (`run.json`), if there is one.
+            adapter folder or else from the base model, and what says how the adapter was made (`run.json`,
+            `import.json`), if it is there.
         base_model (`str`, *optional*):
             Where the base model is now, if not where it was in training.
         dtype (`torch.dtype` or `str`, *optional*):
             Of the merged weights. By default, and for `"auto"`, each keeps that of the base model.
         max_shard_size (`int` or `str`, defaults to `"5GB"`):
             Of a file, in bytes or as text (`"500MB"`); a weight that is larger has a file of its own.
+        finish (`Callable`, *optional*):
+            Called with the folder when all is written, before it appears under its name: to add to it.
         hub_arguments:
             `revision`, `token`, `cache_dir` and the like, for a base model on the hub.
 
@@ -96,9 +100,12 @@ def merge(
     with appearing(target) as unfinished:
         if tokenizer:
             tokenizer.save_pretrained(unfinished)
-        if (folder / MANIFEST).is_file():
-            shutil.copy(folder / MANIFEST, unfinished)
+        for manifest in MANIFESTS:
+            if (folder / manifest).is_file():
+                shutil.copy(folder / manifest, unfinished)
         write(unfinished)
+        if finish:
+            finish(unfinished)
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ def import_longlora(
     *,
     context_length: int,
     base_model: str | None = None,
+    finish: Callable[[Path], None] | None = None,
 ) -> None:
     """
     Make an adapter folder out of one of the original LongLoRA.
@@ -49,6 +51,8 @@ def import_longlora(
             linear RoPE factor, as in the original.
         base_model (`str`, *optional*):
             A folder or hub name, in place of the one that `adapter_config.json` names.
+        finish (`Callable`, *optional*):
+            Called with the folder when all is written, before it appears under its name: to add to it.
 
     Raises:
         `FileExistsError`: the output folder holds something.
@@ -108,6 +112,8 @@ def import_longlora(
         save_file(tensors, unfinished / WEIGHTS, metadata={"format": "pt"})
         peft_config.save_pretrained(str(unfinished))
         write_record(unfinished, config, fingerprint(frozen), tensors)
+        if finish:
+            finish(unfinished)
 
 
 def _named(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

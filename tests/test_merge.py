@@ -3,6 +3,7 @@
 import itertools
 import json
 import resource
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 import finetune_llama
 import longlora_ext._merge
+import merge_adapter
 from longlora_ext.adapter import load, lora_config, merge, prepare_model, save_adapter
 from longlora_ext.context import context_length, extend_config, rope_type_of
+from models.fingerprint import fingerprint
 from tiny_models import tokens
 from tiny_training import CONTEXT, extended_model, save_base
 from training.options import ModelOptions
@@ -194,6 +197,28 @@ def test_a_merged_model_of_dynamic_rope_knows_its_context(dora: bool, tmp_path: 
     assert not hasattr(merged, "s2attn_group_size") and rope_type_of(merged) == "dynamic"
     trained_on = finetune_llama.new_context(merged, ModelOptions(context_length=CONTEXT))
     assert trained_on.rope_parameters == merged.rope_parameters
+
+
+def test_a_merged_model_says_what_made_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One command makes it again, from any folder."""
+    monkeypatch.chdir(tmp_path)
+    base = fp32_base(tmp_path / "base").rename("moved")
+    adapter = save_random_adapter(base, tmp_path / "adapter")
+    merge_adapter.main(["adapter", "merged", "--base_model", "moved", "--dtype", "bfloat16"])
+    made = json.loads(Path("merged/merge.json").read_text())
+    assert made["adapter"] == {"name": str(adapter), "fingerprint": fingerprint(str(adapter))}
+    assert made["base_model"]["name"] == str(tmp_path / "moved")
+    assert made["base_model"]["fingerprint"] == fingerprint("moved") != fingerprint("merged")
+    assert made["versions"]["torch"] == torch.__version__ and {"commit", "date"} < made.keys()
+    python, program, *words = shlex.split(made["command"])
+    assert python == "python" and program == merge_adapter.__file__ and words == made["arguments"]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    merge_adapter.main(words)
+    again, first = (load_file(folder / "model.safetensors") for folder in (Path("OUTPUT_FOLDER"), tmp_path / "merged"))
+    assert again.keys() == first.keys() and all(again[name].equal(weight) for name, weight in first.items())
+    (adapter / "longlora.json").write_text("{}")
+    assert fingerprint(str(adapter)) != made["adapter"]["fingerprint"]
 
 
 def test_one_shard_is_in_memory_at_a_time(tmp_path: Path) -> None:

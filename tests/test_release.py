@@ -88,6 +88,10 @@ def test_the_imported_model_is_the_original_one(release: Path, tmp_path: Path, c
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(merged(ids).logits, want, rtol=1e-4, atol=1e-4)
     assert merged.config.rope_parameters["factor"] == 4.0
+    made = json.loads((tmp_path / "merged/import.json").read_text())
+    base_model = f"--base_model={release / 'base'}"
+    assert made["arguments"] == [str(arguments[0]), "OUTPUT_FOLDER", base_model, f"--context_length={CONTEXT}"]
+    assert made["adapter"]["fingerprint"].startswith("sha256:") and "import_longlora.py" in made["command"]
     base = AutoModelForCausalLM.from_pretrained(release / "base", dtype=torch.float32)
     assert (base(ids).logits - want).abs().max() > 0.1
 
