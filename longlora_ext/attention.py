@@ -228,12 +228,32 @@ def _dense_eval(
     scaling: float | None,
 ) -> tuple[torch.Tensor, None]:
     """Dense attention outside training: `sdpa`'s own result, with packed documents kept apart besides."""
-    if padding is not None:
-        mask = dense_mask(padding, documents)
-        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling)
-    if documents is not None and (torch.compiler.is_compiling() or bool(documents.any())):
-        return _dense(query, key, value, documents, scaling)
-    return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)
+    # Compiled code cannot ask whether there are several.
+    if padding is None and documents is not None and (torch.compiler.is_compiling() or bool(documents.any())):
+        if _has_kernel(query):
+            return _dense(query, key, value, documents, scaling)
+        padding = torch.zeros_like(documents)  # none
+    mask = None if padding is None else dense_mask(padding, documents)
+    return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling)
+
+
+def _has_kernel(query: torch.Tensor) -> bool:
+    """Whether the op computes a call of this device, dtype and head dim, where `sdpa` can stand in for it."""
+    device, dtype = query.device, query.dtype
+    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device.type)
+    has_dtype = device.type == "cpu" or dtype in (torch.bfloat16, torch.float16)
+    return has_dtype and query.shape[-1] in range(8, 257, 8) and _has_kernels(device)
+
+
+@torch.compiler.assume_constant_result
+def _has_kernels(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return device.type == "cpu"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("longlora::s2attn_fwd", "CUDA"):
+        return False
+    gpu = torch.cuda.get_device_properties(device)
+    return gpu.major >= 8 and gpu.shared_memory_per_block_optin >= 160 * 1024
 
 
 AttentionInterface.register(NAME, s2attn_forward)

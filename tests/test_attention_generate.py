@@ -6,7 +6,8 @@ import transformers
 from packaging.version import Version
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from test_attention import CLOSE, pad, positions_of
+import longlora_ext.attention as attention
+from test_attention import CLOSE, packed, pad, positions_of
 from tiny_models import CONFIGS, tiny_model, tokens
 
 NEW = 12
@@ -85,6 +86,26 @@ def test_eval_is_sdpa_even_at_padding(batch: int, side: str) -> None:
     ours, theirs = (model(ids, attention_mask=mask, position_ids=positions_of(mask)).logits for model in both())
     rows = mask.bool() if side == "left" else torch.ones_like(mask, dtype=torch.bool)
     torch.testing.assert_close(ours[rows], theirs[rows], **CLOSE)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_documents_where_the_op_has_no_kernel(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in fp32 on CUDA, or on an old GPU: sdpa stands in for it, with a mask. Compiled code always asks."""
+    (several, _), (one, _) = packed([7, 20, 5]), packed([32])
+    model = tiny_model()
+    expected = [model(**batch, use_cache=False).logits for batch in (several, one)]
+    monkeypatch.setattr(attention, "_has_kernels", lambda device: False)
+    monkeypatch.setattr(attention, "s2attn", None)
+    run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    for batch, logits in zip((several, one), expected, strict=True):
+        torch.testing.assert_close(run(**batch, use_cache=False).logits, logits, **CLOSE)
+
+
+def test_compiled_eval_keeps_documents_apart() -> None:
+    batch, _ = packed([7, 20, 5])
+    model = tiny_model()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**batch, use_cache=False).logits, model(**batch).logits, **CLOSE)
 
 
 def test_mode_s2_in_eval_takes_no_cache() -> None:
