@@ -103,11 +103,11 @@ def find(pattern: str, text: str) -> re.Match[str]:
     return found
 
 
-def ptxas_log(text: str) -> dict[str, dict[str, int]]:
-    """What `ptxas -v` says, by mangled name."""
+def ptxas_log(text: str, architecture: str = ARCHITECTURE) -> dict[str, dict[str, int]]:
+    """What `ptxas -v` says of an architecture's code, by mangled name."""
     kernels = {}
     for part in text.split("Compiling entry function '")[1:]:
-        if not part.partition("\n")[0].endswith(f"for '{ARCHITECTURE}'"):
+        if not part.partition("\n")[0].endswith(f"for '{architecture}'"):
             continue
         # The first frame is the kernel's; functions that it calls follow with theirs.
         frame = find(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
@@ -175,10 +175,14 @@ def built_units() -> list[str]:
     return ["_".join(parts) for parts in sorted(names, key=lambda parts: (*parts[:2], int(parts[2])))]
 
 
+def build_log(unit: str) -> str:
+    return (OBJECTS / f"{unit}.cu.o.log").read_text()
+
+
 def measure_unit(name: str, tile_table: dict[tuple[str, int], dict[str, int]]) -> Iterator[dict[str, Any]]:
     """One row for each kernel of a unit such as backward_bf16_64."""
     _, element, head_dim = name.split("_")
-    log = ptxas_log((OBJECTS / f"{name}.cu.o.log").read_text())
+    log = ptxas_log(build_log(name))
     machine_code = disassemble(OBJECTS / f"{name}.cu.o", ARCHITECTURE)
     assert log.keys() == machine_code.keys(), f"{name}: ptxas and cuobjdump see different kernels"
     mangled = sorted(log)

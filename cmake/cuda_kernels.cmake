@@ -8,10 +8,13 @@ if(NOT EXISTS ${CUTLASS_INCLUDE}/cute/tensor.hpp)
 endif()
 message(STATUS "${NVCC}: building the CUDA kernels as well")
 
-# 80: sm_80 code, and compute_80 PTX that newer GPUs compile when it is loaded. CUDAARCHS is CMake's own.
+# 80: sm_80 code, and compute_80 PTX that newer GPUs compile when it is loaded, if their driver is no older than nvcc.
+# An H100 is spared that: sm_90 code from the same PTX takes ptxas two seconds a unit. CUDAARCHS is CMake's own.
 set(CMAKE_CUDA_ARCHITECTURES 80)
+set(more_code --generate-code=arch=compute_80,code=sm_90)
 if(DEFINED ENV{CUDAARCHS})
   set(CMAKE_CUDA_ARCHITECTURES $ENV{CUDAARCHS})
+  set(more_code)
 endif()
 set(CMAKE_CUDA_COMPILER ${NVCC})
 set(CMAKE_CUDA_STANDARD 17)
@@ -45,7 +48,7 @@ endforeach()
 target_include_directories(cuda_kernels PRIVATE csrc/cuda)
 target_include_directories(cuda_kernels SYSTEM PRIVATE ${CUTLASS_INCLUDE})
 target_compile_definitions(cuda_kernels INTERFACE LONGLORA_CUDA)
-target_compile_options(cuda_kernels PRIVATE --expt-relaxed-constexpr -Xptxas=-v)
+target_compile_options(cuda_kernels PRIVATE --expt-relaxed-constexpr -Xptxas=-v ${more_code})
 # The library's own CUDA runtime must neither be seen by torch's nor see it.
 target_link_options(cuda_kernels INTERFACE -Wl,--exclude-libs,ALL)
 

@@ -1,6 +1,7 @@
 """The build: what it finds, what it says of what is missing, and the wheel it makes."""
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -153,6 +154,34 @@ def test_configure_says_what_is_missing(tmp_path: Path) -> None:
     assert "TORCH_DIR must be the folder of a torch" in says
 
 
+@needs_cmake
+@pytest.mark.skipif(not NVCC, reason="no nvcc")
+@pytest.mark.parametrize(
+    ("asked", "made"),
+    [
+        (None, {"80 compute_80", "80 sm_80", "80 sm_90"}),  # sm_90's from the same PTX
+        ("80;90", {"80 compute_80", "80 sm_80", "90 compute_90", "90 sm_90"}),
+        ("80-real", {"80 sm_80"}),
+    ],
+)
+def test_code_is_for_an_a100_and_an_h100_or_what_is_asked_for(
+    asked: str | None, made: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDAARCHS", raising=False)
+    if asked:
+        monkeypatch.setenv("CUDAARCHS", asked)
+    (tmp_path / "cute").mkdir()
+    (tmp_path / "cute" / "tensor.hpp").touch()
+    configure(tmp_path / "build", f"-DNVCC={NVCC}", f"-DCUTLASS_INCLUDE={tmp_path}")
+    (command,) = {
+        entry["command"]
+        for entry in json.loads((tmp_path / "build" / "compile_commands.json").read_text())
+        if entry["file"].endswith("forward_bf16_64.cu")
+    }
+    found = re.findall(r"arch=compute_(\d+),code=\[?([\w,]+)", command)
+    assert {f"{virtual} {code}" for virtual, codes in found for code in codes.split(",")} == made
+
+
 def test_build_without_isolation_says_how_to_get_cutlass(sources: Path, tmp_path: Path) -> None:
     """Where no backend could ask for it."""
     nvcc = make_nvcc(tmp_path / "bin")
@@ -210,7 +239,7 @@ def has_cuda_kernels() -> bool:
 def test_library_has_cuda_kernels_for_both_directions_or_none() -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key("longlora::s2attn_bwd", "CUDA") == has_cuda_kernels()
     if has_cuda_kernels():
-        assert device_code(LIBRARY) >= {("code", 80), ("ptx", 80)}  # and what CUDAARCHS may have asked for
+        assert device_code(LIBRARY) >= {("code", 80), ("ptx", 80)}  # and sm_90's, or what CUDAARCHS asked for
     else:
         assert device_code(LIBRARY) == set()
 
@@ -292,8 +321,9 @@ def test_isolated_wheel(sources: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.full
 @pytest.mark.skipif(not NVCC, reason="no nvcc")
-def test_wheel_has_cuda_kernels_where_nvcc_is(sources: Path, tmp_path: Path) -> None:
-    """Whatever torch is installed: one wheel for CUDA and CPU builds of torch."""
+def test_wheel_has_cuda_kernels_where_nvcc_is(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever torch is installed: one wheel for CUDA and CPU builds of torch, with code for an A100 and an H100."""
+    monkeypatch.delenv("CUDAARCHS", raising=False)
     command = [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)]
     subprocess.run(command, cwd=sources, check=True, capture_output=True)
     (sdist,) = tmp_path.glob("*.tar.gz")
@@ -305,7 +335,7 @@ def test_wheel_has_cuda_kernels_where_nvcc_is(sources: Path, tmp_path: Path) -> 
         "print(l.s2attn(*torch.randn(3, 1, 32, 2, 8), 8).shape)"
     )
     assert run_in_wheel(wheel, tmp_path / "site", script) == "[True, True]\ntorch.Size([1, 32, 2, 8])\n"
-    assert device_code(tmp_path / "site" / "longlora_ext" / "_C.so") == {("code", 80), ("ptx", 80)}
+    assert device_code(tmp_path / "site" / "longlora_ext" / "_C.so") == {("code", 80), ("code", 90), ("ptx", 80)}
 
 
 @pytest.mark.full

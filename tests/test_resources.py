@@ -22,6 +22,9 @@ BACKWARD_SPILLS: dict[tuple[str, int], tuple[int, int]] = {
 }
 
 
+built = pytest.mark.skipif(not resources.built_units(), reason="not built with nvcc in this checkout")
+
+
 def recorded() -> dict[str, Any]:
     return json.loads(resources.RESULTS.read_text())
 
@@ -68,14 +71,25 @@ def test_kernels_fit_a_multiprocessor() -> None:
         assert row["blocks_per_multiprocessor"] >= 1, name(row)
 
 
-@pytest.mark.skipif(not resources.built_units(), reason="not built with nvcc in this checkout")
+def skip_another_nvcc() -> None:
+    if resources.nvcc_version() != recorded()["nvcc"]:
+        pytest.skip(f"the record is of nvcc {recorded()['nvcc']}")
+
+
+@built
 @pytest.mark.skipif(not find_cuobjdump(), reason="no cuobjdump")
 def test_record_is_of_this_build() -> None:
-    record = recorded()
-    if resources.nvcc_version() != record["nvcc"]:
-        pytest.skip(f"the record is of nvcc {record['nvcc']}")
-    tiles = {(row["kernel"], row["head_dim"]): row["tile"] for row in rows()}
-    assert [row for unit in resources.built_units() for row in resources.measure_unit(unit, tiles)] == record["kernels"]
+    skip_another_nvcc()
+    assert resources.measure() == recorded()
+
+
+@built
+def test_code_for_an_h100_does_not_spill() -> None:
+    """Of the same PTX as sm_80's. A build for the GPUs that CUDAARCHS named may have none."""
+    skip_another_nvcc()
+    for unit in resources.built_units():
+        for kernel, row in resources.ptxas_log(resources.build_log(unit), "sm_90").items():
+            assert row["stack"] == row["spill_stores"] == row["spill_loads"] == 0, f"{unit}: {kernel}"
 
 
 def kernel(*lines: str) -> Kernel:
