@@ -25,7 +25,7 @@ from evaluation.evaluation_folder import check_folder, claim, finish, finished, 
 from evaluation.perplexity_task import SCORES, PerplexityTask
 from evaluation.prompts import ADJECTIVES, NOUNS
 from evaluation.retrieval_task import RetrievalTask
-from models.use_model import add_model_options, add_scaling_options, check_scaling, open_model
+from models.use_model import add_model_options, add_scaling_options, check_model_options, open_model
 from runs.command_line import HelpFormatter, Parser, one_clear_error, stopped_by_hand
 from runs.processes import be_quiet, decided_by_first, gathered, together
 from runs.provenance import commit, versions
@@ -90,7 +90,7 @@ def main(argv: Sequence[str]) -> None:
                     "command": f"{launcher()} {shlex.join([sys.argv[0], *argv])}",
                     "commit": commit(),
                     "processes": WORLD_SIZE,
-                    "device": str(opened.model.device),
+                    "device": ", ".join(sorted({str(weight.device) for weight in opened.model.parameters()})),
                     "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 },
                 "cells": results,
@@ -253,7 +253,7 @@ def _check(parser: Parser, options: argparse.Namespace) -> None:
     most = len(ADJECTIVES) * len(NOUNS)
     if options.task == "needles" and not 2 <= options.needles <= most:
         parser.error(f"--needles must be in 2..{most}, got {options.needles}")
-    check_scaling(parser, options)
+    check_model_options(parser, options)
     if options.output is not None:
         with one_clear_error():
             check_folder(Path(options.output))

@@ -22,7 +22,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
 from inputs.chat import LLAMA_2
 from models.suitable import check_largest_token
-from models.use_model import OpenedModel, add_model_options, add_scaling_options, check_scaling, open_model
+from models.use_model import OpenedModel, add_model_options, add_scaling_options, check_model_options, open_model
 from runs.command_line import HelpFormatter, Parser, one_clear_error, stopped_by_hand
 from runs.processes import be_quiet
 
@@ -119,7 +119,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add_model_options(parser)
     add_scaling_options(parser)
     options = parser.parse_args(argv)
-    check_scaling(parser, options)
+    check_model_options(parser, options)
     if options.max_new_tokens is not None and options.max_new_tokens < 1:
         parser.error(f"--max_new_tokens must be 1 or more, got {options.max_new_tokens}")
     if options.temperature not in (None, 0) and not MIN_TEMPERATURE <= options.temperature < math.inf:

@@ -40,8 +40,8 @@ def load(
 
     Raises:
         `FileNotFoundError`: the folder is not one of `save_adapter`, or lacks a file.
-        `ValueError`: the base model is not the one that the adapter was trained on, weights are missing, or something
-            cannot be read.
+        `ValueError`: the base model is not the one that the adapter was trained on or does not fit into the GPUs of
+            `device_map`, weights are missing, or something cannot be read.
     """
     folder = Path(folder)
     from_pretrained_kwargs.setdefault("attn_implementation", NAME)
@@ -63,6 +63,11 @@ def load(
     check_shape(config, record, base)
     apply_record(config, record)
     model = load_base(base, config=config, **from_pretrained_kwargs)
+    if any(weight.is_meta for weight in model.parameters()):
+        raise ValueError(
+            f"the base model {base} does not fit: device_map leaves weights of it to the host's memory or the disk, "
+            "where no adapter can be put on them"
+        )
     check_weights(dict(model.named_parameters()).get, record, base)
     with naming(described):
         # Read to the CPU, and copied from there: by default every process of a machine reads it to the first GPU.

@@ -8,15 +8,18 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import evaluate
+import generate
 from evaluation import evaluation_folder, perplexity_task
 from evaluation.perplexity_task import PerplexityTask
 from evaluation.retrieval_task import RetrievalTask
@@ -25,6 +28,7 @@ from inputs.files import load_documents
 from inputs.tokens import tokenise
 from longlora_ext.adapter import lora_config, merge, prepare_model, save_adapter
 from longlora_ext.context import extend_config
+from models import use_model
 from test_perplexity import brute_force
 from test_run_folder import held
 
@@ -219,6 +223,53 @@ def test_s2_at_test_time(adapter: Path, books: Path) -> None:
     assert perplexity["group 8"] != pytest.approx(perplexity["dense"], rel=1e-3)
     assert results["as in training"]["settings"]["group_size"] == LONGER // 4
     assert results["as in training"]["settings"]["attention"] == "S2-Attn"
+
+
+#: What transformers makes of "auto" where the memory of GPUs, here the CPU's, has no room for the last layer.
+TOO_MUCH = {"model.layers.1": "disk"} | dict.fromkeys(
+    ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.norm", "lm_head"), "cpu"
+)
+
+
+@pytest.mark.parametrize("kind", ["model", "adapter"])
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_model_is_spread_over_gpus(
+    kind: str, fits: bool, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers is asked to, and nothing moves it to one device afterwards. What no GPU has room for is refused."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        path = str(request.getfixturevalue(kind))
+        options = evaluate.parse(["perplexity", "--model", path, "--device_map", "auto"])
+    asked = []
+
+    def from_pretrained(*given: object, original=AutoModelForCausalLM.from_pretrained, **keywords: object) -> object:
+        asked.append(keywords["device_map"])
+        return original(*given, **keywords if fits else keywords | {"device_map": TOO_MUCH})
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    for moved in (PreTrainedModel, PeftModel):
+        monkeypatch.setattr(moved, "to", None)
+    if fits:
+        assert evaluate.open_model(options).description["kind"] == kind
+    else:
+        message = "the GPUs have no room for all of it" if kind == "model" else "does not fit: device_map leaves"
+        with pytest.raises(ValueError, match=message):
+            evaluate.open_model(options)
+    assert asked == ["auto"]
+
+
+@pytest.mark.parametrize("program", [evaluate, generate])
+def test_a_model_is_spread_by_one_process_and_over_gpus(
+    program: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    given = ["perplexity"] if program is evaluate else ["--file", "-"]
+    for processes, message in ((1, "spreads a model over GPUs, and there is none"), (2, "gives one process all GPUs")):
+        monkeypatch.setattr(use_model, "WORLD_SIZE", processes)
+        with pytest.raises(SystemExit, match="2"):
+            program.main([*given, "--device_map", "auto"])
+        assert f"{program.__name__}.py: error: --device_map auto {message}" in capsys.readouterr().err
 
 
 def test_dynamic_rope_does_not_remember_the_text_before(model: Path, books: Path) -> None:

@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import dispatch_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import longlora_ext.attention  # noqa: F401
 from evaluation import perplexity
-from evaluation.perplexity import _batches, sliding_window_perplexity, windows
+from evaluation.perplexity import Window, _batches, sliding_window_perplexity, windows
 from longlora_ext.context import extend_config
 from runs.checkpoints import write_json
 from test_loss import LiveBytes, cohere, prepared
@@ -98,6 +100,27 @@ def test_a_model_that_changes_its_logits_gives_them_whole() -> None:
     layer, as_usual = perplexity._output_layer, sliding_window_perplexity(model, documents, 16, 5)
     assert layer(model, "cpu") is None and layer(make_model(), "cpu") is not None
     assert as_usual == pytest.approx(brute_force(model, documents, 16, 5), rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_a_model_spread_over_gpus_has_its_logits_on_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Than its tokens. Fake tensors have no numbers, and tell devices apart that no machine has."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # which knows no such device
+    first, last = "lazy:0", "lazy:1"
+    places = {"model.embed_tokens": first, "model.rotary_emb": first, "model.layers.0": first}
+    with FakeTensorMode(), torch.device(first):
+        model = LlamaForCausalLM._from_config(CONFIG, attn_implementation="sdpa").eval()
+        for name in ("model.layers.1", "model.norm", "lm_head"):
+            places[name] = last
+            for module in model.get_submodule(name).modules():
+                for weight, value in list(module.named_parameters(recurse=False)):
+                    setattr(module, weight, torch.nn.Parameter(value.to(last)))
+        dispatch_model(model, places, force_hooks=True)
+        monkeypatch.setattr(torch, "equal", lambda one, other: one.device == other.device)
+        head, documents = perplexity._output_layer(model, model.device), make_documents(20)
+        assert head is model.lm_head
+        loss = perplexity._score(model, head, [Window(0, 0, 16, 15)], 2, documents, model.device, documents)
+    assert (str(model.device), str(loss.device)) == (first, last)
 
 
 def test_a_perplexity_beyond_all_numbers_is_infinite(tmp_path: Path) -> None:

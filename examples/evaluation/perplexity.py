@@ -211,7 +211,7 @@ def _output_layer(model: torch.nn.Module, device: torch.device | str) -> torch.n
     logits = model(input_ids=torch.arange(4, device=device)[None], use_cache=False).logits
     if hook is not None:
         hook.remove()
-    alone = len(made) == 1 and torch.equal(made[0].float().nan_to_num(), logits.float().nan_to_num())
+    alone = len(made) == 1 and torch.equal(made[0].to(logits.device).float().nan_to_num(), logits.float().nan_to_num())
     return head if alone else None
 
 
@@ -240,8 +240,11 @@ def _losses(head: torch.nn.Module, wanted: torch.Tensor, pieces: int) -> Iterato
 
 
 def _loss(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Sum of the negative log-likelihoods of some tokens, float64 scalar."""
-    return torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="sum").double()
+    """Sum of the negative log-likelihoods of some tokens, float64 scalar.
+
+    Of a model that is spread over GPUs, the output layer may be on another one than the tokens.
+    """
+    return torch.nn.functional.cross_entropy(logits.float(), wanted.to(logits.device), reduction="sum").double()
 
 
 def _score(

@@ -30,6 +30,7 @@ from models.folders import check_run_folder, is_adapter
 from models.four_bits import check_bitsandbytes, four_bits
 from models.suitable import check_attention, check_tokenizer
 from runs.command_line import TINY_LLAMA, Parser, one_clear_error
+from runs.launch import WORLD_SIZE
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _SAMPLES = 16  # weights of each tensor that go into the fingerprint
@@ -40,7 +41,7 @@ class OpenedModel:
     """A model ready to use.
 
     Attributes:
-        model: The `PreTrainedModel` or `PeftModel`, in eval mode, on its device.
+        model: The `PreTrainedModel` or `PeftModel`, in eval mode. Its `device` is where it takes tokens.
         tokenizer: Its tokenizer.
         trained_length: Tokens that it was made for: trained on, or as its RoPE was scaled by `--context_length`.
         description: What tells it and how it is used from any other, as JSON.
@@ -96,6 +97,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="keep the base model in 4 bits, as an adapter trained with --load_in_4bit knows it; needs bitsandbytes",
     )
     group.add_argument(
+        "--device_map",
+        choices=("auto",),
+        help="auto: a model that is too large for one GPU is spread over all of this machine's, for one process; by "
+        "default each process has the whole model on one",
+    )
+    group.add_argument(
         "--beyond_trained_length",
         action="store_true",
         help="read more tokens than the model was trained on, which is refused otherwise",
@@ -123,8 +130,12 @@ def json_object(text: str) -> dict[str, Any]:
     return parsed
 
 
-def check_scaling(parser: Parser, options: argparse.Namespace) -> None:
-    """Refuse what is wrong by itself."""
+def check_model_options(parser: Parser, options: argparse.Namespace) -> None:
+    """Refuse what is wrong by itself, of both groups of options."""
+    if options.device_map and WORLD_SIZE > 1:
+        parser.error("--device_map auto gives one process all GPUs: start it with python")
+    if options.device_map and not torch.cuda.is_available():
+        parser.error("--device_map auto spreads a model over GPUs, and there is none")
     if options.context_length is None and (options.rope_type != "linear" or options.rope_parameters):
         parser.error("--rope_type and --rope_parameters need --context_length")
     if options.context_length is not None and is_adapter(options.model):
@@ -151,7 +162,9 @@ def open_model(options: argparse.Namespace, attention: str = "dense", groups: in
     dtype, device = dtype_of(options.dtype), _device()
     keywords: dict[str, Any] = {"dtype": dtype, "attn_implementation": implementation}
     # Straight to where they are used: in 4 bits they stay there. On a CPU, PEFT would take a map for offloading.
-    if options.load_in_4bit or device.type == "cuda":
+    if options.device_map:
+        keywords["device_map"] = options.device_map
+    elif options.load_in_4bit or device.type == "cuda":
         keywords["device_map"] = {"": device}
     if options.load_in_4bit:
         check_bitsandbytes()
@@ -166,6 +179,8 @@ def open_model(options: argparse.Namespace, attention: str = "dense", groups: in
                 config = extend_config(config, scaled, rope_type=options.rope_type, rope_parameters=given)
         model = load_base(path, what="the model", config=config, **keywords)
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if any(weight.is_meta for weight in base.parameters()):
+        raise ValueError("the GPUs have no room for all of it; --load_in_4bit would take about a quarter")
     base_config: PreTrainedConfig = base.config
     described: dict[str, Any] = {"attention": f"dense ({implementation})"}
     if attention == "s2":
@@ -176,7 +191,7 @@ def open_model(options: argparse.Namespace, attention: str = "dense", groups: in
         described = {"attention": "S2-Attn", "group_size": group_size(base_config)}
     tokenizer = AutoTokenizer.from_pretrained(_tokenizer_source(path, options.base_model))
     check_tokenizer(tokenizer)
-    model = (model if options.load_in_4bit else model.to(device)).eval()
+    model = (model if options.load_in_4bit or options.device_map else model.to(device)).eval()
     description = {
         "model": os.path.abspath(path) if os.path.isdir(path) else path,
         "kind": "adapter" if isinstance(model, PeftModel) else "model",
