@@ -28,7 +28,7 @@ from longlora_ext.attention import NAME, group_size
 from longlora_ext.context import context_length, extend_config
 from models.folders import check_run_folder, is_adapter
 from models.four_bits import check_bitsandbytes, four_bits
-from models.suitable import check_attention, check_tokenizer
+from models.suitable import check_attention, check_kernels, check_tokenizer
 from runs.command_line import TINY_LLAMA, Parser, one_clear_error
 from runs.launch import WORLD_SIZE
 
@@ -185,6 +185,7 @@ def open_model(options: argparse.Namespace, attention: str = "dense", groups: in
     described: dict[str, Any] = {"attention": f"dense ({implementation})"}
     if attention == "s2":
         check_attention(base_config)
+        check_kernels(base_config, dtype, device)
         base_config.s2attn_mode = "s2"
         if groups is not None:
             base_config.s2attn_group_size = groups
