@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import time
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import datasets
@@ -13,7 +15,7 @@ import pandas
 import pytest
 
 import longlora_ext.attention  # noqa: F401
-from inputs.files import find_files, load_documents
+from inputs.files import find_files, load_documents, read_tables
 from inputs.tokens import tokenise
 from tiny_texts import character_tokenizer
 
@@ -53,6 +55,18 @@ def test_each_format_and_each_way_to_name_files(files: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("pack", ["gzip", *(["zstandard"] if find_spec("zstandard") else [])])
+def test_packed_files_are_unpacked(files: Path, pack: str) -> None:
+    plain = load_documents([str(files)])["text"][:]
+    for name in ("a.txt", "more/b.md", "c.jsonl", "d.json"):
+        content = (files / name).read_bytes()
+        (files / name).unlink()
+        (files / f"{name}{'.gz' if pack == 'gzip' else '.zst'}").write_bytes(import_module(pack).compress(content))
+    assert load_documents([str(files)])["text"][:] == plain
+    (row,) = read_tables([str(files / "d.json.*")])
+    assert row[1]["body"][:] == ["sixth"]
+
+
 def test_text_column_does_not_concern_text_files(files: Path) -> None:
     assert load_documents([str(files / "d.json"), str(files / "a.txt")], "body")["text"][:] == [
         "sixth",
@@ -73,6 +87,8 @@ def test_text_column_does_not_concern_text_files(files: Path) -> None:
         (lambda folder: _write(folder / "x.jsonl", b""), "x.jsonl is empty"),
         (lambda folder: _write(folder / "x.json", b"[]"), "x.json as json: it has no rows"),
         (lambda folder: _write(folder / "x.txt", b"\xff\xfe\xfa"), "cannot read .*x.txt as text: .*utf-8"),
+        (lambda folder: _write(folder / "x.jsonl.gz", b"no"), "cannot read .*x.jsonl.gz as json: Not a gzipped file"),
+        (lambda folder: _write(folder / "x.tar.gz", b""), r"cannot read files ending in '.gz'; can read .*also as .gz"),
         (lambda folder: _write(folder / "x.parquet", b"nothing"), "cannot read .*x.parquet as parquet"),
     ],
 )

@@ -21,7 +21,7 @@ import numpy as np
 
 from evaluation.perplexity import Window, fingerprint, perplexity_of, windows, windows_loss
 from inputs.corpus import stdlib_documents
-from inputs.files import READERS, load_documents
+from inputs.files import KNOWN, load_documents, reader_of
 from inputs.tokens import Tokenised, tokenise
 from models.suitable import check_tokens
 from models.use_model import OpenedModel
@@ -177,9 +177,9 @@ def _expanded(source: str) -> list[str]:
     found = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
     files = [file for file in found if file.is_file()]
     ids = sorted(str(file) for file in files if file.suffix == TOKEN_IDS)
-    texts = any(file.suffix in READERS for file in files)
+    texts = any(map(reader_of, files))
     if path.is_dir() and not ids and not texts:
-        known = ", ".join(sorted([*READERS, TOKEN_IDS]))
+        known = f"{TOKEN_IDS}, {KNOWN}"
         raise FileNotFoundError(f"--text {source}: the folder holds no file to measure on; looked for {known}")
     return [*ids, source] if texts or not ids else ids
 

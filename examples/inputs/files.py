@@ -22,7 +22,17 @@ READERS = {
     ".parquet": "parquet",
 }
 
+#: What may stand behind that suffix: `datasets` unpacks such a file, with the package zstandard the second kind too.
+PACKED = (".gz", ".zst")
+KNOWN = f"{', '.join(sorted(READERS))}, also as {' or '.join(PACKED)}"
+
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}")
+
+
+def reader_of(file: str | Path) -> str:
+    """Which reader of `datasets` takes a file of that name; empty if none does."""
+    path = Path(file)
+    return READERS.get(Path(path.stem).suffix if path.suffix in PACKED else path.suffix, "")
 
 
 def find_files(source: str) -> list[str]:
@@ -39,24 +49,23 @@ def find_files(source: str) -> list[str]:
         ValueError: A file of a format that cannot be read.
     """
     path = Path(source).expanduser()
-    known = ", ".join(sorted(READERS))
     if path.is_dir():
-        files = sorted(str(file) for file in path.rglob("*") if file.is_file() and file.suffix in READERS)
+        files = sorted(str(file) for file in path.rglob("*") if file.is_file() and reader_of(file))
         if not files:
-            raise FileNotFoundError(f"the folder {source} holds no file to train on; looked for {known}")
+            raise FileNotFoundError(f"the folder {source} holds no file to train on; looked for {KNOWN}")
         return files
     files = [str(path)] if path.is_file() else sorted(glob.glob(str(path), recursive=True))
     files = [file for file in files if Path(file).is_file()]
     if not files:
-        if HUB_NAME.fullmatch(source) and Path(source).suffix not in READERS:
+        if HUB_NAME.fullmatch(source) and not reader_of(source):
             return []
         raise FileNotFoundError(
             f"{source}: no such file, folder or glob pattern, nor a dataset name of the form "
             "OWNER/NAME, OWNER/NAME:CONFIG or OWNER/NAME:CONFIG:SPLIT"
         )
     for file in files:
-        if Path(file).suffix not in READERS:
-            raise ValueError(f"{file}: cannot read files ending in {Path(file).suffix!r}; can read {known}")
+        if not reader_of(file):
+            raise ValueError(f"{file}: cannot read files ending in {Path(file).suffix!r}; can read {KNOWN}")
     return files
 
 
@@ -80,7 +89,7 @@ def load_documents(sources: Sequence[str], text_column: str = "text") -> dataset
         files = find_files(source)
         if not files:
             parts.append(_select_text(source, _from_hub(source), text_column))
-        for reader, group in groupby(files, key=lambda file: READERS[Path(file).suffix]):
+        for reader, group in groupby(files, key=reader_of):
             if reader == "text":
                 parts.append(_select_text(source, _from_files(reader, list(group)), "text"))
             else:  # one by one: their other columns may differ
@@ -105,11 +114,11 @@ def read_tables(sources: Sequence[str]) -> Iterator[tuple[str, datasets.Dataset]
     """
     for source in sources:
         files = find_files(source)
-        tables = [file for file in files if READERS[Path(file).suffix] != "text"]
+        tables = [file for file in files if reader_of(file) != "text"]
         if files and not tables:
             raise ValueError(f"{source} is text; rows are read from .json, .jsonl and .parquet files")
         for file in tables:
-            yield file, _from_files(READERS[Path(file).suffix], [file])
+            yield file, _from_files(reader_of(file), [file])
         if not files:
             yield source, _from_hub(source)
 
