@@ -1,6 +1,6 @@
 """The guides keep their word: commands run, options exist, links lead somewhere.
 
-A ```bash block in docs/ is run, or the line above it says why not: <!-- not run: needs a GPU -->. By default the
+A ```bash block in docs/ is run, or its first line says why not: "# needs a GPU: not run by the tests". By default the
 commands are run within this process, by the programs' `main`; with --full some by bash, as they stand.
 """
 
@@ -32,12 +32,14 @@ FIRST = "extend.md"
 #: A page whose commands take more than a few seconds.
 SLOW = ("plan.md",)
 
-BLOCK = re.compile(r"^(?:<!-- not run: (?P<reason>[^>]+) -->\n)?```bash\n(?P<commands>.*?)^```$", re.M | re.S)
+BLOCK = re.compile(
+    r"^```bash\n(?:# needs (?P<reason>[^\n]+): not run by the tests\n)?(?P<commands>.*?)^```$", re.M | re.S
+)
 PROGRAM = re.compile(r"(?:^|/)examples/(\w+)\.py$")
 OPTION = re.compile(r"(?<![\w-])--[A-Za-z]\w*(?:[-_]\w+)*")
 LAUNCHERS = ("python", "deepspeed", "torchrun")
 #: Options of other people's programs that the guides name outside of commands.
-FOREIGN = {"--full", "--help", "--system-site-packages", "--evaluation_strategy"}
+FOREIGN = {"--full", "--help", "--system-site-packages", "--evaluation_strategy", "--max-model-len"}
 
 
 def blocks(page: str, run: bool) -> list[str]:
@@ -47,7 +49,8 @@ def blocks(page: str, run: bool) -> list[str]:
 
 def commands(block: str) -> list[list[str]]:
     """The commands in a block as words."""
-    return [shlex.split(line, comments=True) for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+    lines = (shlex.split(line, comments=True) for line in block.replace("\\\n", " ").splitlines())
+    return [words for words in lines if words]
 
 
 def run_of(page: str) -> list[list[str]]:
@@ -125,8 +128,8 @@ def test_commands_run_as_typed(tmp_path: Path) -> None:
 def test_every_guide_is_in_the_readme_and_its_reasons_are_given() -> None:
     for page, text in TEXTS.items():
         assert f"](docs/{page})" in README, page
-        assert len(BLOCK.findall(text)) == text.count("```bash"), f"{page}: a block that is neither run nor marked"
-        assert text.count("<!-- not run") == len(blocks(page, run=False)), f"{page}: a marker above no block"
+        assert len(BLOCK.findall(text)) == text.count("```bash"), f"{page}: a block that does not end"
+        assert text.count("not run by the tests") == len(blocks(page, run=False)), f"{page}: a marker in no first line"
 
 
 @cache
@@ -231,7 +234,7 @@ ORIGINAL = {
         "passkey_retrivial.py": "base_model cache_dir context_size flash_attn max_tokens interval num_tests",
         "inference.py": f"material question {_ASK}",
         "inference-qlora.py": "",
-        "demo.py": "host port",
+        "demo.py": f"host port {_ASK}",
         "run_streaming_llama_longalpaca.py": "",
         "llama_attn_replace.py": "",
         "llama_attn_replace_sft.py": "",
@@ -243,7 +246,7 @@ ORIGINAL = {
 @pytest.mark.parametrize("script", list(ORIGINAL))
 def test_the_original_is_answered_option_by_option(script: str) -> None:
     """Each script has a section, each of its options a row in the section's table."""
-    sections = re.split(r"^#+ ", TEXTS["migration.md"], flags=re.M)
+    sections = re.split(r"^## ", TEXTS["migration.md"], flags=re.M)
     section = next((part for part in sections if f"`{script}`" in part.partition("\n")[0]), None)
     assert section is not None, script
     rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
