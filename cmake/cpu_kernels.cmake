@@ -10,8 +10,9 @@ function(add_cpu_kernels isa vector_bytes)
   add_library(cpu_kernels_${isa} OBJECT csrc/cpu/kernels.cpp)
   # g++ 12 takes what AVX-512 intrinsics leave undefined for a mistake (its bug 105593).
   # -ffp-contract: fused multiply-adds where the instruction set has them.
+  # -fno-trapping-math: widening float16 may compute what it then does not choose, so g++ makes vectors of it.
   target_compile_options(cpu_kernels_${isa} PRIVATE -O3 -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized -ffp-contract=fast
-                                                    -fno-math-errno ${ARGN})
+                                                    -fno-math-errno -fno-trapping-math ${ARGN})
   target_compile_definitions(cpu_kernels_${isa} PRIVATE LONGLORA_ISA=${isa} LONGLORA_VECTOR_BYTES=${vector_bytes})
   target_link_libraries(cpu_kernels_${isa} PRIVATE OpenMP::OpenMP_CXX)
   target_sources(cpu_kernels PRIVATE $<TARGET_OBJECTS:cpu_kernels_${isa}>)

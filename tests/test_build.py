@@ -216,6 +216,18 @@ def test_library_is_tied_to_no_python() -> None:
     assert not foreign, foreign
 
 
+def test_instruction_sets_share_no_code(tmp_path: Path) -> None:
+    """Of functions that several objects hold, such as the standard library's templates, the linker keeps any one copy,
+    and that might need AVX-512 everywhere. Nothing is inlined here, so none is missed by luck."""
+    options = ["-O0", "-std=c++17", "-fopenmp", "-Wno-psabi", "-DLONGLORA_ISA=isa", "-DLONGLORA_VECTOR_BYTES=16"]
+    source, made = ROOT / "csrc" / "cpu" / "kernels.cpp", tmp_path / "kernels.o"
+    subprocess.run(["g++", *options, "-c", source, "-o", made], check=True)
+    symbols = subprocess.run(["nm", "-C", made], capture_output=True, text=True, check=True).stdout
+    visible = re.findall(r"^[0-9a-f]+ [A-Zuvw] (.*)", symbols, re.MULTILINE)
+    assert [name for name in visible if "longlora::cpu::isa::" not in name] == ["DW.ref.__gxx_personality_v0"]
+    assert "longlora::cpu::isa::kernels" in visible
+
+
 def device_code(library: Path) -> set[tuple[str, int]]:
     """What the library holds for GPUs: ("code", 80) is sm_80's machine code, ("ptx", 80) what newer ones compile.
 

@@ -43,8 +43,9 @@ def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     if {"avx2": "avx2", "avx512": "avx512vl"}.get(request.param, "") not in features:
         pytest.skip(f"this processor has no {request.param}")
     built = tmp_path_factory.mktemp("exp2") / "exp2.so"
-    command = ["g++", "-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi", "-shared", "-fPIC"]
-    command += [*flags, "-DLONGLORA_ISA=isa", f"-DLONGLORA_VECTOR_BYTES={width}", f"-I{CSRC}"]
+    command = ["g++", "-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+    command += ["-Wno-psabi", "-shared", "-fPIC", f"-I{CSRC}", *flags]
+    command += ["-DLONGLORA_ISA=isa", f"-DLONGLORA_VECTOR_BYTES={width}"]
     subprocess.run([*command, "-x", "c++", "-", "-o", str(built)], input=SOURCE, text=True, check=True)
     loaded = ctypes.CDLL(str(built))
     loaded.largest_error.restype = ctypes.c_double

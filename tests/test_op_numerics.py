@@ -296,6 +296,16 @@ def test_gradients_do_not_depend_on_threads() -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.only("cpu", "a GPU adds to dQ of all heads at once")
+def test_more_of_dq_than_is_kept_at_once() -> None:
+    """csrc/cpu keeps 32 MiB of dQ in fp32: of these 40 MiB some heads go first, the others take their memory."""
+    q, k, v = Problem(batch=32, seqlen=128, heads=40, kv_heads=20, head_dim=64, group_size=64).tensors()
+    together = outputs_and_grads(lambda *qkv: s2attn(*qkv, 64), q, k, v, q)
+    for row in range(32):
+        alone = outputs_and_grads(lambda *qkv: s2attn(*qkv, 64), *(x[row : row + 1] for x in (q, k, v, q)))
+        assert all(torch.equal(a[row : row + 1], b) for a, b in zip(together, alone, strict=True))
+
+
 def test_empty_batch() -> None:
     q, k, v = Problem(batch=0).tensors()
     assert [x.shape for x in outputs_and_grads(lambda *qkv: s2attn(*qkv, 16), q, k, v, q)] == [q.shape] * 4

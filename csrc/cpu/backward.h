@@ -9,10 +9,6 @@
 
 namespace longlora::cpu::LONGLORA_ISA {
 
-// Of query rows and of keys. On the diagonal only strips of it are computed, up to the last key that a strip sees.
-constexpr int kBackwardBlock = 128;
-constexpr int kStrip = 32;
-
 // delta = rowsum(dout * out) of one block of query rows, lanes being rows, summed in gemm's order: in a row that sees
 // one key, where out = v, it then cancels dout * v to exactly nothing.
 template <typename T>

@@ -29,19 +29,21 @@ struct Choice {
 
 const Kernels& choose() {
 #ifdef LONGLORA_X86
-  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  // All that g++ may use for x86-64-v3 and -v4, for which the kernels are compiled. By those names it is asked from 12
+  // on.
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                        __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+                        __builtin_cpu_supports("f16c") && __builtin_cpu_supports("lzcnt") &&
+                        __builtin_cpu_supports("movbe");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                           __builtin_cpu_supports("avx512vl");
 #endif
   const Choice choices[] = {
 #ifdef LONGLORA_X86
-      // The levels x86-64-v4 and -v3 that the kernels are compiled for.
       {"avx512bf16", has_avx512 && __builtin_cpu_supports("avx512bf16"), &avx512bf16::kernels},
       {"avx512", has_avx512, &avx512::kernels},
-      {"avx2",
-       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
-           __builtin_cpu_supports("f16c"),
-       &avx2::kernels},
+      {"avx2", has_avx2, &avx2::kernels},
 #endif
       {"baseline", true, &baseline::kernels},
   };

@@ -10,9 +10,6 @@
 
 namespace longlora::cpu::LONGLORA_ISA {
 
-constexpr int kForwardRows = 256;
-constexpr int kForwardKeys = 64;
-
 template <typename T>
 struct ForwardTile {
   using E = Multiplied<T>;

@@ -24,7 +24,8 @@ struct Rows {
   }
 };
 
-// tile[rows, pitch / kPack]: A or, transposed, B of a sum over head_dim. Columns from head_dim on are zero.
+// tile[rows, pitch / kPack]: A of a sum over head_dim or, one value an element, B of a sum over rows. Columns from
+// head_dim on are zero in the latter, which is read up to pitch; of pairs they are left as they are.
 template <typename T>
 void load_rows(const Rows& source, int head_dim, int pitch, Multiplied<T>* tile) {
   for (int r = 0; r < source.rows; ++r) {

@@ -26,10 +26,10 @@ class QueryGradients {
         live_(lesser(blocks_, (p.group_size + block_rows - 1) / block_rows + 2 + threads)),
         block_size_(block_rows * pitch),
         sums_(arena.take<Acc>(heads_ * live_ * block_size_)),
-        turns_(arena.take<int64_t>(heads_ * blocks_)) {}
+        turns_(arena.take<Turn>(heads_ * blocks_)) {}
 
   // Before other heads use it: nothing has been added.
-  void begin() const { std::memset(turns_, 0, sizeof(int64_t) * heads_ * blocks_); }
+  void begin() const { std::memset(turns_, 0, sizeof(Turn) * heads_ * blocks_); }
 
   // The sums of a block of rows, for the key block whose turn has come; `first` is the first one that adds anything.
   Acc* wait_for_turn(int64_t head, int64_t block, int64_t key_block, int64_t first) const {
@@ -43,17 +43,22 @@ class QueryGradients {
     return sums;
   }
   void pass_turn(int64_t head, int64_t block, int64_t key_block) const {
-    __atomic_store_n(turns_ + head * blocks_ + block, key_block + 1, __ATOMIC_RELEASE);
+    __atomic_store_n(&turns_[head * blocks_ + block].key_block, key_block + 1, __ATOMIC_RELEASE);
   }
 
  private:
+  struct alignas(Arena::kAlignment) Turn {  // a cache line each: others poll their own while this one is passed on
+    int64_t key_block;                      // the one that is next
+  };
+
   void wait(int64_t head, int64_t block, int64_t turn) const {
-    while (__atomic_load_n(turns_ + head * blocks_ + block, __ATOMIC_ACQUIRE) != turn) sched_yield();
+    const Turn& current = turns_[head * blocks_ + block];
+    while (__atomic_load_n(&current.key_block, __ATOMIC_ACQUIRE) != turn) sched_yield();
   }
 
   const int64_t heads_, blocks_, live_, block_size_;
-  Acc* const sums_;       // [heads, live blocks, block_rows, pitch]
-  int64_t* const turns_;  // [heads, blocks]: the key block that is next
+  Acc* const sums_;    // [heads, live blocks, block_rows, pitch]
+  Turn* const turns_;  // [heads, blocks]
 };
 
 }  // namespace longlora::cpu::LONGLORA_ISA
