@@ -1,0 +1,59 @@
+"""The kernels that multiply bfloat16 in pairs, on any processor: avx512_bf16.h stands in for the instructions."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import longlora_ext
+
+TESTS = Path(__file__).resolve().parent
+TORCH = Path(torch.__file__).parent
+KERNELS = """
+#include "avx512_bf16.h"
+#include "cpu/kernels.cpp"
+using namespace longlora::cpu::baseline;
+static_assert(kPack<Multiplied<BFloat16>> == 2, "not the kernels that this is about");
+"""
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with longlora_ext in it, of which these are the only kernels."""
+    folder = tmp_path_factory.mktemp("pairs")
+    csrc, ops = TESTS.parent / "csrc", folder / "ops.o"
+    compiler = ["g++", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wno-psabi"]
+    compiler += [f"-I{TESTS}", f"-I{csrc}"]
+    compiling = subprocess.Popen([*compiler, "-isystem", TORCH / "include", "-c", csrc / "ops.cpp", "-o", ops])
+    kernels = ["-O2", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-D__AVX512BF16__"]
+    kernels += ["-DLONGLORA_ISA=baseline", "-DLONGLORA_VECTOR_BYTES=64"]
+    command = [*compiler, *kernels, "-c", "-x", "c++", "-", "-o", folder / "kernels.o"]
+    subprocess.run(command, input=KERNELS, text=True, check=True)
+    assert compiling.wait() == 0
+    copied = Path(shutil.copytree(Path(longlora_ext.__file__).parent, folder / "longlora_ext"))
+    (copied / "_C.so").unlink()  # which a process may have mapped
+    linked = ["-shared", csrc / "cpu" / "dispatch.cpp", folder / "kernels.o", ops, "-o", copied / "_C.so"]
+    subprocess.run([*compiler, *linked, f"-L{TORCH / 'lib'}", "-Wl,--no-as-needed", "-ltorch"], check=True)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        pytest.param("cpu and bfloat16", id="shapes"),
+        pytest.param("cpu", id="all", marks=pytest.mark.full),
+    ],
+)
+def test_numerics_in_pairs(package: Path, chosen: str) -> None:
+    """Odd lengths, GQA, documents and head dims from 8 to 256, forward and backward, by the op's own tests."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_op_numerics.py", "-k", chosen]
+    environment = os.environ | {"PYTHONPATH": str(package)}
+    where = [sys.executable, "-c", "import longlora_ext; print(longlora_ext.__file__)"]
+    found = subprocess.run(where, env=environment, cwd=TESTS, capture_output=True, text=True, check=True).stdout
+    assert found.startswith(str(package)), found
+    result = subprocess.run(command, env=environment, cwd=TESTS, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:]
