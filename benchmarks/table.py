@@ -25,7 +25,8 @@ SHAPE = ("dtype", "head_dim", "heads", "kv_heads")
 def source(run: dict[str, Any]) -> str:
     """One sentence on where the figures come from."""
     env = run["environment"]
-    machine = [env["device"]]
+    instructions = f" ({', '.join(env['instructions'])})" if "instructions" in env else ""
+    machine = [env["device"] + instructions]
     machine += [f"{env['threads']} threads"] if "threads" in env else [f"driver {env['driver']}"]
     said = f"{', '.join(machine)}, torch {env['torch']}, {env['date'].split()[0]}, commit {env['commit']}"
     return f"{said}. {env['note']}" if env["note"] else f"{said}."
