@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from transformers import DataCollatorWithFlattening, LlamaConfig
+from transformers import DataCollatorWithFlattening, LlamaConfig, PreTrainedModel
 
 import longlora_ext.attention as attention
-from tiny_models import CONFIGS, mask_of, tiny_model, tokens
+from tiny_models import CONFIGS, assert_close, deterministic, mask_of, op_dtype, tiny_model, tokens
 
-# The models normalise in fp32 inside, so fp64 weights give results good to about 1e-6.
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def s2_mask(lengths: list[int], group_size: int, heads: int, first_shifted: int) -> torch.Tensor:
@@ -26,31 +25,35 @@ def s2_mask(lengths: list[int], group_size: int, heads: int, first_shifted: int)
     return mask
 
 
-def additive(mask: torch.Tensor, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def expected(family: str, ids: torch.Tensor, lengths: list[int], group_size: int, **inputs: torch.Tensor):
-    """Logits and gradients of the same model with eager attention and the explicit mask."""
-    model = tiny_model(family, "eager").train()
-    heads = model.config.num_attention_heads
-    mask = additive(s2_mask(lengths, group_size, heads, heads // 2))
-    logits = model(ids, attention_mask=mask.expand(len(ids), -1, -1, -1), **inputs).logits
-    logits.square().mean().backward()
-    return logits, {name: weight.grad for name, weight in model.named_parameters()}
+    """Logits and gradients of the same model with eager attention and the explicit mask: in fp64, in the op's dtype."""
+
+    def results(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+        heads = model.config.num_attention_heads
+        mask = additive(s2_mask(lengths, group_size, heads, heads // 2), model.dtype)
+        logits = model(ids, attention_mask=mask.expand(len(ids), -1, -1, -1), **inputs).logits
+        logits.square().mean().backward()
+        return {"logits": logits} | {name: weight.grad for name, weight in model.named_parameters()}
+
+    exact = results(tiny_model(family, "eager").double().train())
+    return exact, exact if op_dtype() == torch.float64 else results(tiny_model(family, "eager").train())
 
 
 @pytest.mark.parametrize("length", [21, 32])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_training_is_eager_attention_with_the_s2_mask(family: str, length: int) -> None:
     ids = tokens(2, length)
-    logits, gradients = expected(family, ids, [length], 8)
+    exact, plain = expected(family, ids, [length], 8)
     model = tiny_model(family).train()
     ours = model(ids).logits
-    torch.testing.assert_close(ours, logits, **CLOSE)
+    assert_close(ours, exact["logits"], plain=plain["logits"])
     ours.square().mean().backward()
     for name, weight in model.named_parameters():
-        torch.testing.assert_close(weight.grad, gradients[name], rtol=1e-4, atol=1e-6, msg=name)
+        assert_close(weight.grad, exact[name], plain=plain[name])
 
 
 @pytest.mark.parametrize("cache", [True, False])
@@ -59,9 +62,9 @@ def test_packed_training_is_eager_attention_with_the_s2_mask(family: str, cache:
     lengths = [5, 19, 8]
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     ids = tokens(1, sum(lengths))
-    logits, _ = expected(family, ids, lengths, 8, position_ids=positions)
+    exact, plain = expected(family, ids, lengths, 8, position_ids=positions)
     ours = tiny_model(family).train()(ids, position_ids=positions, use_cache=cache).logits
-    torch.testing.assert_close(ours, logits, **CLOSE)
+    assert_close(ours, exact["logits"], plain=plain["logits"])
 
 
 def packed(lengths: list[int], **options: object) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
@@ -87,7 +90,7 @@ def test_a_packed_batch_is_its_documents_apart(options: dict[str, bool], trainin
     model = tiny_model().train(training)
     together = model(**batch).logits[0]
     apart = torch.cat([model(document).logits[0] for document in documents])
-    torch.testing.assert_close(together, apart, **CLOSE)
+    assert_close(together, apart)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -98,7 +101,7 @@ def test_a_padded_batch_is_its_rows_apart(side: str, training: bool) -> None:
     model = tiny_model().train(training)
     together = model(ids, attention_mask=mask, position_ids=positions_of(mask)).logits
     for row, real, alone in zip(together, mask.bool(), rows, strict=True):
-        torch.testing.assert_close(row[real], model(alone).logits[0], **CLOSE)
+        assert_close(row[real], model(alone).logits[0])
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -110,7 +113,7 @@ def test_padding_and_packing_together(training: bool) -> None:
     positions[0, 17:] = 1  # what a collator may write at padding
     model = tiny_model().train(training)
     together = model(ids, attention_mask=mask, position_ids=positions).logits[0, :17]
-    torch.testing.assert_close(together, torch.cat([model(d).logits[0] for d in documents]), **CLOSE)
+    assert_close(together, torch.cat([model(d).logits[0] for d in documents]))
 
 
 def pad(rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -150,11 +153,10 @@ def test_nothing_sees_the_future_or_another_document(family: str) -> None:
 def test_group_size_comes_from_the_config() -> None:
     ids = tokens(1, 24)
     model = tiny_model(s2attn_group_size=12).train()
-    logits, _ = expected("llama", ids, [24], 12)
-    torch.testing.assert_close(model(ids).logits, logits, **CLOSE)
-    model.config.s2attn_group_size = 8
-    logits, _ = expected("llama", ids, [24], 8)
-    torch.testing.assert_close(model(ids).logits, logits, **CLOSE)
+    for size in (12, 8):
+        model.config.s2attn_group_size = size
+        exact, plain = expected("llama", ids, [24], size)
+        assert_close(model(ids).logits, exact["logits"], plain=plain["logits"])
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -164,11 +166,11 @@ def test_the_scale_of_the_layer_is_used(training: bool) -> None:
     for layer in (*model.model.layers, *eager.model.layers):
         layer.self_attn.scaling = 1.5
     if training:
-        mask = additive(s2_mask([9, 15], 8, 4, 2))[None]
+        mask = additive(s2_mask([9, 15], 8, 4, 2), eager.dtype)[None]
         theirs = eager(batch["input_ids"], attention_mask=mask, position_ids=batch["position_ids"]).logits[0]
     else:
         theirs = torch.cat([eager(document).logits[0] for document in documents])
-    torch.testing.assert_close(model(**batch).logits[0], theirs, **CLOSE)
+    assert_close(model(**batch).logits[0], theirs)
 
 
 @pytest.mark.parametrize("context, size", [(64, 16), (70, 16), (4, 2), (8192, 2048)])
@@ -192,7 +194,7 @@ def test_mode_s2_and_mode_dense_hold_in_training_and_eval() -> None:
     for training in (True, False):
         for mode, result in (("s2", s2), ("dense", dense)):
             model = tiny_model(s2attn_mode=mode).train(training)
-            torch.testing.assert_close(model(ids).logits, result, **CLOSE)
+            assert_close(model(ids).logits, result)
     with pytest.raises(ValueError, match="s2attn_mode must be one of 'auto', 's2', 'dense', but it is 'flash'"):
         tiny_model(s2attn_mode="flash")(ids)
 
@@ -206,19 +208,21 @@ def test_activation_checkpointing_changes_nothing(reentrant: bool) -> None:
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
-        model(**batch).logits.square().mean().backward()
+        with deterministic():
+            model(**batch).logits.square().mean().backward()
         gradients.append([weight.grad for weight in model.parameters()])
     for plain, checkpointed in zip(*gradients, strict=True):
         assert torch.equal(plain, checkpointed)
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_autocast(training: bool) -> None:
+def test_autocast(training: bool, device: str) -> None:
     ids, mask = pad([tokens(1, 20), tokens(1, 13)], "right")
     model = tiny_model(dtype=torch.float32).train(training)
-    exact = model(ids, attention_mask=mask).logits
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=torch.bfloat16):
         low = model(ids, attention_mask=mask).logits
+    with torch.device("cpu"):  # where the op has kernels for fp32
+        exact = model.cpu()(ids.cpu(), attention_mask=mask.cpu()).logits.to(device)
     real = mask.bool()
     assert low.dtype == torch.bfloat16
     error = (low[real].float() - exact[real]).norm() / exact[real].norm()

@@ -7,16 +7,20 @@ from packaging.version import Version
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import longlora_ext.attention as attention
-from test_attention import CLOSE, packed, pad, positions_of
-from tiny_models import CONFIGS, tiny_model, tokens
+from op_checks import default_dtype
+from test_attention import packed, pad, positions_of
+from tiny_models import CONFIGS, assert_close, tiny_model, tokens
 
+pytestmark = pytest.mark.usefixtures("device")
 NEW = 12
 
 
 def both(family: str = "llama") -> tuple[PreTrainedModel, PreTrainedModel]:
-    models = tiny_model(family), tiny_model(family, "sdpa")
+    """In fp64, on CUDA too: without packed documents both are sdpa's business."""
+    models = tiny_model(family, dtype=torch.float64), tiny_model(family, "sdpa", torch.float64)
     for model in models:
         model.generation_config.eos_token_id = None  # the same number of tokens whatever they are
+        model.generation_config.disable_compile = True  # as generate would, on CUDA, with a static cache
     return models
 
 
@@ -69,14 +73,14 @@ def test_a_second_prefill_is_that_of_sdpa(batch: int, padding: str, kind: str) -
             past_key_values=first.past_key_values,
         )
         results.append((first.logits[mask.bool()], second.logits))
-    torch.testing.assert_close(results[0][0], results[1][0], **CLOSE)
-    torch.testing.assert_close(results[0][1], results[1][1], **CLOSE)
+    assert_close(results[0][0], results[1][0])
+    assert_close(results[0][1], results[1][1])
     # and, where transformers' static cache is right, what one prefill of everything gives
     if kind == "static" and Version(transformers.__version__) < Version("5.4"):
         return  # sdpa itself is not
     model, _ = both()
     full = model(torch.cat([ids, more], dim=1), attention_mask=whole, position_ids=positions_of(whole)).logits
-    torch.testing.assert_close(results[0][1], full[:, -6:], **CLOSE)
+    assert_close(results[0][1], full[:, -6:])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -85,7 +89,7 @@ def test_eval_is_sdpa_even_at_padding(batch: int, side: str) -> None:
     ids, mask = prompts(batch, side)
     ours, theirs = (model(ids, attention_mask=mask, position_ids=positions_of(mask)).logits for model in both())
     rows = mask.bool() if side == "left" else torch.ones_like(mask, dtype=torch.bool)
-    torch.testing.assert_close(ours[rows], theirs[rows], **CLOSE)
+    assert_close(ours[rows], theirs[rows])
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -98,14 +102,14 @@ def test_documents_where_the_op_has_no_kernel(compiled: bool, monkeypatch: pytes
     monkeypatch.setattr(attention, "s2attn", None)
     run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
     for batch, logits in zip((several, one), expected, strict=True):
-        torch.testing.assert_close(run(**batch, use_cache=False).logits, logits, **CLOSE)
+        assert_close(run(**batch, use_cache=False).logits, logits)
 
 
 def test_compiled_eval_keeps_documents_apart() -> None:
     batch, _ = packed([7, 20, 5])
     model = tiny_model()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(**batch, use_cache=False).logits, model(**batch).logits, **CLOSE)
+    assert_close(compiled(**batch, use_cache=False).logits, model(**batch).logits)
 
 
 def test_mode_s2_in_eval_takes_no_cache() -> None:
@@ -126,10 +130,8 @@ def test_training_mode_takes_no_cache() -> None:
 
 @pytest.mark.full
 def test_torch_compile_makes_one_graph() -> None:
-    model = tiny_model(dtype=torch.float32).train()
+    model = tiny_model(dtype=default_dtype()).train()
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
     for length in (16, 21):
         ids = tokens(2, length)
-        torch.testing.assert_close(
-            compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits, rtol=1e-3, atol=1e-4
-        )
+        assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)

@@ -11,22 +11,25 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from transformers import HfArgumentParser, TrainingArguments
 
 from longlora_ext.adapter import lora_config, prepare_model
-from tiny_models import tiny_model, tokens
+from op_checks import default_dtype
+from tiny_models import deterministic, tiny_model, tokens
 from training.recipe import CHECKPOINTING, RECIPE
 
+pytestmark = pytest.mark.usefixtures("device")
 ENABLE = f"{CHECKPOINTING}_enable"
 
 
 def gradients(kept_by: AbstractContextManager, **how: Any) -> dict[str, torch.Tensor]:
     """The gradients of an adapter; `kept_by` sees or keeps what the forward pass leaves for the backward one."""
-    model = tiny_model(dtype=torch.float32)
+    model = tiny_model(dtype=default_dtype())
     if how:
         getattr(model, ENABLE)(**how)
     model = prepare_model(model, lora_config(model)).train()
     ids = tokens(2, 24)
-    with kept_by:
-        loss = model(input_ids=ids, labels=ids).loss
-    loss.backward()
+    with deterministic():
+        with kept_by:
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -51,6 +54,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.only("cpu", "no tensor is made")
 def test_the_recipe_is_understood_by_the_installed_transformers(tmp_path) -> None:
     """By the option's current name, which a newer transformers may deprecate."""
     given = {name: RECIPE[name] for name in (CHECKPOINTING, f"{CHECKPOINTING}_kwargs")}

@@ -15,10 +15,18 @@ from transformers import CohereConfig, CohereForCausalLM, PreTrainedModel
 
 from longlora_ext.adapter import lora_config, prepare_model
 from longlora_ext.loss import refusal, tile_loss
+from op_checks import HALVES, default_dtype
 from tiny_models import VOCABULARY, tiny_config, tiny_model, tokens
 
+pytestmark = pytest.mark.usefixtures("device")
 BATCH, LENGTH = 2, 24
 LOGITS = BATCH * LENGTH * VOCABULARY
+
+
+def model_of(family: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
+    """With sdpa where the op has no kernels for the dtype: the loss is the same computation behind either."""
+    attention = "s2attn" if default_dtype() == torch.float32 or dtype in HALVES else "sdpa"
+    return tiny_model(family, attention, dtype, **changes)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -61,7 +69,7 @@ def prepared(case: str) -> PreTrainedModel | PeftModel:
     """A model as training has it; `case` is a few words of what it is."""
     family = "gemma" if "gemma" in case else "llama"
     dtype = torch.bfloat16 if "bf16" in case else torch.float32
-    model = tiny_model(family, dtype=dtype, **({"tie_word_embeddings": True} if "tied" in case else {}))
+    model = model_of(family, dtype, **({"tie_word_embeddings": True} if "tied" in case else {}))
     if "adapter" not in case:
         return prepare_model(model, None)
     changes: dict[str, Any] = {}
@@ -111,7 +119,7 @@ def test_the_logits_of_all_tokens_never_exist(checkpointing: bool) -> None:
     logits = 1024 * 2048 * 4  # bytes
     for tile in (None, 16 * 2048):
         config = tiny_config(vocab_size=2048, tie_word_embeddings=True, num_hidden_layers=1)
-        model = tiny_model(config=config, dtype=torch.float32)
+        model = model_of(config=config)
         model = prepare_model(model, lora_config(model)).train()
         if checkpointing:
             model.enable_input_require_grads()
@@ -137,7 +145,7 @@ def test_a_batch_of_one_tile_is_not_computed_twice() -> None:
 
 
 def test_without_labels_and_with_logits_asked_for_nothing_is_different() -> None:
-    plain = tiny_model(dtype=torch.float32)
+    plain = model_of()
     tiled = tile_loss(copy.deepcopy(plain), tile=1)
     inputs = batch()
     assert torch.equal(tiled(inputs["input_ids"]).logits, plain(inputs["input_ids"]).logits)
