@@ -1,15 +1,19 @@
 #!/usr/bin/env bash
-# Everything that a GPU can say about this checkout, in ten minutes: what the machine is, the operator's tests on CUDA,
-# the benchmark, compute-sanitizer, a profile. A step that fails or runs out of time stops none after it.
+# Everything that a GPU can say about this checkout, in ten minutes: what the machine is, the tests on CUDA,
+# compute-sanitizer, the benchmark, a profile, a fine-tuning. A step that fails or runs out of time stops none after it.
 #
-#   benchmarks/gpu_session.sh OUT           from a checkout, with a CUDA torch; the library is built if need be
+#   benchmarks/gpu_session.sh OUT           from a checkout, with a CUDA torch and what requirements.txt names
 #   benchmarks/gpu_session.sh OUT --cpu     a rehearsal: the same steps, tiny and on the CPU, without the CUDA tools
+#
+# Build the library before, on any machine that has nvcc, and bring longlora_ext/_C.so along (-lineinfo: with it the
+# tools name source lines): NVCC_APPEND_FLAGS=-lineinfo python3 setup.py build_ext
+# If it is missing or has no CUDA kernels it is built here, which leaves the last steps no time on few cores.
 #
 # OUT gets a log of each step, the benchmark's JSON files, tables and plots, the profile, and summary.txt, which is
 # printed at the end. The exit status is 0 if every step passed. Where the checkout has no git, LONGLORA_COMMIT names
 # the commit; SESSION_SECONDS (570) is the time for all steps together.
 set -uo pipefail
-[[ $# -ge 1 ]] || { sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 2; }
+[[ $# -ge 1 ]] || { sed -n '2,16s/^# \{0,1\}//p' "$0"; exit 2; }
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 device=cuda
 [[ ${2:-} == --cpu ]] && device=cpu
@@ -68,37 +72,53 @@ assert torch._C._dispatch_has_kernel_for_dispatch_key('longlora::s2attn_fwd', '$
 q, k, v = torch.randn(3, 1, 100, 2, 64, device='$device', dtype=torch.bfloat16)
 print(l.__file__, l.s2attn(q, k, v, 32).float().norm().item())"
   python3 -c "$loads" && return
-  python3 setup.py -q build_ext && python3 -c "$loads"
+  NVCC_APPEND_FLAGS=-lineinfo python3 setup.py -q build_ext && python3 -c "$loads"
 }
 
-export device
-export -f environment library
+# A few steps of the tiny Llama that ships here, on a text that does, and what they changed.
+finetune() {
+  python3 examples/finetune_llama.py --train_file 'examples/*.py' --max_steps 10 --eval_tokens 2048 \
+    --output_dir "$out/finetuned" && ls "$out/finetuned/adapter"
+}
+
+export device out
+export -f environment library finetune
 step environment 30 bash -c environment
 step library 400 bash -c library
 
 if [[ $device == cuda ]]; then
   step tests 150 python3 -m pytest -q --maxfail=20 -p no:cacheprovider -k cuda tests/test_op_cuda.py \
-    tests/test_op_numerics.py tests/test_op_errors.py tests/test_op_torch.py tests/test_documents.py
-  step benchmark 170 python3 benchmarks/attention.py --seqlen 4096 16384 65536 --rounds 10 --seconds 1.5 \
-    --providers dense_flash dense_cudnn rolled_flash rolled_cudnn original groups_flash \
-    --output "$out/attention_cuda.json"
-  # Compiling takes longer than running here, so only some points.
-  step flex 90 python3 benchmarks/attention.py --seqlen 4096 16384 --head_dim 64 128 --kv_heads 8 --rounds 10 \
-    --seconds 1 --providers flex --output "$out/attention_cuda_flex.json"
+    tests/test_op_numerics.py tests/test_op_errors.py tests/test_op_torch.py tests/test_documents.py \
+    tests/test_attention.py tests/test_attention_refusals.py tests/test_checkpointing.py tests/test_loss.py \
+    tests/test_attention_generate.py
 else
   step tests 100 python3 -m pytest -q -p no:cacheprovider tests/test_documents.py tests/test_op_errors.py
-  step benchmark 100 python3 benchmarks/attention.py --device cpu --seqlen 256 512 --head_dim 64 --rounds 3 \
-    --dtype float32 --output "$out/attention_cpu.json"
 fi
 # Without torch's caching each tensor is an allocation of its own, so that reading past one shows.
 tool memcheck compute-sanitizer 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 \
   --tool memcheck python3 benchmarks/exercise.py
-tool racecheck compute-sanitizer 90 compute-sanitizer --error-exitcode 9 --tool racecheck \
+tool racecheck compute-sanitizer 80 compute-sanitizer --error-exitcode 9 --tool racecheck \
   python3 benchmarks/exercise.py
+if [[ $device == cuda ]]; then
+  step benchmark 130 python3 benchmarks/attention.py --seqlen 4096 16384 65536 --rounds 10 --seconds 1 \
+    --providers dense_flash dense_cudnn rolled_flash rolled_cudnn original groups_flash \
+    --output "$out/attention_cuda.json"
+else
+  step benchmark 100 python3 benchmarks/attention.py --device cpu --seqlen 256 512 --head_dim 64 --rounds 3 \
+    --dtype float32 --output "$out/attention_cpu.json"
+fi
 # Mangled names carry the namespace. The clocks stay as they are.
-tool profile ncu 60 ncu --set full --clock-control none --kernel-name-base mangled --kernel-name regex:longlora \
+tool profile ncu 50 ncu --set full --clock-control none --kernel-name-base mangled --kernel-name regex:longlora \
   --force-overwrite --export "$out/profile" python3 benchmarks/exercise.py --slowest_of "$out/attention_cuda.json"
 [[ -f $out/profile.ncu-rep ]] && ncu --import "$out/profile.ncu-rep" >"$out/profile.txt"
+step finetune 60 bash -c finetune
+
+# In what is left of the time. Compiling takes longer than running here, so only some points.
+tool synccheck compute-sanitizer 30 compute-sanitizer --error-exitcode 9 --tool synccheck python3 benchmarks/exercise.py
+tool initcheck compute-sanitizer 40 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 \
+  --tool initcheck python3 benchmarks/exercise.py
+[[ $device == cuda ]] && step flex 90 python3 benchmarks/attention.py --seqlen 4096 16384 --head_dim 64 128 \
+  --kv_heads 8 --rounds 10 --seconds 1 --providers flex --output "$out/attention_cuda_flex.json"
 
 printf '\n'
 for log in benchmark flex; do
