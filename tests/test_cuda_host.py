@@ -3,6 +3,8 @@ what an unfit device is told."""
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -36,5 +38,49 @@ def test_an_old_gpu_is_told_what_to_use_instead() -> None:
         with pytest.raises(RuntimeError, match=r"7\.0, .* need 8\.0 .*attn_implementation='sdpa'"):
             simt_kernels.forward(module(), q, q, q, 16)
     finally:
-        module().pretend(8)
+        module().pretend()
     assert simt_kernels.forward(module(), q, q, q, 16)[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (2, "$"),  # out of memory: CUDA says all that there is to say
+        (35, r" \(longlora_ext was built with CUDA \d+\.\d+, the driver is of CUDA 12\.4\): update the driver, or "),
+        (222, r" .* built with CUDA .*: update the driver, or build .* nvcc .*CUDACXX, .*attn_implementation='sdpa'$"),
+        (209, r": this build of longlora_ext has no code for this GPU; build .*CUDAARCHS .*'sdpa'$"),
+    ],
+    ids=["memory", "old driver", "PTX of a newer nvcc", "no code"],
+)
+def test_errors_of_the_runtime_say_what_to_do(error: int, advice: str) -> None:
+    q = torch.randn(1, 64, 2, 64, dtype=torch.bfloat16)
+    module().pretend(error=error)
+    try:
+        with pytest.raises(RuntimeError, match=f"^s2attn: asking for the current GPU: CUDA's own words{advice}"):
+            simt_kernels.forward(module(), q, q, q, 16)
+    finally:
+        module().pretend()
+
+
+@settings(deadline=None)
+@given(
+    seqlen=st.integers(1, 600),
+    half=st.integers(1, 400),
+    batch=st.integers(1, 3),
+    heads=st.integers(1, 4),
+    first_shifted_head=st.integers(0, 4),
+    bytes_per_row=st.sampled_from([1, 3 << 15, 1 << 20]),
+)
+def test_each_tile_has_one_block(
+    seqlen: int, half: int, batch: int, heads: int, first_shifted_head: int, bytes_per_row: int
+) -> None:
+    """And where no head is shifted, no block is idle but for a ragged last group."""
+    rows, first_shifted_head = 64, min(first_shifted_head, heads)
+    q = torch.empty(batch, seqlen, heads, 8)
+    described = simt_kernels.problem(module(), q, q, 2 * half, None, first_shifted_head, None)
+    turns = module().turns(described, rows, bytes_per_row)
+    tiles = -(-seqlen // rows)
+    assert sorted(turn for turn in turns if turn[2] >= 0) == list(product(range(batch), range(heads), range(tiles)))
+    if first_shifted_head == heads:
+        group = min(tiles, -(-min(2 * half, 2 * seqlen) // rows))
+        assert len(turns) == batch * heads * -(-tiles // group) * group

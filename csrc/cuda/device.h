@@ -8,6 +8,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "errors.h"
+
 #if defined(__CUDACC__)
 #define DEVICE __device__ __forceinline__
 #define ALWAYS_INLINE __attribute__((always_inline))  // for lambdas: what they capture goes to registers
@@ -59,10 +61,6 @@ DEVICE T* shared_memory() {
   return reinterpret_cast<T*>(block_memory);
 }
 
-inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
-}
-
 // Lets `kernel` have that much shared memory, which must come before its launch. An A100, H100 or B200 offers a block
 // 163 KiB and more; GPUs of compute capability 8.6, 8.9 and 12 offer 99.
 template <auto kernel>
@@ -70,8 +68,8 @@ void allow_shared_memory(int bytes) {
   constexpr int kAlwaysAllowed = 48 * 1024;
   if (bytes <= kAlwaysAllowed) return;
   int device = 0, offered = 0;
-  check(cudaGetDevice(&device), "asking for the device");
-  check(cudaDeviceGetAttribute(&offered, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "asking the device");
+  check(cudaGetDevice(&device), "asking for the current GPU");
+  check(cudaDeviceGetAttribute(&offered, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "asking the GPU");
   if (bytes > offered)
     throw std::runtime_error("s2attn: this kernel needs " + std::to_string(bytes) +
                              " bytes of shared memory, but GPU " + std::to_string(device) + " offers " +

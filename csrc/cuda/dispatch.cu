@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "errors.h"
 #include "kernels.h"
 #include "tile_config.h"
 
@@ -35,17 +36,14 @@ int index_of(const Problem& problem) {
   return head_dim == 64 ? 0 : head_dim == 128 ? 1 : 2;
 }
 
-void check(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("s2attn: CUDA: ") + cudaGetErrorString(error));
-}
-
 // Older GPUs lack the kernels' instructions. The two attributes are read from memory, so nothing is gained by keeping
 // them, and no stream is touched.
 void check_device() {
+  constexpr char kAsking[] = "asking for the GPU's compute capability";
   int device = 0, major = 0, minor = 0;
-  check(cudaGetDevice(&device));
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  check(cudaGetDevice(&device), "asking for the current GPU");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), kAsking);
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), kAsking);
   if (major < 8)
     throw std::runtime_error("s2attn: GPU " + std::to_string(device) + " has compute capability " +
                              std::to_string(major) + "." + std::to_string(minor) +

@@ -18,7 +18,7 @@ struct Schedule {
 
   int tiles;            // of a head
   int tiles_per_group;  // rounded: a group that is no multiple of a tile gets a good order, not the best
-  int groups;           // of a head, one more where half a group is added to the first
+  int groups;           // of a head: where heads are shifted, half a group comes before the first
   int heads;
   int first_shifted_head;  // from here on groups begin half a group earlier
   int64_t pairs;           // of a head and a group; heads are neighbours, for those of one KV head read the same keys
@@ -28,7 +28,8 @@ struct Schedule {
   Schedule(const Problem& problem, int rows, int64_t heads, int64_t first_shifted_head, int64_t bytes_per_row)
       : tiles(static_cast<int>((problem.seqlen + rows - 1) / rows)),
         tiles_per_group(std::min(tiles, static_cast<int>((problem.group_size + rows - 1) / rows))),
-        groups((tiles + tiles_per_group / 2 + tiles_per_group - 1) / tiles_per_group),
+        groups((tiles + (first_shifted_head < heads ? tiles_per_group / 2 : 0) + tiles_per_group - 1) /
+               tiles_per_group),
         heads(static_cast<int>(heads)),
         first_shifted_head(static_cast<int>(first_shifted_head)),
         pairs(problem.batch * heads * groups),

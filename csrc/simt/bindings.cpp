@@ -2,7 +2,11 @@
 // says; nothing is checked here.
 #include <cuda_runtime_api.h>
 
+#include <tuple>
+#include <vector>
+
 #include "../cuda/kernels.h"
+#include "../cuda/scheduler.h"
 #include "../groups.h"
 #include "python.h"
 
@@ -15,6 +19,7 @@ T* pointer(uintptr_t address) {
 }
 
 int compute_capability_major = 8;
+int error_of_the_runtime = cudaSuccess;
 
 Dtype dtype_of(bool bfloat16) { return bfloat16 ? Dtype::kBFloat16 : Dtype::kFloat16; }
 
@@ -66,8 +71,24 @@ PYBIND11_MODULE(simt_kernels, module) {
   module.def("dq_scratch_floats", &cuda::dq_scratch_floats, "problem"_a, "deterministic"_a);
   module.def("first_key", &first_key<int>, "i"_a, "doc_start"_a, "group_size"_a, "shifted"_a);
   module.def(
-      "pretend", [](int major) { compute_capability_major = major; }, "compute_capability_major"_a,
-      "What the host code finds the device to be from here on: 8 at first.");
+      "pretend",
+      [](int major, int error) {
+        compute_capability_major = major;
+        error_of_the_runtime = error;
+      },
+      "compute_capability_major"_a = 8, "error"_a = 0, "What the host code finds from here on; at first all is well.");
+  module.def(
+      "turns",
+      [](const Problem& problem, int rows, int64_t bytes_per_row) {
+        const cuda::Schedule schedule(problem, rows, problem.heads, problem.first_shifted_head, bytes_per_row);
+        std::vector<std::tuple<int, int, int>> turns;
+        for (unsigned block = 0; block < schedule.grid().x; ++block) {
+          const cuda::Turn turn = cuda::turn_of<true>(schedule, block);
+          turns.emplace_back(turn.batch, turn.head, turn.idle ? -1 : turn.tile);
+        }
+        return turns;
+      },
+      "problem"_a, "rows"_a, "bytes_per_row"_a, "Batch, head and tile of each block, of an idle one -1.");
 }
 
 }  // namespace
@@ -77,7 +98,7 @@ PYBIND11_MODULE(simt_kernels, module) {
 extern "C" {
 cudaError_t cudaGetDevice(int* device) {
   *device = 0;
-  return cudaSuccess;
+  return static_cast<cudaError_t>(longlora::simt::error_of_the_runtime);
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
@@ -85,5 +106,12 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   return cudaSuccess;
 }
 
-const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = 12040;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+const char* cudaGetErrorString(cudaError_t) { return "CUDA's own words"; }
 }
