@@ -77,7 +77,9 @@ print(l.__file__, l.s2attn(q, k, v, 32).float().norm().item())"
 
 # A few steps of the tiny Llama that ships here, on a text that does, and what they changed.
 finetune() {
-  python3 examples/finetune_llama.py --train_file 'examples/*.py' --max_steps 10 --eval_tokens 2048 \
+  local steps=10
+  [[ $device == cpu ]] && steps=1
+  python3 examples/finetune_llama.py --train_file 'examples/*.py' --max_steps $steps --eval_tokens 2048 \
     --output_dir "$out/finetuned" && ls "$out/finetuned/adapter"
 }
 
@@ -111,7 +113,7 @@ fi
 tool profile ncu 50 ncu --set full --clock-control none --kernel-name-base mangled --kernel-name regex:longlora \
   --force-overwrite --export "$out/profile" python3 benchmarks/exercise.py --slowest_of "$out/attention_cuda.json"
 [[ -f $out/profile.ncu-rep ]] && ncu --import "$out/profile.ncu-rep" >"$out/profile.txt"
-step finetune 60 bash -c finetune
+step finetune $([[ $device == cuda ]] && echo 60 || echo 150) bash -c finetune
 
 # In what is left of the time. Compiling takes longer than running here, so only some points.
 tool synccheck compute-sanitizer 30 compute-sanitizer --error-exitcode 9 --tool synccheck python3 benchmarks/exercise.py
