@@ -23,7 +23,7 @@ import generate
 from evaluation import evaluation_folder, perplexity_task
 from evaluation.perplexity_task import PerplexityTask
 from evaluation.retrieval_task import RetrievalTask
-from finetune_runs import CONTEXT, ROOT, environment, make_model, torchrun
+from finetune_runs import CONTEXT, ROOT, deepspeed, environment, make_model, torchrun
 from inputs.files import load_documents
 from inputs.tokens import tokenise
 from longlora_ext.adapter import lora_config, merge, prepare_model, save_adapter
@@ -102,6 +102,25 @@ def test_perplexity_is_that_of_each_token_by_itself(model: Path, books: Path) ->
     assert settings["rope"]["rope_type"] == "default" and settings["stride"] == 5
     assert settings["versions"]["torch"] == torch.__version__
     assert done["made"]["command"].startswith("python ") and "--stride 5" in done["made"]["command"]
+
+
+def test_what_the_numbers_depend_on_is_printed(model: Path, books: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def printed(task: str, *given: object) -> dict[str, str]:
+        settings = run(task, "--model", model, *given, output=task)["settings"]
+        lines = (line.partition(":") for line in capsys.readouterr().out.splitlines())
+        rows = {name: value.strip() for name, _, value in lines}
+        assert rows.keys() >= {name.replace("_", " ") for name in settings.keys() - {"weights", "sha256"}}
+        return rows
+
+    scaled = ["--context_length", 512, "--rope_type", "yarn"]
+    rows = printed("perplexity", *scaled, "--text", books, "--lengths", 16, 32, "--stride", 5, "--attention", "s2")
+    assert rows["attention"] == "S2-Attn" and rows["group size"] == "128"
+    assert "rope_type=yarn" in rows["rope"] and "factor=16" in rows["rope"]
+    assert rows["lengths"] == "16 32" and rows["stride"] == "5" and rows["score"].startswith("each token once")
+    rows = printed("passkey", *scaled, "--lengths", 400, "--depths", 0.5, "--trials", 1)
+    assert rows["attention"] == "dense (sdpa)" and rows["decoding"].startswith("greedy")
+    assert "'A pass key is hidden in this text." in rows["prompt"] and rows["prompt"].endswith("The pass key is'")
+    assert rows["dtype"] == "float32" and f"torch={torch.__version__}" in rows["versions"]
 
 
 def test_short_documents_are_kept_if_asked_for(model: Path, books: Path) -> None:
@@ -449,17 +468,34 @@ def test_a_disk_that_is_full_at_the_end_is_one_clear_error(
     assert run("passkey", *given)["summary"]["asked"] == 1
 
 
-def test_two_processes_compute_what_one_computes(model: Path, books: Path) -> None:
+@pytest.mark.parametrize(
+    ("task", "launcher"),
+    [
+        ("perplexity", torchrun(2)),
+        ("passkey", torchrun(2)),
+        pytest.param("perplexity", deepspeed(2), marks=pytest.mark.full),
+    ],
+    ids=["perplexity torchrun", "passkey torchrun", "perplexity deepspeed"],
+)
+def test_two_processes_compute_what_one_computes(
+    model: Path, books: Path, task: str, launcher: tuple[str, ...]
+) -> None:
     given = ["--model", model, "--text", books, "--lengths", 16, 32]
-    script = str(ROOT / "examples" / "evaluate.py")
-    command = [*torchrun(2), script, "perplexity", *map(str, given), "--output", "two"]
+    table = "perplexity of 263 tokens in 3 documents"
+    if task == "passkey":
+        given = ["--model", model, "--context_length", 512, "--lengths", 400, 512, "--depths", 0, 1, "--trials", 2]
+        table = "share of questions for the pass key that were answered exactly, 2 in each cell"
+    command = [*launcher, str(ROOT / "examples" / "evaluate.py"), task, *map(str, given), "--output", "two"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     two = json.loads(Path("two/results.json").read_text())
-    one = run("perplexity", *given, output="one")
+    one = run(task, *given, output="one")
     assert two["made"]["processes"] == 2 and list(two["cells"]) == list(one["cells"])
-    assert two["summary"]["perplexity"] == pytest.approx(one["summary"]["perplexity"], rel=1e-6)
-    assert done.stdout.count("perplexity of 263 tokens in 3 documents") == 1 and "100%" in done.stderr
+    if task == "passkey":  # its answers too, word by word
+        assert two["cells"] == one["cells"] and two["summary"] == one["summary"]
+    else:
+        assert two["summary"]["perplexity"] == pytest.approx(one["summary"]["perplexity"], rel=1e-6)
+    assert done.stdout.count(table) == 1 and "100%" in done.stderr
 
 
 def test_the_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import shutil
 from pathlib import Path
@@ -10,11 +11,13 @@ import pytest
 import torch
 from tokenizers import processors
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import generate
 from finetune_runs import make_model
 from longlora_ext.adapter import lora_config, merge, prepare_model, save_adapter
 from longlora_ext.context import extend_config
+from models.use_model import OpenedModel
 
 CONTEXT = 512
 TEXT = "The ship is called Pequod. " * 10
@@ -77,6 +80,28 @@ def test_the_answer_is_that_of_the_model(
     assert answer(capsys, "--model", tmp_path / "merged", *given)[0] == printed
     base = ["--model", adapter.with_name("base"), "--context_length", CONTEXT]
     assert answer(capsys, *base, *given)[0] != printed
+
+
+def test_the_answer_comes_word_by_word(
+    adapter: Path, book: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is printed by the time that the model makes each token, of a model that says this and a byte a token."""
+    said, came = b"It is the Pequod.", []
+
+    def opened(options: argparse.Namespace, original=generate.open_model) -> OpenedModel:
+        found = original(options)
+        letters = iter(found.tokenizer(said.decode())["input_ids"])
+
+        def say(model: torch.nn.Module, given: tuple, output: CausalLMOutputWithPast) -> None:
+            came.append(capsys.readouterr().out)
+            output.logits[..., next(letters)] = 1e9
+
+        found.base.register_forward_hook(say)
+        return found
+
+    monkeypatch.setattr(generate, "open_model", opened)
+    last, _ = answer(capsys, "--model", adapter, "--file", book, "--max_new_tokens", len(said), "--temperature", 0)
+    assert [*filter(None, came), last] == ["It ", "is ", "the ", "Pequod.\n"]
 
 
 def test_standard_input_and_no_question(
