@@ -252,7 +252,7 @@ def _has_kernels(device: torch.device) -> bool:
         return device.type == "cpu"
     if not torch._C._dispatch_has_kernel_for_dispatch_key("longlora::s2attn_fwd", "CUDA"):
         return False
-    gpu = torch.cuda.get_device_properties(device)
+    gpu: Any = torch.cuda.get_device_properties(device)
     return gpu.major >= 8 and gpu.shared_memory_per_block_optin >= 160 * 1024
 
 
