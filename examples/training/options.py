@@ -93,7 +93,7 @@ class DataOptions:
         default=None,
         metadata={
             "help": "Text to train on: files (.txt .md .rst .py: a document each; .jsonl .json .parquet: "
-            "a document a row), folders, glob patterns, or hub datasets OWNER/NAME[:CONFIG[:SPLIT]]. "
+            "a document a row; any of the text and JSON ones packed as .gz too), folders, glob patterns, or hub datasets OWNER/NAME[:CONFIG[:SPLIT]]. "
             "Default: Python's standard library."
         },
     )
