@@ -93,8 +93,8 @@ class DataOptions:
         default=None,
         metadata={
             "help": "Text to train on: files (.txt .md .rst .py: a document each; .jsonl .json .parquet: "
-            "a document a row; any of the text and JSON ones packed as .gz too), folders, glob patterns, or hub datasets OWNER/NAME[:CONFIG[:SPLIT]]. "
-            "Default: Python's standard library."
+            "a document a row; text and JSON may be packed, .gz), folders, glob patterns, or hub datasets "
+            "OWNER/NAME[:CONFIG[:SPLIT]]. Default: Python's standard library."
         },
     )
     eval_file: list[str] | None = field(
