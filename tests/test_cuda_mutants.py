@@ -42,7 +42,7 @@ MUTANTS = {
     "diagonal unmasked": Mutant("cuda/mask.h", "key + keys - 1 > row", "key > row", SHAPES),
     "left border unmasked": Mutant("cuda/mask.h", "key < highest", "key < lowest", SHAPES),
     # which tiles
-    "tile without a block": Mutant("cuda/scheduler.h", "? tiles_per_group / 2 : 0", "? 0 : 0", SHAPES),
+    "tile without a block": Mutant("cuda/scheduler.h", "tiles_per_group / 2", "0", SHAPES, "? {} : 0)"),
     "tile past the last": Mutant("cuda/scheduler.h", "turn.tile >= schedule.tiles", "false", COUNTS),
     "forward: first tile of keys": Mutant("cuda/mainloop_fwd.h", "rows.lowest", "(rows.lowest + kKeys)", SHAPES),
     "forward: keys that none sees": Mutant("cuda/mainloop_fwd.h", "rows.lowest", "0", COUNTS),
