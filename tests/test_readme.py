@@ -48,4 +48,7 @@ def test_the_table_has_a_source() -> None:
 
 def test_two_commands_do_the_set_up() -> None:
     commands = [line for line in "".join(blocks("bash")).splitlines() if "venv" in line]
-    assert [command.rsplit("&& ", 1)[1] for command in commands] == ["deepspeed examples/finetune_llama.py", "pytest"]
+    assert [command.rsplit("&& ", 1)[1] for command in commands] == [
+        "deepspeed examples/finetune_llama.py",
+        "pytest -n 2 --dist loadfile",
+    ]
