@@ -48,7 +48,14 @@ from longlora_ext.loss import refusal, tile_loss
 from models.convert_gguf import convert_gguf
 from models.folders import check_model_folder
 from models.four_bits import four_bits
-from models.suitable import check_attention, check_kernels, check_tokenizer, check_tokens, padding_token
+from models.suitable import (
+    check_attention,
+    check_context,
+    check_kernels,
+    check_tokenizer,
+    check_tokens,
+    padding_token,
+)
 from runs.checkpoints import CompletionMarker, step_of
 from runs.command_line import one_clear_error
 from runs.full_disk import writing_to
@@ -181,11 +188,7 @@ def new_context(base_config: PreTrainedConfig, options: ModelOptions) -> PreTrai
     new = options.context_length or 4 * old
     if options.context_length is None and rope_type_of(base_config) != "default":
         say(f"note: the model's RoPE is scaled already, to {old:,} tokens; --context_length {old} leaves it at that")
-    if new < old:
-        raise ValueError(
-            f"--context_length {new} is less than the model's own {old}: give more to extend it, or {old} to train it "
-            "as it is"
-        )
+    check_context("--context_length", new, old)
     ratio = options.group_ratio or DEFAULT_GROUP_RATIO
     if new > old:
         return extend_config(

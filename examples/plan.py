@@ -25,7 +25,7 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
 from longlora_ext.context import context_length
 from models.folders import check_model_folder
-from models.suitable import check_attention
+from models.suitable import check_attention, check_context
 from planning.planner import MOST, Plan, Run, Way
 from runs import launch
 from runs.command_line import one_clear_error
@@ -117,11 +117,7 @@ def figures(options: argparse.Namespace) -> dict[str, Any]:
     config = read_config(options.model)
     own = context_length(config)
     context = options.context or 4 * own
-    if context < own:
-        raise ValueError(
-            f"--context {context} is less than the model's own {own}: give more to extend it, or {own} to train it as "
-            "it is"
-        )
+    check_context("--context", context, own)
     check_sequence_parallel(config, context, options.sequence_parallel_size)
     run = Run(
         zero=options.zero,

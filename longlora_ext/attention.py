@@ -36,7 +36,7 @@ from longlora_ext.documents import (
     doc_start_from_cu_seqlens,
     doc_start_from_position_ids,
 )
-from longlora_ext.ops import s2attn
+from longlora_ext.ops import has_cuda_kernels, s2attn
 
 NAME = "s2attn"
 MODES = ("auto", "s2", "dense")
@@ -250,7 +250,7 @@ def _has_kernel(query: torch.Tensor) -> bool:
 def _has_kernels(device: torch.device) -> bool:
     if device.type != "cuda":
         return device.type == "cpu"
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("longlora::s2attn_fwd", "CUDA"):
+    if not has_cuda_kernels():
         return False
     gpu: Any = torch.cuda.get_device_properties(device)
     return gpu.major >= 8 and gpu.shared_memory_per_block_optin >= 160 * 1024

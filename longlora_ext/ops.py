@@ -72,6 +72,11 @@ def s2attn(
     )
 
 
+def has_cuda_kernels() -> bool:
+    """Whether this build of the library has them."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("longlora::s2attn_fwd", "CUDA")
+
+
 def _check(ok: bool, message: str) -> None:
     if not ok:
         raise RuntimeError(f"s2attn: {message}")
@@ -91,7 +96,7 @@ def _s2attn(
     deterministic: bool = False,
 ) -> Tensor:
     _check(q.dim() == 4, f"q must have 4 dimensions [batch, seqlen, heads, head_dim], but is {list(q.shape)}")
-    if q.device.type == "cuda" and not torch._C._dispatch_has_kernel_for_dispatch_key("longlora::s2attn_fwd", "CUDA"):
+    if q.device.type == "cuda" and not has_cuda_kernels():
         _check(False, "this build of longlora_ext has no CUDA kernels; use attn_implementation='sdpa' or the CPU")
     # register_autograd knows reverse mode alone, and would drop a tangent without a word.
     if forward_ad._current_level >= 0:

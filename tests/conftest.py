@@ -15,10 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import pytest
 import torch
 
-import longlora_ext  # noqa: F401  (registers the kernels)
+from longlora_ext.ops import has_cuda_kernels
 from runs import launch
 
-HAS_CUDA = torch.cuda.is_available() and torch._C._dispatch_has_kernel_for_dispatch_key("longlora::s2attn_fwd", "CUDA")
+HAS_CUDA = torch.cuda.is_available() and has_cuda_kernels()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

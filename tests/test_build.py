@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import longlora_ext
+from longlora_ext.ops import has_cuda_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = Path(torch.__file__).parent
@@ -243,10 +244,6 @@ def device_code(library: Path) -> set[tuple[str, int]]:
             found.add(({1: "ptx", 2: "code"}.get(kind, f"kind {kind}"), architecture))
             at += header + size
     return found
-
-
-def has_cuda_kernels() -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key("longlora::s2attn_fwd", "CUDA")
 
 
 def test_library_has_cuda_kernels_for_both_directions_or_none() -> None:

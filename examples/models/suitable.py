@@ -45,6 +45,15 @@ def check_attention(config: PreTrainedConfig) -> None:
         raise ValueError(f"its heads have {head_dim} dimensions, and S2-Attn takes multiples of 8 up to {MAX_HEAD_DIM}")
 
 
+def check_context(option: str, tokens: int, own: int) -> None:
+    """Raise `ValueError` if `option` asks for a context that is shorter than the model's own."""
+    if tokens < own:
+        raise ValueError(
+            f"{option} {tokens} is less than the model's own {own}: give more to extend it, or {own} to train it as it "
+            "is"
+        )
+
+
 def check_kernels(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> None:
     """Raise `ValueError` if S2-Attn does not run there: it is tried, and says best itself what it lacks."""
     shape = (3, 1, 8, 1, head_dim_of(config))  # q, k, v of eight tokens
