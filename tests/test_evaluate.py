@@ -1,36 +1,29 @@
-"""examples/evaluate.py as its users meet it: what it computes, refuses, keeps and goes on from."""
+"""examples/evaluate.py as its users meet it: what it computes, of which models and by how many processes."""
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import datasets
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import evaluate
-import generate
-from evaluation import evaluation_folder, perplexity_task
+from evaluate_runs import make_books, refusal, run
+from evaluation import perplexity_task
 from evaluation.perplexity_task import PerplexityTask
-from evaluation.retrieval_task import RetrievalTask
 from finetune_runs import CONTEXT, ROOT, deepspeed, environment, make_model, torchrun
 from inputs.files import load_documents
 from inputs.tokens import tokenise
 from longlora_ext.adapter import lora_config, merge, prepare_model, save_adapter
 from longlora_ext.context import extend_config
-from models import use_model
 from test_perplexity import brute_force
-from test_run_folder import held
 
 LONGER = 4 * CONTEXT
 
@@ -49,11 +42,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def books(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of texts: one shorter than the model's context, two longer ones, one four times as long."""
-    folder = tmp_path_factory.mktemp("books")
-    for number, size in enumerate((20, 50, 70, 140)):
-        (folder / f"{number}.txt").write_text("".join(chr(97 + (i * i + number) % 26) for i in range(size)))
-    return folder
+    return make_books(tmp_path_factory.mktemp("books"))
 
 
 @pytest.fixture(scope="module")
@@ -69,22 +58,6 @@ def adapter(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adapter") / "adapter"
     save_adapter(trained, folder, AutoTokenizer.from_pretrained(model))
     return folder
-
-
-def run(task: str, *arguments: object, output: str = "out") -> dict:
-    """What the program writes."""
-    evaluate.main([task, "--output", output, *map(str, arguments)])
-    return json.loads((Path(output) / "results.json").read_text())
-
-
-def refusal(capsys: pytest.CaptureFixture[str], task: str, *arguments: object) -> str:
-    """What the program says when it refuses."""
-    with pytest.raises(SystemExit) as stopped:
-        evaluate.main([task, *map(str, arguments)])
-    assert stopped.value.code == 2
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("evaluate.py: error: ")]
-    assert len(said) == 1
-    return said[0]
 
 
 def test_perplexity_is_that_of_each_token_by_itself(model: Path, books: Path) -> None:
@@ -278,19 +251,6 @@ def test_a_model_is_spread_over_gpus(
     assert asked == ["auto"]
 
 
-@pytest.mark.parametrize("program", [evaluate, generate])
-def test_a_model_is_spread_by_one_process_and_over_gpus(
-    program: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    given = ["perplexity"] if program is evaluate else ["--file", "-"]
-    for processes, message in ((1, "spreads a model over GPUs, and there is none"), (2, "gives one process all GPUs")):
-        monkeypatch.setattr(use_model, "WORLD_SIZE", processes)
-        with pytest.raises(SystemExit, match="2"):
-            program.main([*given, "--device_map", "auto"])
-        assert f"{program.__name__}.py: error: --device_map auto {message}" in capsys.readouterr().err
-
-
 def test_dynamic_rope_does_not_remember_the_text_before(model: Path, books: Path) -> None:
     """transformers keeps the frequencies of the longest text so far: which cells a process had before must not tell."""
     given = ["perplexity", "--model", model, "--context_length", LONGER, "--rope_type", "dynamic", "--text", books]
@@ -300,172 +260,6 @@ def test_dynamic_rope_does_not_remember_the_text_before(model: Path, books: Path
     first = task.compute("length-128-document-1-tokens-0-51", lambda tokens: None)
     task.compute("length-128-document-3-tokens-0-141", lambda tokens: None)
     assert task.compute("length-128-document-1-tokens-0-51", lambda tokens: None) == first
-
-
-# --- interrupted, divided, repeated -----------------------------------------------------------------------------
-
-
-def test_a_killed_run_goes_on_where_it_was(
-    model: Path, books: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    given = ["--model", model, "--text", books, "--lengths", 16, 32]
-    whole = run("perplexity", *given, output="whole")
-    computed: list[str] = []
-
-    def compute(self: PerplexityTask, cell: str, progress: object, original=PerplexityTask.compute) -> dict:
-        computed.append(cell)
-        if len(computed) == 3:
-            raise KeyboardInterrupt
-        return original(self, cell, progress)
-
-    monkeypatch.setattr(PerplexityTask, "compute", compute)
-    with pytest.raises(SystemExit) as stopped:
-        run("perplexity", *given)
-    assert stopped.value.code == 130
-    assert capsys.readouterr().err.endswith("\nstopped; the same command goes on\n")
-    assert len(list(Path("out/cells").iterdir())) == 2 and not Path("out/results.json").exists()
-    other = refusal(capsys, "perplexity", *given, "--stride", 4, "--output", "out")
-    assert "--output out belongs to another evaluation: stride was 8 and is 4" in other
-    done = run("perplexity", *given)
-    assert "going on: 2 of 6 parts are computed" in capsys.readouterr().out
-    assert done["cells"] == whole["cells"] and done["summary"] == whole["summary"]
-    assert sorted(computed) == sorted([*whole["cells"], computed[2]])  # none twice but the one that was interrupted
-    assert not Path("out/cells").exists()
-
-    written = Path("out/results.json").read_bytes()
-    run("perplexity", *given)
-    assert "out is complete: nothing is computed again" in capsys.readouterr().out
-    assert Path("out/results.json").read_bytes() == written and len(computed) == 7
-    assert "belongs to another evaluation" in refusal(capsys, "perplexity", *given, "--stride", 4, "--output", "out")
-    assert Path("out/results.json").read_bytes() == written
-
-
-def test_what_was_changed_by_hand_is_not_believed(model: Path, books: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["--model", model, "--text", books]
-    whole = run("perplexity", *given)
-    results, settings = Path("out/results.json"), Path("out/settings.json")
-    first, second, *_ = whole["cells"]
-    cut = {**whole, "cells": {first: whole["cells"][first], second: {"scored": None}}}
-    for content in ({}, [], {"cells": {}}, {"cells": {}, "summary": {}}, cut):
-        results.write_text(json.dumps(content))
-        assert run("perplexity", *given)["summary"] == whole["summary"]
-    results.unlink()
-    Path("out/cells").mkdir()
-    for cell, content in ((first, "{}"), (second, '"x"')):
-        Path(f"out/cells/{cell}.json").write_text(content)
-    assert run("perplexity", *given)["cells"] == whole["cells"]
-    results.write_text("{")
-    assert "out/results.json cannot be read, it is no JSON: Expecting" in refusal(
-        capsys, "perplexity", *given, "--output", "out"
-    )
-    before = settings.read_text()
-    for content, message in (
-        ("{}", "belongs to another evaluation: one of the two has no attention"),
-        ("[]", "belongs to another evaluation: settings.json holds no settings"),
-        ("", "out/settings.json cannot be read, it is no JSON: Expecting"),
-    ):
-        settings.write_text(content)
-        assert message in refusal(capsys, "perplexity", *given, "--output", "out")
-        assert settings.read_text() == content != before
-
-
-def test_a_model_with_a_broken_or_missing_part_is_refused(
-    model: Path, books: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def refused(file: str, content: str) -> str:
-        broken = shutil.copytree(model, tmp_path / "broken", dirs_exist_ok=True)
-        (broken / file).write_text(content)
-        return refusal(capsys, "perplexity", "--model", broken, "--text", books)
-
-    assert ": ValueError: " not in refused("config.json", "{")
-    rope = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0}}
-    said = refused("config.json", json.dumps(json.loads((model / "config.json").read_text()) | rope))
-    assert "broken: KeyError: " in said or "factor" in said
-    assert "broken: " in refused("tokenizer.json", '{"a": 1}')
-    shutil.rmtree(tmp_path / "broken")
-    weights = load_file(model / "model.safetensors")
-    gone = sorted(weights)[-1]
-    broken = shutil.copytree(model, tmp_path / "broken")
-    save_file({name: weight for name, weight in weights.items() if name != gone}, broken / "model.safetensors")
-    said = refusal(capsys, "perplexity", "--model", broken, "--text", books)
-    assert f"broken is incomplete: its files have no {gone}" in said
-
-
-def test_nothing_of_others_is_overwritten(
-    model: Path, books: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    given = ["--model", model, "--text", books]
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").touch()
-    assert "mine is not empty and no evaluation" in refusal(capsys, "perplexity", *given, "--output", "mine")
-    said = refusal(capsys, "perplexity", *given, "--output", "mine/thesis.tex")
-    assert "is a file; it must be a folder" in said
-    said = refusal(capsys, "perplexity", *given, "--output", "mine/thesis.tex/out")
-    assert "cannot be written to: Not a directory" in said
-
-
-def test_a_folder_belongs_to_one_process(model: Path, books: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with held(Path("out/.lock")):
-        said = refusal(capsys, "perplexity", "--model", model, "--text", books, "--output", "out")
-    assert "--output out: another process is writing to it" in said
-
-
-def test_a_folder_is_found_where_none_is_given(model: Path, books: Path) -> None:
-    for stride in (5, 6, 5):
-        evaluate.main(["perplexity", "--model", str(model), "--text", str(books), "--stride", str(stride)])
-    assert sorted(path.name for path in Path("evaluated").iterdir()) == ["tiny-perplexity", "tiny-perplexity-2"]
-
-
-def test_a_folder_that_cannot_be_read_is_named(
-    model: Path, books: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = Path("evaluated/tiny-perplexity")
-    folder.mkdir(parents=True)
-
-    def iterdir(path: Path, original=Path.iterdir) -> Iterator[Path]:
-        if path.resolve() == folder.resolve():  # as for who may not read it
-            raise PermissionError(13, "Permission denied", str(path))
-        return original(path)
-
-    monkeypatch.setattr(Path, "iterdir", iterdir)
-    given = ["perplexity", "--model", model, "--text", books]
-    for output in ([], ["--output", folder]):
-        assert f"Permission denied: '{folder}'" in refusal(capsys, *given, *output)
-
-
-def test_a_full_disk_keeps_what_is_complete(
-    model: Path, books: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def write(path: Path, content: object, original=evaluation_folder.write_json) -> None:
-        if "document-2" in path.stem:
-            raise OSError(28, "No space left on device")
-        original(path, content)
-
-    monkeypatch.setattr(evaluation_folder, "write_json", write)
-    said = refusal(capsys, "perplexity", "--model", model, "--text", books, "--output", "out")
-    assert "out cannot be written to: No space left on device. What is computed so far is kept" in said
-    assert len(list(Path("out/cells").iterdir())) == 2
-
-
-@pytest.mark.parametrize("file", ["results.txt", "heat_map.png", "results.json"])
-def test_a_disk_that_is_full_at_the_end_is_one_clear_error(
-    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], file: str
-) -> None:
-    """The system's own: the file, or what it is written as at first, is another name of /dev/full by then."""
-    given = ["--model", model, "--context_length", 512, "--lengths", 400, "--depths", 0.5, "--trials", 1]
-    full = Path("out") / (f"{file}.tmp" if file == "results.json" else file)
-
-    def compute(*arguments: object, original=evaluate.compute) -> dict:
-        full.symlink_to("/dev/full")
-        return original(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "compute", compute)
-        said = refusal(capsys, "passkey", *given, "--output", "out")
-    assert "out cannot be written to: No space left on device. What is computed so far is kept" in said
-    full.unlink()
-    monkeypatch.setattr(RetrievalTask, "compute", None)  # nothing is left to compute
-    assert run("passkey", *given)["summary"]["asked"] == 1
 
 
 @pytest.mark.parametrize(
@@ -498,71 +292,6 @@ def test_two_processes_compute_what_one_computes(
     assert done.stdout.count(table) == 1 and "100%" in done.stderr
 
 
-def test_the_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
-    for given, expected in ((["--help"], "what scaling RoPE alone does"), (["passkey", "--help"], "--depths")):
-        with pytest.raises(SystemExit) as stopped:
-            evaluate.main(given)
-        assert stopped.value.code == 0 and expected in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ("perplexity --stride 0", "--stride must be 1 or more, got 0"),
-        ("perplexity --lengths 1 8", "--lengths must be 2 or more, got 1"),
-        ("perplexity --lengths 8 --stride 8", "--stride must be less than the shortest length of 8, got 8"),
-        ("perplexity --lengths 32 --max_tokens 16", "--max_tokens 16 is less than the longest length of 32"),
-        ("perplexity --max_documents 0", "--max_documents must be 1 or more, got 0"),
-        ("perplexity --group_size 8", "--group_size is for --attention s2"),
-        ("perplexity --attention s2 --group_size 7", "--group_size must be even and at least 2, got 7"),
-        ("perplexity --score some", "invalid choice: 'some'"),
-        ("perplexity --text {ids} {books}", "files of token ids (.bin) and of text cannot be mixed"),
-        ("perplexity --text {ids}", "the text has the token id 300, but the model's vocabulary has 257 tokens"),
-        ("perplexity --text {odd}", "odd.bin is no file of token ids of 16 bits"),
-        ("perplexity --attention eager", "invalid choice: 'eager'"),
-        ("perplexity --text gone.txt", "gone.txt: no such file, folder or glob pattern"),
-        ("perplexity --text {books} --lengths 512 --beyond_trained_length", "longest of 4 has 141"),
-        ("perplexity --text {empty}", "no document of 32 tokens is there, the longest of 0 has 0"),
-        ("perplexity --rope_type yarn", "--rope_type and --rope_parameters need --context_length"),
-        ("perplexity --context_length 16", "error: --context_length 16 --rope_type linear: context_length must be an "),
-        ("perplexity --context_length 64 --rope_type none", "rope_type must be one of default, "),
-        ("perplexity --rope_parameters 5", "argument --rope_parameters: must be a JSON object, got '5'"),
-        ("perplexity --base_model x", "--base_model is for adapters"),
-        ("perplexity --model nowhere", "--model nowhere: "),
-        ("passkey --depths 1.5", "--depths must be in 0..1, got 1.5"),
-        ("passkey --trials 0", "--trials must be 1 or more, got 0"),
-        ("passkey --lengths 32", "--lengths 32: this prompt and its answer have "),
-        ("passkey", "reads 32 tokens, and this prompt has "),
-        ("needles --needles 1", "--needles must be in 2..100, got 1"),
-        ("passkey --needles 3", "unrecognized arguments: --needles 3"),
-        ("summary", "invalid choice: 'summary'"),
-        ("", "the following arguments are required: TASK"),
-    ],
-)  # fmt: skip
-def test_a_bad_argument_is_one_clear_error(
-    model: Path, books: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: str, message: str
-) -> None:
-    (tmp_path / "empty.txt").touch()
-    (tmp_path / "ids.bin").write_bytes(np.full(40, 300, "<u2").tobytes())
-    (tmp_path / "odd.bin").write_bytes(b"odd")
-    files = {name.partition(".")[0]: tmp_path / name for name in ("empty.txt", "ids.bin", "odd.bin")}
-    words = given.format(books=books, **files).split()
-    at = 1 if words[:1] and words[0] in evaluate.TASKS and "--model" not in words else None
-    if at:
-        words[1:1] = ["--model", str(model)]
-    with pytest.raises(SystemExit) as stopped:
-        evaluate.main(words)
-    assert stopped.value.code == 2
-    said = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
-    assert len(said) == 1 and said[0].startswith("evaluate.py") and message in said[0]
-    assert not Path("evaluated").exists()
-
-
 def test_an_adapter_takes_no_other_context(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = refusal(capsys, "perplexity", "--model", adapter, "--context_length", 512)
     assert "an adapter brings the context that it was trained for" in said
-
-
-def test_the_deepspeed_launchers_argument_is_taken(model: Path, books: Path) -> None:
-    evaluate.main(["--local_rank=0", "perplexity", "--model", str(model), "--text", str(books)])
-    assert Path("evaluated/tiny-perplexity/results.json").is_file()
