@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Everything that a GPU can say about this checkout, in ten minutes: what the machine is, the tests on CUDA,
-# compute-sanitizer, the benchmark, a profile, a fine-tuning. A step that fails or runs out of time stops none after it.
+# Everything that a GPU can say about this checkout, in ten minutes: what the machine is; the tests on CUDA,
+# compute-sanitizer and a fine-tuning, all at once; then, alone, the benchmark and a profile. A step that fails or runs
+# out of time stops none after it.
 #
 #   benchmarks/gpu_session.sh OUT           from a checkout, with a CUDA torch and what requirements.txt names
 #   benchmarks/gpu_session.sh OUT --cpu     a rehearsal: the same steps, tiny and on the CPU, without the CUDA tools
@@ -19,8 +20,7 @@ device=cuda
 [[ ${2:-} == --cpu ]] && device=cpu
 cd "$(dirname "$0")/.."
 deadline=$((SECONDS + ${SESSION_SECONDS:-570}))
-failures=0
-export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 : >"$out/summary.txt"
 
 note() { printf '%-12s %-8s %4ss  %s\n' "$@" >>"$out/summary.txt"; }
@@ -30,26 +30,19 @@ step() {
   local name=$1 limit=$2 begin=$SECONDS status=0 verdict=passed
   shift 2
   ((limit > deadline - SECONDS)) && limit=$((deadline - SECONDS))
-  if ((limit < 5)); then
-    note "$name" "NOT RUN" 0 "no time left"
-    failures=$((failures + 1))
-    return
-  fi
+  ((limit < 5)) && note "$name" "NOT RUN" 0 "no time left" && return
   printf '== %s: %s\n' "$name" "$*"
   timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1 || status=$?
-  ((status)) && verdict=FAILED && failures=$((failures + 1))
+  ((status)) && verdict=FAILED
   ((status == 124 || status == 137)) && verdict="CUT OFF"
   note "$name" "$verdict" $((SECONDS - begin)) "$(grep -v '^ *$' "$out/$name.log" | tail -n 1 | cut -c 1-150)"
 }
 
-# tool NAME PROGRAM SECONDS COMMAND...: a step for which a program must be there.
-tool() {
-  if command -v "$2" >/dev/null && [[ $device == cuda ]]; then
-    step "$1" "${@:3}"
-  else
-    note "$1" "NOT RUN" 0 "$([[ $device == cuda ]] && echo "no $2 here" || echo "rehearsal on the CPU")"
-    [[ $device == cuda ]] && failures=$((failures + 1))
-  fi
+# sanitize TOOL SECONDS [NAME=VALUE...]: the operator under one of compute-sanitizer's tools.
+sanitize() {
+  local tool=$1 limit=$2
+  shift 2
+  step "$tool" "$limit" env "$@" compute-sanitizer --error-exitcode 9 --tool "$tool" python3 benchmarks/exercise.py
 }
 
 environment() {
@@ -75,12 +68,12 @@ print(l.__file__, l.s2attn(q, k, v, 32).float().norm().item())"
   NVCC_APPEND_FLAGS=-lineinfo python3 setup.py -q build_ext && python3 -c "$loads"
 }
 
-# A few steps of the tiny Llama that ships here, on a text that does, and what they changed.
+# A few steps of the tiny Llama that ships here, on a text that does, and what they changed: finetune NAME LAUNCHER...
 finetune() {
   local steps=10
   [[ $device == cpu ]] && steps=1
-  python3 examples/finetune_llama.py --train_file 'examples/*.py' --max_steps $steps --eval_tokens 2048 \
-    --output_dir "$out/finetuned" && ls "$out/finetuned/adapter"
+  "${@:2}" examples/finetune_llama.py --train_file 'examples/*.py' --max_steps $steps --eval_tokens 2048 \
+    --output_dir "$out/$1" && ls "$out/$1/adapter"
 }
 
 export device out
@@ -88,39 +81,37 @@ export -f environment library finetune
 step environment 30 bash -c environment
 step library 400 bash -c library
 
-if [[ $device == cuda ]]; then
-  step tests 150 python3 -m pytest -q --maxfail=20 -p no:cacheprovider -k cuda tests/test_op_cuda.py \
-    tests/test_op_numerics.py tests/test_op_errors.py tests/test_op_torch.py tests/test_documents.py \
-    tests/test_attention.py tests/test_attention_refusals.py tests/test_checkpointing.py tests/test_loss.py \
-    tests/test_attention_generate.py
-else
+if [[ $device == cpu ]]; then
   step tests 100 python3 -m pytest -q -p no:cacheprovider tests/test_documents.py tests/test_op_errors.py
-fi
-# Without torch's caching each tensor is an allocation of its own, so that reading past one shows.
-tool memcheck compute-sanitizer 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 \
-  --tool memcheck python3 benchmarks/exercise.py
-tool racecheck compute-sanitizer 80 compute-sanitizer --error-exitcode 9 --tool racecheck \
-  python3 benchmarks/exercise.py
-if [[ $device == cuda ]]; then
-  step benchmark 130 python3 benchmarks/attention.py --seqlen 4096 16384 65536 --rounds 10 --seconds 1 \
-    --providers dense_flash dense_cudnn rolled_flash rolled_cudnn original groups_flash \
-    --output "$out/attention_cuda.json"
-else
+  step finetune 150 bash -c 'finetune finetuned python3'
   step benchmark 100 python3 benchmarks/attention.py --device cpu --seqlen 256 512 --head_dim 64 --rounds 3 \
     --dtype float32 --output "$out/attention_cpu.json"
+else
+  # Is it right? No time is taken here, so all of it runs beside each other.
+  step tests 150 python3 -m pytest -q -n 6 --maxfail=20 -p no:cacheprovider -k cuda tests/test_op_cuda.py \
+    tests/test_op_numerics.py tests/test_op_errors.py tests/test_op_torch.py tests/test_documents.py \
+    tests/test_attention.py tests/test_attention_refusals.py tests/test_checkpointing.py tests/test_loss.py \
+    tests/test_attention_generate.py &
+  # Without torch's caching each tensor is an allocation of its own, so that reading past one shows.
+  sanitize memcheck 150 PYTORCH_NO_CUDA_MEMORY_CACHING=1 &
+  sanitize initcheck 150 PYTORCH_NO_CUDA_MEMORY_CACHING=1 &
+  sanitize racecheck 150 &
+  sanitize synccheck 150 &
+  step finetune 150 bash -c 'finetune finetuned python3' &
+  step deepspeed 150 bash -c 'finetune finetuned_deepspeed deepspeed' &
+  wait
+  # How fast is it? Each alone.
+  step benchmark 150 python3 benchmarks/attention.py --rounds 10 --seconds 0.7 \
+    --providers dense_flash dense_cudnn rolled_flash rolled_cudnn original groups_flash \
+    --output "$out/attention_cuda.json"
+  # Mangled names carry the namespace. The clocks stay as they are.
+  step profile 50 ncu --set full --clock-control none --kernel-name-base mangled --kernel-name regex:longlora \
+    --force-overwrite --export "$out/profile" python3 benchmarks/exercise.py --slowest_of "$out/attention_cuda.json"
+  [[ -f $out/profile.ncu-rep ]] && ncu --import "$out/profile.ncu-rep" >"$out/profile.txt"
+  # In what is left of the time. Compiling takes longer than running here, so only some points.
+  step flex 90 python3 benchmarks/attention.py --seqlen 4096 16384 --kv_heads 8 --rounds 10 --seconds 1 \
+    --providers flex --output "$out/attention_cuda_flex.json"
 fi
-# Mangled names carry the namespace. The clocks stay as they are.
-tool profile ncu 50 ncu --set full --clock-control none --kernel-name-base mangled --kernel-name regex:longlora \
-  --force-overwrite --export "$out/profile" python3 benchmarks/exercise.py --slowest_of "$out/attention_cuda.json"
-[[ -f $out/profile.ncu-rep ]] && ncu --import "$out/profile.ncu-rep" >"$out/profile.txt"
-step finetune $([[ $device == cuda ]] && echo 60 || echo 150) bash -c finetune
-
-# In what is left of the time. Compiling takes longer than running here, so only some points.
-tool synccheck compute-sanitizer 30 compute-sanitizer --error-exitcode 9 --tool synccheck python3 benchmarks/exercise.py
-tool initcheck compute-sanitizer 40 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 \
-  --tool initcheck python3 benchmarks/exercise.py
-[[ $device == cuda ]] && step flex 90 python3 benchmarks/attention.py --seqlen 4096 16384 --head_dim 64 128 \
-  --kv_heads 8 --rounds 10 --seconds 1 --providers flex --output "$out/attention_cuda_flex.json"
 
 printf '\n'
 for log in benchmark flex; do
@@ -128,4 +119,4 @@ for log in benchmark flex; do
 done
 printf '\n'
 cat "$out/summary.txt"
-((failures == 0))
+! grep -vqE '^[a-z]+ +passed ' "$out/summary.txt"
