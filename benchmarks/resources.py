@@ -70,7 +70,7 @@ def backward_counts(tile: dict[str, int], head_dim: int, with_dq: bool) -> Count
     scores = product(rows, keys, head_dim, warps, tile["score_warps"])  # and their gradient
     dkv = product(keys, head_dim, rows, warps, tile["dkv_warps"])  # dk, dv
     dq = product(rows, head_dim, keys, warps, tile["dq_warps"]) if with_dq else Counter()
-    row_tiles = load(2 * rows, head_dim, threads)  # q, dout: the first, then the next
+    row_tiles = load(2 * rows, head_dim, threads) + Counter(LDGSTS=1)  # q, dout, statistics: the first, then the next
     return scores + scores + dkv + dkv + dq + row_tiles + row_tiles + load(2 * keys, head_dim, threads)
 
 
@@ -79,7 +79,7 @@ def dq_counts(tile: dict[str, int], head_dim: int) -> Counter[str]:
     scores = product(rows, keys, head_dim, warps, tile["score_warps"])
     dq = product(rows, head_dim, keys, warps, tile["dq_warps"])
     key_tiles = load(2 * keys, head_dim, threads)  # k, v: the first, then the next
-    return scores + scores + dq + load(2 * rows, head_dim, threads) + key_tiles + key_tiles
+    return scores + scores + dq + load(2 * rows, head_dim, threads) + Counter(LDGSTS=1) + key_tiles + key_tiles
 
 
 EXPECTED = {

@@ -25,6 +25,13 @@ LONGLORA_HOST_DEVICE Int first_key(Int i, Int doc_start, Int group_size, bool sh
   return doc_start + (group > 0 ? group : 0);
 }
 
+// The first row past the group that row `i` is in; the document may end before.
+template <typename Int>
+LONGLORA_HOST_DEVICE Int group_end(Int i, Int doc_start, Int group_size, bool shifted) {
+  const Int offset = shifted ? group_size / 2 : 0;
+  return doc_start + ((i - doc_start + offset) / group_size + 1) * group_size - offset;
+}
+
 // A group of 2 * seqlen or more tokens is the whole row, shifted or not: clamping changes no result.
 template <typename Int>
 LONGLORA_HOST_DEVICE Int clamp_group_size(Int group_size, Int seqlen) {

@@ -90,7 +90,7 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 struct Cuda {
   static constexpr size_t kAlignment = 16;              // one cp.async, one vector store
   static constexpr int64_t kRowStrides = 1 << 23;       // inside of a tile of 128 rows, 32 bits count
-  static constexpr int64_t kSequenceLengths = 1 << 30;  // as they do inside of a sequence
+  static constexpr int64_t kSequenceLengths = 1 << 29;  // as they do inside of a sequence, up to four times its length
 
   static void check_dtype(const Tensor& q) {
     const ScalarType dtype = q.scalar_type();

@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import simt_kernels
@@ -29,6 +29,10 @@ def test_the_formula_is_the_definition(seqlen: int, half: int, shifted: bool, cu
     mask = s2attn_mask(seqlen, 2 * half, shifted, torch.tensor(starts))
     first = [module().first_key(i, starts[i], 2 * half, shifted) for i in range(seqlen)]
     assert first == mask.int().argmax(dim=-1).tolist()
+    for key in range(seqlen):  # in whose document and group the rows that see it end
+        end = next((i for i in range(key, seqlen) if starts[i] > key), seqlen)
+        end = min(end, module().group_end(key, starts[key], 2 * half, shifted))
+        assert end == 1 + int(mask[:, key].nonzero().max())
 
 
 def test_an_old_gpu_is_told_what_to_use_instead() -> None:
@@ -71,6 +75,7 @@ def test_errors_of_the_runtime_say_what_to_do(error: int, advice: str) -> None:
     first_shifted_head=st.integers(0, 4),
     bytes_per_row=st.sampled_from([1, 3 << 15, 1 << 20]),
 )
+@example(seqlen=600, half=128, batch=50, heads=16, first_shifted_head=8, bytes_per_row=1 << 15)  # in sections
 def test_each_tile_has_one_block(
     seqlen: int, half: int, batch: int, heads: int, first_shifted_head: int, bytes_per_row: int
 ) -> None:
@@ -84,3 +89,21 @@ def test_each_tile_has_one_block(
     if first_shifted_head == heads:
         group = min(tiles, -(-min(2 * half, 2 * seqlen) // rows))
         assert len(turns) == batch * heads * -(-tiles // group) * group
+
+
+def test_blocks_go_by_section_then_from_the_longest() -> None:
+    """Neighbours share what fits into L2; but at the end, long blocks are not left to a few multiprocessors."""
+    batch, heads, group, rows = 100, 16, 4, 64
+    q = torch.empty(batch, group * rows, heads, 8)
+    described = simt_kernels.problem(module(), q, q, group * rows, None, heads, None)
+    pairs_of_a_section = 20  # in half of an A100's L2
+    turns = module().turns(described, rows, (20 << 20) // (group * rows * pairs_of_a_section))
+    first, second = (
+        turns[: group * pairs_of_a_section],
+        turns[group * pairs_of_a_section :][: group * pairs_of_a_section],
+    )
+    for section in (first, second):
+        assert len({turn[:2] for turn in section}) == pairs_of_a_section
+        assert [tile for _, _, tile in section] == [t for t in (3, 2, 1, 0) for _ in range(pairs_of_a_section)]
+    left = len(turns) - max(i for i, (_, _, tile) in enumerate(turns) if tile == group - 1)
+    assert 8 * 128 * 3 / 4 < left < 8 * 128

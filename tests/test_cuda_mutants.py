@@ -21,15 +21,20 @@ FAR = "test_offsets_beyond_32_bits"
 
 # Of the sources.
 KV_HEAD = "head / (problem.heads / problem.kv_heads)"
-FIRST = "Visibility(problem, batch, head).first_key(row)"
 BATCH, ROWS = "batch * view.batch_stride", "first_row * view.row_stride"
 ROW, COLUMN = "get<0>(where(0, m, k))", "get<1>(where(0, m, k))"
 
 MUTANTS = {
     # who sees whom
-    "shift": Mutant("groups.h", "group_size / 2", "group_size / 2 + 1", SHAPES),
-    "groups from the row's start": Mutant("groups.h", "i - doc_start + offset", "i + offset", DOCUMENTS),
+    "shift": Mutant("groups.h", "group_size / 2", "group_size / 2 + 1", SHAPES, "{} : 0;\n  const Int group ="),
+    "groups from the row's start": Mutant(
+        "groups.h", "i - doc_start + offset", "i + offset", DOCUMENTS, "group = ({})"
+    ),
     "start of documents": Mutant("groups.h", "group > 0 ? group : 0", "group", DOCUMENTS),
+    "ends of groups": Mutant("groups.h", "group_size - offset", "group_size", COUNTS, "+ 1) * {};"),
+    "ends of groups from the row's start": Mutant(
+        "groups.h", "i - doc_start + offset", "i + offset", DOCUMENTS, "return doc_start + (({})"
+    ),
     "first shifted head": Mutant("cuda/mask.h", "head >= problem.first_shifted_head", "false", SHAPES),
     "documents of the batch": Mutant(
         "cuda/mask.h", "problem.doc_start + batch * problem.seqlen", "problem.doc_start", DOCUMENTS
@@ -43,23 +48,41 @@ MUTANTS = {
     "left border unmasked": Mutant("cuda/mask.h", "key < highest", "key < lowest", SHAPES),
     # which tiles
     "tile without a block": Mutant("cuda/scheduler.h", "tiles_per_group / 2", "0", SHAPES, "? {} : 0)"),
+    "last section": Mutant(
+        "cuda/scheduler.h", "block >= schedule.in_sections * schedule.tiles_per_group", "false", SHAPES
+    ),
     "tile past the last": Mutant("cuda/scheduler.h", "turn.tile >= schedule.tiles", "false", COUNTS),
     "forward: first tile of keys": Mutant("cuda/mainloop_fwd.h", "rows.lowest", "(rows.lowest + kKeys)", SHAPES),
     "forward: keys that none sees": Mutant("cuda/mainloop_fwd.h", "rows.lowest", "0", COUNTS),
     "forward: last tile of keys": Mutant("cuda/mainloop_fwd.h", "cute::min(row + kRows, seqlen) - 1", "row", SHAPES),
     "backward: first tile of rows": Mutant("cuda/mainloop_bwd.h", "key / kRows", "key / kRows + 1", SHAPES),
     "backward: rows that see none": Mutant("cuda/mainloop_bwd.h", "key / kRows", "0", COUNTS),
-    "backward: last tile of rows": Mutant("cuda/mainloop_bwd.h", f"{FIRST} <= last_key", f"{FIRST} < last_key", SHAPES),
-    "backward: rows past the group": Mutant("cuda/mainloop_bwd.h", f"{FIRST} <= last_key", "true", COUNTS),
+    "backward: last tile of rows": Mutant("cuda/mainloop_bwd.h", "row >= last_end", "row + 1 >= last_end", SHAPES),
+    "backward: rows past the group": Mutant(
+        "cuda/mainloop_bwd.h", "row >= last_end", "row >= visible().seqlen", COUNTS
+    ),
+    "backward: last document": Mutant(
+        "cuda/mainloop_bwd.h", "document(row) > last_key", "document(row) > key", DOCUMENTS
+    ),
+    "backward: rows of later documents": Mutant(
+        "cuda/mainloop_bwd.h", "visible().document(row) > last_key", "false", COUNTS
+    ),
+    "backward: diagonal unmasked": Mutant("cuda/mainloop_bwd.h", "key + kKeys - 1 > row", "key > row", SHAPES),
+    "backward: group's border unmasked": Mutant("cuda/mainloop_bwd.h", "last_row >= first_end", "false", SHAPES),
+    "backward: document's border unmasked": Mutant(
+        "cuda/mainloop_bwd.h", "visible().document(last_row) > key", "false", DOCUMENTS
+    ),
     "dq: first tile of keys": Mutant("cuda/bwd_dq.h", "rows.lowest", "(rows.lowest + kKeys)", SHAPES),
     "dq: last tile of keys": Mutant("cuda/bwd_dq.h", "cute::min(row + kRows, seqlen) - 1", "row - 1", SHAPES),
     "stage": Mutant("cuda/mainloop_bwd.h", "stage ^ 1", "stage", SHAPES),
     # GQA
     "forward: KV head": Mutant("cuda/mainloop_fwd.h", KV_HEAD, "head % problem.kv_heads", GQA),
-    "backward: KV head": Mutant("cuda/mainloop_bwd.h", "kv_head * heads_per_kv", "kv_head", GQA),
-    "backward: heads that share": Mutant("cuda/mainloop_bwd.h", "head + heads_per_kv - 1", "head", GQA),
+    "backward: KV head": Mutant("cuda/mainloop_bwd.h", "kv_head * heads_per_kv", "kv_head", GQA, "begin({})"),
+    "backward: heads that share": Mutant("cuda/mainloop_bwd.h", "heads_per_kv - 1", "0", GQA),
     "dq: KV head": Mutant("cuda/bwd_dq.h", KV_HEAD, "head % problem.kv_heads", GQA),
     # sums
+    "log-sum-exp for delta": Mutant("cuda/bwd_tiles.h", "thread < kRows", "true", SHAPES),
+    "statistics of the other stage": Mutant("cuda/mainloop_bwd.h", "statistics_of(stage)", "statistics_of(0)", SHAPES),
     "maximum forgotten": Mutant("cuda/softmax.h", "maximum[m]", "-INFINITY", SHAPES, "float highest = {};"),
     "maximum of two lanes": Mutant("cuda/softmax.h", "shuffle_xor(x, 2)", "x", SHAPES, "fmaxf(x, {})"),
     "sum of two lanes": Mutant("cuda/softmax.h", "shuffle_xor(x, 2)", "x", SHAPES, "return x + {}"),
@@ -68,7 +91,7 @@ MUTANTS = {
     "sum not rescaled": Mutant("cuda/softmax.h", "sum[m] *= shrink", "sum[m]", SHAPES),
     "scale 0": Mutant("cuda/softmax.h", "std::numeric_limits<float>::min()", "0.0f", SHAPES),
     "log-sum-exp": Mutant("cuda/softmax.h", "maximum[m] * scale_log2 * kLn2", "maximum[m] * scale_log2", LSE),
-    "delta": Mutant("cuda/bwd_tiles.h", "gradient(m, n) - delta[m]", "gradient(m, n)", SHAPES),
+    "delta": Mutant("cuda/bwd_tiles.h", "gradient(m, n) - delta", "gradient(m, n)", SHAPES),
     "delta of four lanes": Mutant("cuda/bwd_around.h", "mask < 8", "mask < 4", SHAPES),
     "scale of dk": Mutant("cuda/mainloop_bwd.h", "scale_by(dk, static_cast<float>(problem.scale))", "void()", SHAPES),
     "scale of dq by atomics": Mutant("cuda/bwd_around.h", "static_cast<float>(params.problem.scale)", "1", SHAPES),

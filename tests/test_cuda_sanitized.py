@@ -20,7 +20,7 @@ FOUND = {"address": "AddressSanitizer: heap-", "thread": "ThreadSanitizer: data 
 # What leaves most results right: rows past the end are multiplied by zeros; blocks that add up without atomics are no
 # mistake to the emulator, which runs one after the other.
 MUTANTS = {
-    "lse past the end": Mutant("cuda/bwd_tiles.h", "inside", "true", "address", "lse_log2[m] = {} ?"),
+    "lse past the end": Mutant("cuda/bwd_tiles.h", "i < problem.seqlen", "true", "address"),
     "doc_start past the end": Mutant("cuda/mask.h", "cute::min(row, seqlen - 1)", "row", "address"),
     "rows of out past the end": Mutant("cuda/bwd_around.h", "row < rows", "true", "address", "problem.head_dim && {}"),
     "tile before the first": Mutant("cuda/scheduler.h", "turn.tile < 0", "false", "address"),

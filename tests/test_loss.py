@@ -119,7 +119,7 @@ def test_the_logits_of_all_tokens_never_exist(checkpointing: bool) -> None:
     logits = 1024 * 2048 * 4  # bytes
     for tile in (None, 16 * 2048):
         config = tiny_config(vocab_size=2048, tie_word_embeddings=True, num_hidden_layers=1)
-        model = model_of(config=config)
+        model = model_of(dtype=torch.bfloat16, config=config)
         model = prepare_model(model, lora_config(model)).train()
         if checkpointing:
             model.enable_input_require_grads()

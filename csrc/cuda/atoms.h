@@ -23,6 +23,9 @@ using CuteMma16816 =
 // cp.async of 16 bytes from global to shared memory, past the L1 cache; zeros where the predicate is false.
 struct CpAsync16 : cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t> {};
 
+// The same of one float.
+struct CpAsync4 : cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<float> {};
+
 // Four 8x8 matrices of 16-bit elements from shared memory into a warp's registers, as they are or transposed.
 struct Ldmatrix4 : cute::SM75_U32x4_LDSM_N {};
 struct Ldmatrix4T : cute::SM75_U16x8_LDSM_T {};
@@ -41,7 +44,14 @@ struct CpAsync16 : cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t> {
   // The global side is read here and not in the emulator, for the sanitizers to see it.
   static void copy(const cute::uint128_t& source, cute::uint128_t& target, bool pred) {
     const cute::uint128_t value = pred ? source : cute::uint128_t();
-    simt::copy_async(&target, &value);
+    simt::copy_async(&target, &value, sizeof(value));
+  }
+};
+
+struct CpAsync4 {
+  static void copy(const float& source, float& target, bool pred) {
+    const float value = pred ? source : 0.0f;
+    simt::copy_async(&target, &value, sizeof(value));
   }
 };
 

@@ -31,7 +31,7 @@ DEVICE void prepare_rows(const BackwardParams& params, int batch, int head, int 
     if (thread % 8 == 0 && row < rows) delta[row] = sum;
   }
   if (params.dq_scratch) {
-    float* sums = Tiles::dq_sums(params, batch, head, tile);
+    float* sums = Tiles::dq_sums(params, Tiles::row_tile(problem, batch, head, tile));
     for (int i = thread; i < Tiles::kRowsSize; i += Tiles::kThreads) sums[i] = 0;
   }
 }
@@ -41,7 +41,7 @@ DEVICE void finish_dq(const BackwardParams& params, int batch, int head, int til
   using Tiles = BackwardTiles<Element, kHeadDim>;
   const typename Tiles::DqMma mma;
   auto dq = zeros<Tiles::kRows, kHeadDim>(mma);
-  const float* sums = Tiles::dq_sums(params, batch, head, tile) + thread;
+  const float* sums = Tiles::dq_sums(params, Tiles::row_tile(params.problem, batch, head, tile)) + thread;
   CUTE_UNROLL
   for (int i = 0; i < size(dq); ++i) dq(i) = sums[i * Tiles::kThreads] * static_cast<float>(params.problem.scale);
   store_tile<Tiles::kThreads>(dq, mma, make_tensor(make_smem_ptr(shared), typename Tiles::RowsTile{}),

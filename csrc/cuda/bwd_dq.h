@@ -10,7 +10,8 @@ template <typename Element, int kHeadDim>
 struct BackwardDq : BackwardTiles<Element, kHeadDim> {
   using Tiles = BackwardTiles<Element, kHeadDim>;
   using Tiles::kRows, Tiles::kKeys, Tiles::kThreads, Tiles::kRowsSize, Tiles::kKeysSize, Tiles::kScoresSize;
-  static constexpr int kSharedBytes = sizeof(Element) * (2 * kRowsSize + 2 * kKeysSize + kScoresSize);
+  static constexpr int kSharedBytes =
+      sizeof(Element) * (2 * kRowsSize + 2 * kKeysSize + kScoresSize) + RowStatistics<kRows>::kBytes;
 
   DEVICE static void run(const BackwardParams& params, int batch, int head, int row, Element* shared, int thread) {
     const Problem& problem = params.problem;
@@ -24,6 +25,7 @@ struct BackwardDq : BackwardTiles<Element, kHeadDim> {
     auto k_tile = make_tensor(make_smem_ptr(k_at), typename Tiles::KeysTile{});
     auto v_tile = make_tensor(make_smem_ptr(k_at + kKeysSize), typename Tiles::KeysTile{});
     auto ds_tile = make_tensor(make_smem_ptr(k_at + 2 * kKeysSize), typename Tiles::ScoresTile{});
+    const RowStatistics<kRows> statistics{reinterpret_cast<float*>(k_at + 2 * kKeysSize + kScoresSize)};
 
     const typename Tiles::ScoresMma scores_mma;
     const typename Tiles::DqMma dq_mma;
@@ -49,12 +51,12 @@ struct BackwardDq : BackwardTiles<Element, kHeadDim> {
     const int first_tile = rows.lowest / kKeys, last_tile = (cute::min(row + kRows, seqlen) - 1) / kKeys;
     load_rows(params.q, q_tile);
     load_rows(params.dout, dout_tile);
+    statistics.template load<kThreads>(params, batch, head, row, thread);
     load_keys(params.v, v_tile, last_tile);
     load_keys(params.k, k_tile, last_tile);
 
     auto dq = zeros<kRows, kHeadDim>(dq_mma);
     const auto where = coordinates<kRows, kKeys>(scores_mma, thread);
-    const RowStatistics<std::decay_t<decltype(where)>> statistics(params, where, batch, head, row);
     CUTE_NO_UNROLL
     for (int n = last_tile; n >= first_tile; --n) {
       wait_copies<0>();
@@ -64,10 +66,10 @@ struct BackwardDq : BackwardTiles<Element, kHeadDim> {
       auto score_matrix = as_matrix(scores);
       if (rows.masks(n * kKeys, kKeys))
         apply_mask(score_matrix, where, [&](int i) { return visible.first_key(row + i); }, row, n * kKeys);
-      statistics.normalize(score_matrix, scale_log2);
+      statistics.normalize(score_matrix, where, scale_log2);
       auto gradient = zeros<kRows, kKeys>(scores_mma);
       multiply(gradient, scores_mma, dout, v);
-      statistics.differentiate(as_matrix(gradient), score_matrix);
+      statistics.differentiate(as_matrix(gradient), score_matrix, where);
       share(gradient, scores_mma, ds_tile, thread);
       sync_block();  // ds is whole, and nobody reads this V any more
       if (n > first_tile) load_keys(params.v, v_tile, n - 1);

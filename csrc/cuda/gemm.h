@@ -17,8 +17,9 @@ struct SharedOperand {
     auto target = copy.get_thread_slice(thread).retile_D(fragment);
     cute::copy(copy, source(_, _, k), target(_, _, k));
   }
-  // To the same tile in another buffer.
+  // To the same tile in another buffer; to where `other` is, and further.
   DEVICE void move(int elements) { source.data() = source.data() + elements; }
+  DEVICE void follow(const SharedOperand& other, int elements) { source.data() = other.source.data() + elements; }
 };
 
 template <class Fragment>

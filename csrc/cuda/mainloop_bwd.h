@@ -6,27 +6,38 @@
 
 namespace longlora::cuda {
 
-// Goes through the tiles of query rows that see a tile of keys, head by head.
+// Goes through the tiles of query rows that see a tile of keys, head by head. Where its groups end is worked out once a
+// head, so that a step divides nothing.
 template <int kRows>
 struct QueryWalk {
   const Problem& problem;
-  int batch, first_tile, last_key, last_head;
+  int batch, key, last_key, last_head;
   int head, tile;
+  int first_end, last_end;  // rows from there on do not see the first key; see no key
 
   DEVICE QueryWalk(const Problem& problem, int batch, int kv_head, int key, int keys)
-      : problem(problem), batch(batch), first_tile(key / kRows), last_key(key + keys - 1) {
+      : problem(problem), batch(batch), key(key), last_key(key + keys - 1) {
     const int heads_per_kv = static_cast<int>(problem.heads / problem.kv_heads);
-    head = kv_head * heads_per_kv;
-    last_head = head + heads_per_kv - 1;
-    tile = first_tile;
+    last_head = kv_head * heads_per_kv + heads_per_kv - 1;
+    begin(kv_head * heads_per_kv);
+  }
+  DEVICE Visibility visible() const { return Visibility(problem, batch, head); }
+  DEVICE void begin(int next_head) {
+    head = next_head;
+    tile = key / kRows;
+    first_end = visible().last_row_end(key);
+    last_end = visible().last_row_end(last_key);
   }
   DEVICE bool ended() const { return head > last_head; }
-  // first_key never decreases, so the first tile that begins past all keys ends a head's turn.
+  // Rows see ever later keys, so the first tile that begins past all of these ends a head's turn.
   DEVICE void next() {
     const int row = ++tile * kRows;
-    if (row < problem.seqlen && Visibility(problem, batch, head).first_key(row) <= last_key) return;
-    ++head;
-    tile = first_tile;
+    if (row >= last_end || visible().document(row) > last_key) begin(head + 1);
+  }
+  // Whether some row of the tile does not see the first of the keys.
+  DEVICE bool masks_first() const {
+    const int last_row = cute::min((tile + 1) * kRows, visible().seqlen) - 1;
+    return last_row >= first_end || visible().document(last_row) > key;
   }
 };
 
@@ -35,7 +46,9 @@ struct Backward : BackwardTiles<Element, kHeadDim> {
   using Tiles = BackwardTiles<Element, kHeadDim>;
   using Tiles::kRows, Tiles::kKeys, Tiles::kThreads, Tiles::kRowsSize, Tiles::kKeysSize, Tiles::kScoresSize;
   static constexpr int kStages = Tiles::kTile.stages;
-  static constexpr int kSharedBytes = sizeof(Element) * (2 * kStages * kRowsSize + 2 * kKeysSize + 2 * kScoresSize);
+  using Statistics = RowStatistics<kRows>;
+  static constexpr int kSharedBytes =
+      sizeof(Element) * (2 * kStages * kRowsSize + 2 * kKeysSize + 2 * kScoresSize) + kStages * Statistics::kBytes;
 
   DEVICE static void run(const BackwardParams& params, int batch, int kv_head, int key, Element* shared, int thread) {
     const Problem& problem = params.problem;
@@ -52,6 +65,9 @@ struct Backward : BackwardTiles<Element, kHeadDim> {
     auto v_tile = make_tensor(make_smem_ptr(k_at + kKeysSize), typename Tiles::KeysTile{});
     auto weights_tile = make_tensor(make_smem_ptr(weights_at), typename Tiles::ScoresTile{});
     auto ds_tile = make_tensor(make_smem_ptr(weights_at + kScoresSize), typename Tiles::ScoresTile{});
+    const auto statistics_of = [&](int stage) ALWAYS_INLINE {
+      return Statistics{reinterpret_cast<float*>(weights_at + 2 * kScoresSize) + stage * 2 * kRows};
+    };
 
     const typename Tiles::ScoresMma scores_mma;
     const typename Tiles::DkvMma dkv_mma;
@@ -62,7 +78,7 @@ struct Backward : BackwardTiles<Element, kHeadDim> {
     auto ds_t = operand_a<Ldmatrix4T>(dkv_mma, transposed(ds_tile), thread);
     auto ds = operand_a<Ldmatrix4>(dq_mma, ds_tile, thread);
     auto k_t = operand_b<Ldmatrix4T>(dq_mma, transposed(k_tile), thread);
-    // These move with the stage.
+    // These move with the stage, dout at a fixed distance behind q: registers are scarce.
     auto q = operand_a<Ldmatrix4>(scores_mma, q_tile, thread);
     auto dout = operand_a<Ldmatrix4>(scores_mma, dout_tile, thread);
     auto q_t = operand_b<Ldmatrix4T>(dkv_mma, transposed(q_tile), thread);
@@ -75,6 +91,7 @@ struct Backward : BackwardTiles<Element, kHeadDim> {
     const auto load_stage = [&](const QueryWalk<kRows>& walk, int stage) ALWAYS_INLINE {
       load_rows(params.q, q_at + stage * kRowsSize, walk.head, walk.tile * kRows);
       load_rows(params.dout, dout_at + stage * kRowsSize, walk.head, walk.tile * kRows);
+      statistics_of(stage).template load<kThreads>(params, batch, walk.head, walk.tile * kRows, thread);
       commit_copies();
     };
 
@@ -88,35 +105,41 @@ struct Backward : BackwardTiles<Element, kHeadDim> {
     auto dk = zeros<kKeys, kHeadDim>(dkv_mma);
     auto dv = zeros<kKeys, kHeadDim>(dkv_mma);
     const auto where = coordinates<kRows, kKeys>(scores_mma, thread);
-    int stage = 0;
+    Statistics statistics = statistics_of(0);
     while (!walk.ended()) {
-      const int head = walk.head, tile = walk.tile, row = tile * kRows;
+      const int head = walk.head, row = walk.tile * kRows;
+      const int row_tile = Tiles::row_tile(problem, batch, head, walk.tile);
+      const int stage = statistics.shared != statistics_of(0).shared;
+      const bool masks_first = walk.masks_first();
       walk.next();
       wait_copies<0>();
       sync_block();  // q and dout have come, and nobody reads the other stage, the weights or ds any more
       if (kStages == 2 && !walk.ended()) load_stage(walk, stage ^ 1);
 
-      const RowStatistics<std::decay_t<decltype(where)>> statistics(params, where, batch, head, row);
       auto scores = zeros<kRows, kKeys>(scores_mma);
       multiply(scores, scores_mma, q, k);
       auto score_matrix = as_matrix(scores);
-      const Visibility visible(problem, batch, head);
-      if (RowTile(visible, row, kRows).masks(key, kKeys))
-        apply_mask(score_matrix, where, [&](int i) { return visible.first_key(row + i); }, row, key);
-      statistics.normalize(score_matrix, scale_log2);
+      if (masks_first || key + kKeys - 1 > row) {
+        const Visibility visible(problem, batch, head);
+        const auto first_key = [&](int i) { return masks_first ? visible.first_key(row + i) : key; };
+        apply_mask(score_matrix, where, first_key, row, key);
+      }
+      statistics.normalize(score_matrix, where, scale_log2);
       share(scores, scores_mma, weights_tile, thread);
 
       auto gradient = zeros<kRows, kKeys>(scores_mma);
+      dout.follow(q, kStages * kRowsSize);
       multiply(gradient, scores_mma, dout, v);
-      statistics.differentiate(as_matrix(gradient), score_matrix);
+      statistics.differentiate(as_matrix(gradient), score_matrix, where);
       share(gradient, scores_mma, ds_tile, thread);
       sync_block();  // the weights and ds are whole
 
+      dout_t.follow(q_t, kStages * kRowsSize);
       multiply(dv, dkv_mma, weights_t, dout_t);
       if constexpr (kWithDq) {
         auto dq = zeros<kRows, kHeadDim>(dq_mma);
         multiply(dq, dq_mma, ds, k_t);
-        float* sums = Tiles::dq_sums(params, batch, head, tile) + thread;
+        float* sums = Tiles::dq_sums(params, row_tile) + thread;
         CUTE_UNROLL
         for (int i = 0; i < size(dq); ++i) atomic_add(sums + i * kThreads, dq(i));
       }
@@ -124,8 +147,8 @@ struct Backward : BackwardTiles<Element, kHeadDim> {
 
       if constexpr (kStages == 2) {
         const int move = stage == 0 ? kRowsSize : -kRowsSize;
-        q.move(move), dout.move(move), q_t.move(move), dout_t.move(move);
-        stage ^= 1;
+        q.move(move), q_t.move(move);
+        statistics.shared += stage == 0 ? 2 * kRows : -2 * kRows;
       } else if (!walk.ended()) {
         sync_block();  // nobody reads q and dout any more
         load_stage(walk, 0);

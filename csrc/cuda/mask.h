@@ -22,12 +22,19 @@ struct Visibility {
         group_size(static_cast<int>(problem.group_size)),
         shifted(head >= problem.first_shifted_head) {}
 
-  // A row past the end counts as the last one. What doc_start holds is clamped, so that whatever it is, no key
-  // outside the row is ever read.
-  DEVICE int first_key(int row) const {
+  // A row past the end counts as the last one, here and below. What doc_start holds is clamped, so that whatever it is,
+  // no key outside the row is ever read.
+  DEVICE int document(int row) const {
     row = cute::min(row, seqlen - 1);
-    const int start = doc_start ? cute::max(0, cute::min(doc_start[row], row)) : 0;
-    return longlora::first_key(row, start, group_size, shifted);
+    return doc_start ? cute::max(0, cute::min(doc_start[row], row)) : 0;
+  }
+  DEVICE int first_key(int row) const {
+    return longlora::first_key(cute::min(row, seqlen - 1), document(row), group_size, shifted);
+  }
+  // Rows from here on do not see `key`. Before, those do not that are in a later document.
+  DEVICE int last_row_end(int key) const {
+    key = cute::min(key, seqlen - 1);
+    return cute::min(longlora::group_end(key, document(key), group_size, shifted), seqlen);
   }
 };
 

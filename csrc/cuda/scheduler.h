@@ -12,9 +12,12 @@
 namespace longlora::cuda {
 
 // The groups of all heads are cut into sections that fit into half of an A100's L2, one section after the other. Inside
-// of one the tiles go by their position in their group, from the longest down, across its groups.
+// of one the tiles go by their position in their group, from the longest down, across its groups. The last section has
+// some blocks for each multiprocessor, whatever fits: with one group in it, its longest blocks would begin when most
+// multiprocessors are about to end (a tenth of an H200's time went by so, with few KV heads).
 struct Schedule {
   static constexpr int64_t kSectionBytes = 20 << 20;
+  static constexpr int kLastBlocks = 8 * 128;
 
   int tiles;            // of a head
   int tiles_per_group;  // rounded: a group that is no multiple of a tile gets a good order, not the best
@@ -23,6 +26,7 @@ struct Schedule {
   int first_shifted_head;  // from here on groups begin half a group earlier
   int64_t pairs;           // of a head and a group; heads are neighbours, for those of one KV head read the same keys
   int64_t section;         // pairs
+  int64_t in_sections;     // pairs; the others are the last section
 
   // `bytes_per_row`: what the tiles of a group share of each of its rows.
   Schedule(const Problem& problem, int rows, int64_t heads, int64_t first_shifted_head, int64_t bytes_per_row)
@@ -33,7 +37,8 @@ struct Schedule {
         heads(static_cast<int>(heads)),
         first_shifted_head(static_cast<int>(first_shifted_head)),
         pairs(problem.batch * heads * groups),
-        section(std::max<int64_t>(1, kSectionBytes / (bytes_per_row * rows * tiles_per_group))) {}
+        section(std::max<int64_t>(1, kSectionBytes / (bytes_per_row * rows * tiles_per_group))),
+        in_sections(std::max<int64_t>(0, pairs - kLastBlocks / tiles_per_group) / section * section) {}
 
   dim3 grid() const { return dim3(static_cast<unsigned>(pairs * tiles_per_group)); }
 };
@@ -54,8 +59,9 @@ struct Turn {
 // Query rows at the end of a group see most keys (kLastFirst); keys at its start are seen by most rows.
 template <bool kLastFirst>
 DEVICE Turn turn_of(const Schedule& schedule, int64_t block) {
-  const int64_t first_pair = block / (schedule.section * schedule.tiles_per_group) * schedule.section;
-  const int64_t left = schedule.pairs - first_pair, section = left < schedule.section ? left : schedule.section;
+  const bool last = block >= schedule.in_sections * schedule.tiles_per_group;
+  const int64_t section = last ? schedule.pairs - schedule.in_sections : schedule.section;
+  const int64_t first_pair = last ? schedule.in_sections : block / (section * schedule.tiles_per_group) * section;
   block -= first_pair * schedule.tiles_per_group;
   const int rank = static_cast<int>(block / section);
   const int position = kLastFirst ? schedule.tiles_per_group - 1 - rank : rank;

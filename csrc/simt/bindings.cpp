@@ -70,6 +70,7 @@ PYBIND11_MODULE(simt_kernels, module) {
 
   module.def("dq_scratch_floats", &cuda::dq_scratch_floats, "problem"_a, "deterministic"_a);
   module.def("first_key", &first_key<int>, "i"_a, "doc_start"_a, "group_size"_a, "shifted"_a);
+  module.def("group_end", &group_end<int>, "i"_a, "doc_start"_a, "group_size"_a, "shifted"_a);
   module.def(
       "pretend",
       [](int major, int error) {

@@ -9,15 +9,15 @@ namespace longlora::simt {
 
 struct AsyncCopy {
   int offset;  // in shared memory
-  unsigned char bytes[16];
+  int bytes;
+  unsigned char value[16];
 };
 
 class CopyQueue {
  public:
-  void add(int offset, const void* value) {
-    AsyncCopy copy;
-    copy.offset = offset;
-    std::memcpy(copy.bytes, value, sizeof(copy.bytes));
+  void add(int offset, const void* value, int bytes) {
+    AsyncCopy copy{offset, bytes, {}};
+    std::memcpy(copy.value, value, bytes);
     open_.push_back(copy);
   }
 

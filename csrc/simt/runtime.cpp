@@ -43,11 +43,11 @@ void sync_block(Site site) {
   if (pass(SiteKind::kSync, site)) block->wait_at_barrier();
 }
 
-void copy_async(void* target, const void* value) {
+void copy_async(void* target, const void* value, int bytes) {
   const Unseen unseen;
-  const int offset = block->shared().start_copy(target, block->accessor());
-  block->running().copies.add(offset, value);
-  block->warp().accesses.record(AccessLog::kCpAsync, block->running().lane(), offset, 16);
+  const int offset = block->shared().start_copy(target, bytes, block->accessor());
+  block->running().copies.add(offset, value, bytes);
+  block->warp().accesses.record(AccessLog::kCpAsync, block->running().lane(), offset, bytes);
 }
 
 void commit_copies(Site site) {
@@ -59,7 +59,7 @@ void wait_copies(int groups_in_flight, Site site) {
   const Unseen unseen;
   if (!pass(SiteKind::kWait, site)) return;
   const auto land = [](const AsyncCopy& copy) {
-    block->shared().land_copy(copy.offset, copy.bytes, block->accessor());
+    block->shared().land_copy(copy.offset, copy.value, copy.bytes, block->accessor());
   };
   block->running().copies.wait(groups_in_flight, land);
 }

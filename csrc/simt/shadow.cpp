@@ -11,7 +11,6 @@
 namespace longlora::simt {
 namespace {
 
-constexpr int kCopyBytes = 16;
 constexpr int kNaNByte = 0xff;  // bytes of ones are a NaN in every floating-point format
 
 std::string describe(int word) {
@@ -86,19 +85,19 @@ int SharedMemory::write(const void* target, int bytes, Accessor who) {
   return offset;
 }
 
-int SharedMemory::start_copy(const void* target, Accessor who) {
-  const int offset = offset_of(target, kCopyBytes);
-  for (int i = offset / 4; i < (offset + kCopyBytes) / 4; ++i) {
+int SharedMemory::start_copy(const void* target, int bytes, Accessor who) {
+  const int offset = offset_of(target, bytes);
+  for (int i = offset / 4; i < (offset + bytes) / 4; ++i) {
     check_write(i, who);
     words_[i].copier = static_cast<int16_t>(who.thread);
   }
-  std::memset(begin_ + offset, kNaNByte, kCopyBytes);
+  std::memset(begin_ + offset, kNaNByte, bytes);
   return offset;
 }
 
-void SharedMemory::land_copy(int offset, const unsigned char* bytes, Accessor who) {
-  std::memcpy(begin_ + offset, bytes, kCopyBytes);
-  for (int i = offset / 4; i < (offset + kCopyBytes) / 4; ++i) {
+void SharedMemory::land_copy(int offset, const void* value, int bytes, Accessor who) {
+  std::memcpy(begin_ + offset, value, bytes);
+  for (int i = offset / 4; i < (offset + bytes) / 4; ++i) {
     words_[i].copier = kNobody;
     words_[i].writer = static_cast<int16_t>(who.thread);
     words_[i].write_epoch = who.epoch;

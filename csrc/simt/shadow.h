@@ -33,8 +33,8 @@ class SharedMemory {
   int write(const void* target, int bytes, Accessor who);
 
   // cp.async: the bytes are NaN from the start of the copy until it lands, and nobody may touch them.
-  int start_copy(const void* target, Accessor who);
-  void land_copy(int offset, const unsigned char* bytes, Accessor who);
+  int start_copy(const void* target, int bytes, Accessor who);
+  void land_copy(int offset, const void* value, int bytes, Accessor who);
 
  private:
   static constexpr size_t kArenaBytes = 1024 * 1024;  // mostly out of bounds, and not even mapped to memory

@@ -30,8 +30,8 @@ float shuffle_xor(float value, int lane_mask);
 void mma_16816(const MmaOperands& operands, float* const d[4], bool bfloat16);
 void ldmatrix(const void* row, uint32_t* const out[4], bool transposed);
 
-// cp.async of 16 bytes. They are in flight, and NaN, until this thread waits for their group.
-void copy_async(void* target, const void* value);
+// cp.async of 4 or 16 bytes. They are in flight, and NaN, until this thread waits for their group.
+void copy_async(void* target, const void* value, int bytes);
 void commit_copies(Site site);
 void wait_copies(int groups_in_flight, Site site);
 
