@@ -43,8 +43,10 @@ def plant(csrc: Path, mutants: Mapping[str, Mutant]) -> None:
         at = text.index(place) + where.index("{}")
         choices[file][at, right] += f"mutant == {number} ? ({wrong}) : "
     for file, places in choices.items():
-        text = (csrc / file).read_text()
+        text, end = (csrc / file).read_text(), None
         for (at, right), choice in sorted(places.items(), reverse=True):
+            assert end is None or at + len(right) <= end, f"{right!r} reaches into another place in {file}"
+            end = at
             text = f"{text[:at]}({choice}{right}){text[at + len(right) :]}"
         (csrc / file).write_text(f'#include "{csrc}/mutant.h"\n{text}')
 

@@ -31,7 +31,7 @@ MUTANTS = {
         "groups.h", "i - doc_start + offset", "i + offset", DOCUMENTS, "group = ({})"
     ),
     "start of documents": Mutant("groups.h", "group > 0 ? group : 0", "group", DOCUMENTS),
-    "ends of groups": Mutant("groups.h", "group_size - offset", "group_size", COUNTS, "+ 1) * {};"),
+    "ends of groups": Mutant("groups.h", "offset", "0", COUNTS, "+ 1) * group_size - {};"),
     "ends of groups from the row's start": Mutant(
         "groups.h", "i - doc_start + offset", "i + offset", DOCUMENTS, "return doc_start + (({})"
     ),
@@ -62,7 +62,7 @@ MUTANTS = {
         "cuda/mainloop_bwd.h", "row >= last_end", "row >= visible().seqlen", COUNTS
     ),
     "backward: last document": Mutant(
-        "cuda/mainloop_bwd.h", "document(row) > last_key", "document(row) > key", DOCUMENTS
+        "cuda/mainloop_bwd.h", "visible().document(row) > last_key", "visible().document(row) > key", DOCUMENTS
     ),
     "backward: rows of later documents": Mutant(
         "cuda/mainloop_bwd.h", "visible().document(row) > last_key", "false", COUNTS
