@@ -108,8 +108,8 @@ else
   step profile 50 ncu --set full --clock-control none --kernel-name-base mangled --kernel-name regex:longlora \
     --force-overwrite --export "$out/profile" python3 benchmarks/exercise.py --slowest_of "$out/attention_cuda.json"
   [[ -f $out/profile.ncu-rep ]] && ncu --import "$out/profile.ncu-rep" >"$out/profile.txt"
-  # In what is left of the time. Compiling takes longer than running here, so only some points.
-  step flex 90 python3 benchmarks/attention.py --seqlen 4096 16384 --kv_heads 8 --rounds 10 --seconds 1 \
+  # In what is left of the time. Compiling takes longer than running here, half a minute a point, so only some.
+  step flex 200 python3 benchmarks/attention.py --seqlen 16384 --kv_heads 8 --rounds 10 --seconds 1 \
     --providers flex --output "$out/attention_cuda_flex.json"
 fi
 
