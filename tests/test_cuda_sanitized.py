@@ -13,15 +13,15 @@ import simt_build
 from cuda_mutants import CHOSEN, Mutant, build_kernels, copy_sources, plant
 from simt_build import Kernel
 
-pytestmark = pytest.mark.full
-
 FOUND = {"address": "AddressSanitizer: heap-", "thread": "ThreadSanitizer: data race"}
 
 # What leaves most results right: rows past the end are multiplied by zeros; blocks that add up without atomics are no
 # mistake to the emulator, which runs one after the other.
 MUTANTS = {
     "lse past the end": Mutant("cuda/bwd_tiles.h", "i < problem.seqlen", "true", "address"),
-    "doc_start past the end": Mutant("cuda/mask.h", "cute::min(row, seqlen - 1)", "row", "address"),
+    "doc_start past the end": Mutant(
+        "cuda/mask.h", "cute::min(row, seqlen - 1)", "row", "address", "document(int row) const {\n    row = {}"
+    ),
     "rows of out past the end": Mutant("cuda/bwd_around.h", "row < rows", "true", "address", "problem.head_dim && {}"),
     "tile before the first": Mutant("cuda/scheduler.h", "turn.tile < 0", "false", "address"),
     "scratch of whole tiles": Mutant(
@@ -52,12 +52,19 @@ def run(sanitizer: str, module: Path) -> subprocess.CompletedProcess[str]:
     return simt_build.run_sanitized(sanitizer, simt_build.ROOT / "tests" / "cuda_sanitized.py", module)
 
 
+def test_each_mutant_has_its_place(tree: Path) -> None:
+    """Nothing is compiled: `plant` looks for each."""
+    assert "mutant == 1 ?" in (tree / "csrc" / MUTANTS["lse past the end"].file).read_text()
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("sanitizer", FOUND)
 def test_nothing_is_found(module_for: Callable[[str], Path], sanitizer: str) -> None:
     result = run(sanitizer, module_for(sanitizer))
     assert (result.returncode, result.stderr) == (0, "")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("number, name", list(enumerate(MUTANTS, 1)))
 def test_mutants_are_found(
     module_for: Callable[[str], Path], number: int, name: str, monkeypatch: pytest.MonkeyPatch
