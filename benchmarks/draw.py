@@ -54,7 +54,7 @@ def draw(run: dict[str, Any], path: Path) -> None:
         axes[2, column].set(yscale="log")
         for axis in axes[:, column]:
             axis.set(xscale="log")
-            axis.set_xticks([p["seqlen"] for p in chosen], [f"{p['seqlen'] / 1024:g}k" for p in chosen])
+            axis.set_xticks([p["seqlen"] for p in chosen], [f"{p['seqlen'] / 1024:g}k" for p in chosen], size="x-small")
             axis.minorticks_off()
             axis.grid(alpha=0.3)
         axes[0, column].set_title("{}, head dim {}, heads {}/{}".format(*shape), fontsize="medium")
