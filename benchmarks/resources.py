@@ -56,6 +56,9 @@ def load(rows: int, head_dim: int, threads: int) -> Counter[str]:
     return Counter(LDGSTS=rows * head_dim * 2 // 16 // threads)
 
 
+STATISTICS = Counter(LDGSTS=1)  # log-sum-exp and delta of a tile of rows, a float a thread
+
+
 def forward_counts(tile: dict[str, int], head_dim: int) -> Counter[str]:
     rows, keys, warps, threads = tile["rows"], tile["keys"], tile["warps"], tile["threads"]
     step = product(rows, keys, head_dim, warps, warps)
@@ -70,7 +73,7 @@ def backward_counts(tile: dict[str, int], head_dim: int, with_dq: bool) -> Count
     scores = product(rows, keys, head_dim, warps, tile["score_warps"])  # and their gradient
     dkv = product(keys, head_dim, rows, warps, tile["dkv_warps"])  # dk, dv
     dq = product(rows, head_dim, keys, warps, tile["dq_warps"]) if with_dq else Counter()
-    row_tiles = load(2 * rows, head_dim, threads) + Counter(LDGSTS=1)  # q, dout, statistics: the first, then the next
+    row_tiles = load(2 * rows, head_dim, threads) + STATISTICS  # q, dout, statistics: the first, then the next
     return scores + scores + dkv + dkv + dq + row_tiles + row_tiles + load(2 * keys, head_dim, threads)
 
 
@@ -79,7 +82,8 @@ def dq_counts(tile: dict[str, int], head_dim: int) -> Counter[str]:
     scores = product(rows, keys, head_dim, warps, tile["score_warps"])
     dq = product(rows, head_dim, keys, warps, tile["dq_warps"])
     key_tiles = load(2 * keys, head_dim, threads)  # k, v: the first, then the next
-    return scores + scores + dq + load(2 * rows, head_dim, threads) + Counter(LDGSTS=1) + key_tiles + key_tiles
+    row_tiles = load(2 * rows, head_dim, threads) + STATISTICS  # q, dout, statistics
+    return scores + scores + dq + row_tiles + key_tiles + key_tiles
 
 
 EXPECTED = {

@@ -98,11 +98,8 @@ def test_blocks_go_by_section_then_from_the_longest() -> None:
     described = simt_kernels.problem(module(), q, q, group * rows, None, heads, None)
     pairs_of_a_section = 20  # in half of an A100's L2
     turns = module().turns(described, rows, (20 << 20) // (group * rows * pairs_of_a_section))
-    first, second = (
-        turns[: group * pairs_of_a_section],
-        turns[group * pairs_of_a_section :][: group * pairs_of_a_section],
-    )
-    for section in (first, second):
+    blocks = group * pairs_of_a_section
+    for section in (turns[:blocks], turns[blocks : 2 * blocks]):
         assert len({turn[:2] for turn in section}) == pairs_of_a_section
         assert [tile for _, _, tile in section] == [t for t in (3, 2, 1, 0) for _ in range(pairs_of_a_section)]
     left = len(turns) - max(i for i, (_, _, tile) in enumerate(turns) if tile == group - 1)

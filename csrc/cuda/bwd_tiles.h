@@ -37,14 +37,14 @@ struct BackwardTiles {
 // needed, they took 8% of an H200's time at a head dim of 128, and there are no registers to fetch them earlier.
 template <int kRows>
 struct RowStatistics {
-  static constexpr int kBytes = 2 * kRows * sizeof(float);
+  static constexpr int kSize = 2 * kRows, kBytes = kSize * sizeof(float);
   float* shared;  // lse, then delta
 
   // Starts to copy. Past the last row come zeros: dout is 0 there, and nothing comes of them.
   template <int kThreads>
   DEVICE void load(const BackwardParams& params, int batch, int head, int row, int thread) const {
-    static_assert(2 * kRows <= kThreads);
-    if (thread >= 2 * kRows) return;
+    static_assert(kSize <= kThreads);
+    if (thread >= kSize) return;
     const Problem& problem = params.problem;
     const auto from = static_cast<const float*>(thread < kRows ? params.lse : params.delta);
     const int64_t i = row + thread % kRows;

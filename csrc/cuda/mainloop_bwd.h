@@ -66,7 +66,7 @@ struct Backward : BackwardTiles<Element, kHeadDim> {
     auto weights_tile = make_tensor(make_smem_ptr(weights_at), typename Tiles::ScoresTile{});
     auto ds_tile = make_tensor(make_smem_ptr(weights_at + kScoresSize), typename Tiles::ScoresTile{});
     const auto statistics_of = [&](int stage) ALWAYS_INLINE {
-      return Statistics{reinterpret_cast<float*>(weights_at + 2 * kScoresSize) + stage * 2 * kRows};
+      return Statistics{reinterpret_cast<float*>(weights_at + 2 * kScoresSize) + stage * Statistics::kSize};
     };
 
     const typename Tiles::ScoresMma scores_mma;
@@ -148,7 +148,7 @@ struct Backward : BackwardTiles<Element, kHeadDim> {
       if constexpr (kStages == 2) {
         const int move = stage == 0 ? kRowsSize : -kRowsSize;
         q.move(move), q_t.move(move);
-        statistics.shared += stage == 0 ? 2 * kRows : -2 * kRows;
+        statistics.shared += stage == 0 ? Statistics::kSize : -Statistics::kSize;
       } else if (!walk.ended()) {
         sync_block();  // nobody reads q and dout any more
         load_stage(walk, 0);
