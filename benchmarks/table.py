@@ -1,9 +1,9 @@
-"""Tables of what `attention.py` measured, on the terminal or in the README.
+"""Tables of what `attention.py` measured, on the terminal or in README.md beside this file.
 
     python benchmarks/table.py benchmarks/results/attention_cpu.json   prints all of it
-    python benchmarks/table.py --readme                                brings the README's tables up to date
+    python benchmarks/table.py --readme                                brings README.md's tables up to date
 
-In the README a table stands between two comments, of which the first names its file and which points it shows:
+In README.md a table stands between two comments, of which the first names its file and which points it shows:
 `<!-- table of FILE [head_dim=128 ...] -->` and `<!-- end of table -->`.
 """
 
@@ -114,10 +114,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("file", nargs="?", type=Path, help="a JSON file of attention.py")
-    what.add_argument("--readme", action="store_true", help="write the README's tables anew")
+    what.add_argument("--readme", action="store_true", help="write the tables of README.md anew")
     options = parser.parse_args()
     if options.readme:
-        readme = ROOT / "README.md"
+        readme = ROOT / "benchmarks" / "README.md"
         readme.write_text(with_tables(readme.read_text()))
     else:
         print(tables(json.loads(options.file.read_text())))
