@@ -15,14 +15,13 @@ than rounding.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from longlora_ext._as_trained import in_training, setting, undisturbed
 from longlora_ext._movement import largest, movement, where_it_begins
 from longlora_ext._sharded import device_of, gathered, is_sharded
 from longlora_ext._ulysses import sequence_parallel
@@ -33,19 +32,19 @@ __all__ = ["check_documents_apart"]
 
 #: Tokens of a row of the first experiment, which takes as many rows, and of the second, which takes three.
 SHORT, LONG = 16, 96
-#: A gradient below this share of a token's largest is rounding, as of a convolution that is computed by a transform.
-ROUNDING = 1e-5
+#: A gradient below this share of a token's largest is rounding. All known layers give 0; a convolution by FFT would not.
+ROUNDING = 1e-7
 #: How far logits may move, as a share of how far those of changed tokens do. Experts compute a token together with
 #: others, and round otherwise if these are others; in 16 bits that may even choose another expert.
 TOLERANCE, TOLERANCE_IN_16_BITS = 1e-3, 0.25
 
 _OWN_ROWS = "give each document a row of its own (finetune_llama.py: --rows padded)"
-#: What may leak, and what to do about it. Row i of the second experiment shows leak i.
-_LEAKS = (
-    ("documents packed into one row see each other", _OWN_ROWS),
-    ("tokens see the tokens after them", "it cannot be trained to predict these"),
-    ("rows of a batch see each other", "documents are mixed however they are laid out"),
-)
+#: What may leak, and what to do about it; where there are several, the first is told.
+_LEAKS = {
+    "rows": ("rows of a batch see each other", "Documents are mixed, however they are laid out"),
+    "future": ("tokens see those after them", "It cannot be trained to predict these"),
+    "documents": ("documents packed into one row see each other", f"Either {_OWN_ROWS}, or train another model"),
+}
 
 
 def check_documents_apart(model: nn.Module, *, packed: bool = True) -> None:
@@ -75,24 +74,24 @@ def check_documents_apart(model: nn.Module, *, packed: bool = True) -> None:
             "Trainer or DeepSpeed prepares the model"
         )
     probe = _Probe(model, packed)
-    with torch.no_grad(), _in_training(probe.whole), gathered(model):
+    with torch.no_grad(), in_training(probe.whole), gathered(model):
         for mode in _modes(probe.config):
-            with _mode(probe.config, mode):
-                if not probe.is_sharded:
-                    probe.refuse(probe.influence(), ROUNDING)
-                probe.refuse(probe.movement(), probe.tolerance())
+            with setting(probe.config, "s2attn_mode", mode):
+                probe.refuse_leaks()
 
 
 class _Probe:
-    """The experiments on one model. Their result is the largest share for each of `_LEAKS`."""
+    """The experiments on one model. Their result is the largest share for each of `_LEAKS` that they look for."""
 
     def __init__(self, model: nn.Module, packed: bool) -> None:
-        self.whole: Any = _unwrapped(model)
-        self.base: Any = self.whole.get_base_model() if isinstance(self.whole, PeftModel) else self.whole
+        whole = _unwrapped(model)
+        self.whole: Any = whole
+        base: Any = whole.get_base_model() if isinstance(whole, PeftModel) else whole
+        self.base, self.config = base, base.config.get_text_config()
         self.is_sharded = is_sharded(model)
-        self.model = model if self.is_sharded else self.whole
-        self.config: Any = self.base.config.get_text_config()
+        self.model: nn.Module = model if self.is_sharded else self.whole
         self.packed = packed
+        self.looked_for = ["future", "documents", "rows"] if packed else ["future", "rows"]
         self.takes_positions = "position_ids" in inspect.signature(self.base.forward).parameters
         if packed and not self.takes_positions:
             raise ValueError(
@@ -100,7 +99,7 @@ class _Probe:
                 f"apart: {_OWN_ROWS}"
             )
 
-    def influence(self) -> list[float]:
+    def influence(self) -> dict[str, float]:
         """The first experiment: how token i of row i depends on each embedding, as a share of the largest."""
         rows = self._rows(SHORT)
         embeddings: list[Tensor] = []
@@ -119,19 +118,22 @@ class _Probe:
         finally:
             handle.remove()
         found = torch.zeros(2 * rows.shape[1:], dtype=torch.float64, device="cpu")
-        for gradient in filter(None.__ne__, gradients):
-            found += gradient.double().norm(dim=-1).cpu()
+        for gradient in gradients:
+            found += 0 if gradient is None else gradient.double().norm(dim=-1).cpu()
         shares = (found / found.amax(dim=1, keepdim=True)).nan_to_num(0.0)  # in fp16 gradients may overflow
         place = torch.arange(len(shares), device="cpu")
         document = place >= self._second(len(place))
-        other = (document[:, None] != document[None, :]) & (place[:, None] > place[None, :]) & self.packed
-        return [largest(shares, other), largest(shares, place[:, None] < place[None, :]), 0.0]
+        other = (document[:, None] != document[None, :]) & (place[:, None] > place[None, :])
+        return {
+            "future": largest(shares, place[:, None] < place[None, :]),
+            "documents": largest(shares, other & self.packed),
+        }
 
-    def movement(self) -> list[float]:
-        """The second experiment: three rows, to be changed in the first document, in the end, and nowhere."""
+    def movement(self) -> dict[str, float]:
+        """The second experiment: how far logits of tokens move that are not changed, in a row for each leak."""
         before, after, changed = self._before_and_after()
         shares = movement(self._logits(before), self._logits(after), changed)
-        return [largest(share, ~where) for share, where in zip(shares, changed, strict=True)]
+        return {leak: largest(shares[row], ~changed[row]) for row, leak in enumerate(self.looked_for)}
 
     def tolerance(self) -> float:
         """How far logits may move in the dtype that the model computes in."""
@@ -142,19 +144,30 @@ class _Probe:
         in_16_bits = any(torch.finfo(dtype).bits <= 16 for dtype in dtypes)
         return TOLERANCE_IN_16_BITS if in_16_bits else TOLERANCE
 
-    def refuse(self, shares: list[float], tolerance: float) -> None:
-        """Raise `ValueError` for the first thing that leaks."""
-        for row, (share, (what, advice)) in enumerate(zip(shares, _LEAKS, strict=True)):
-            if share > tolerance:
-                before, after, changed = self._before_and_after()
-                module = where_it_begins(
-                    self.model, lambda: self._logits(before), lambda: self._logits(after), changed, row
-                )
-                begins = f", beginning in {module}" if module else ""
-                raise ValueError(
-                    f"in {type(self.base).__name__} {what}, by {share:.2g} of what they see of their own{begins}: "
-                    f"{advice}"
-                )
+    def leaks(self) -> list[str]:
+        """What leaks, as both experiments say."""
+        exact = {} if self.is_sharded else self.influence()
+        moved, tolerance = self.movement(), self.tolerance()
+        return [leak for leak in _LEAKS if exact.get(leak, 0.0) > ROUNDING or moved.get(leak, 0.0) > tolerance]
+
+    def refuse_leaks(self) -> None:
+        """Raise `ValueError` for the first of `_LEAKS` that there is."""
+        leaks = self.leaks()
+        if not leaks:
+            return
+        what, advice = _LEAKS[leaks[0]]
+        if leaks == ["documents"] and getattr(self.config, "use_cache", False):
+            with setting(self.config, "use_cache", False):  # with a KV cache, some models' layers learn of no documents
+                if not self.leaks():
+                    advice = "Train it without a KV cache: config.use_cache=False, as the Trainer has it"
+        before, after, changed = self._before_and_after()
+        runs = (lambda: self._logits(before)), (lambda: self._logits(after))
+        module = where_it_begins(self.model, *runs, changed, self.looked_for.index(leaks[0]))
+        begins = f", beginning in {module}" if module else ""
+        raise ValueError(
+            f"in {type(self.base).__name__} {what}{begins}: to change tokens that logits must not depend on moves them "
+            f"by {100 * self.movement()[leaks[0]]:.2g}% of what a change of their own does. {advice}"
+        )
 
     def _rows(self, tokens: int, rows: int = 1) -> Tensor:
         """Random tokens, int64 [rows, tokens], the same on every process; fewer where the model takes no more."""
@@ -164,10 +177,11 @@ class _Probe:
 
     def _before_and_after(self) -> tuple[Tensor, Tensor, Tensor]:
         """Rows as they are, as they are changed, and where."""
-        before = self._rows(LONG, len(_LEAKS))
+        before = self._rows(LONG, len(self.looked_for))
         place = torch.arange(before.shape[1], device="cpu")
-        first = (place < self._second(len(place))) & self.packed
-        changed = torch.stack([first, place >= len(place) * 3 // 4, place < 0])
+        end, first, nowhere = place >= len(place) * 3 // 4, place < self._second(len(place)), place < 0
+        where = {"future": end, "documents": first, "rows": nowhere}
+        changed = torch.stack([where[leak] for leak in self.looked_for])
         # All to one token: where experts have a capacity, it is exceeded.
         return before, before.where(~changed, self.config.vocab_size // 2), changed
 
@@ -177,71 +191,20 @@ class _Probe:
         return tokens * 7 // 16
 
     def _logits(self, input_ids: Tensor) -> Tensor:
-        """Of both documents of each row, [rows, tokens, vocabulary]."""
+        """Of both documents of each row, or of its one document: [rows, tokens, vocabulary]."""
         place = torch.arange(input_ids.shape[1], device="cpu")
         second = self._second(len(place))
         positions = torch.where(self.packed & (place >= second), place - second, place).expand(len(input_ids), -1)
         inputs = {"input_ids": input_ids, **({"position_ids": positions} if self.takes_positions else {})}
         device = device_of(self.whole)
-        with _undisturbed(self.whole):
+        with undisturbed(self.whole):
             logits: Tensor = self.model(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits
         if not logits.isfinite().all():
             raise ValueError(f"the logits of {type(self.base).__name__} are not finite: it cannot be trained")
         return logits
 
 
-@contextmanager
-def _in_training(model: nn.Module) -> Iterator[None]:
-    """Training mode without dropout, whose numbers would depend on the tokens, and without activation checkpointing,
-    which not every way to compute gradients goes with."""
-    modules = list(model.modules())
-    modes = [(module, module.training) for module in modules]
-    checkpointing = [module for module in modules if getattr(module, "gradient_checkpointing", False) is True]
-    try:
-        model.train()
-        for module in modules:
-            if isinstance(module, nn.modules.dropout._DropoutNd):
-                module.train(False)
-        for module in checkpointing:
-            module.gradient_checkpointing = False  # type: ignore[assignment]
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for module in checkpointing:
-            module.gradient_checkpointing = True  # type: ignore[assignment]
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """The same random numbers for every forward pass, and no trace of it: not in buffers either."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    gpus = {weight.device for weight in model.parameters() if weight.device.type not in ("cpu", "meta")}
-    kind = next(iter(gpus)).type if gpus else "cuda"
-    with torch.random.fork_rng([gpu.index or 0 for gpu in gpus], device_type=kind):
-        yield
-    for buffer, kept in buffers:
-        buffer.data.copy_(kept)  # what a backward pass needs of it counts as unchanged
-
-
 def _modes(config: Any) -> list[str | None]:
     """The modes of attention to try: the model's own, and for S2-Attn dense attention too, which runs may end with."""
     own = getattr(config, "s2attn_mode", None)
     return [own, "dense"] if config._attn_implementation == NAME and own != "dense" else [own]
-
-
-@contextmanager
-def _mode(config: Any, mode: str | None) -> Iterator[None]:
-    """Let the attention have a mode for as long as the context lasts."""
-    own = vars(config).get("s2attn_mode")
-    if mode == own:
-        yield
-        return
-    config.s2attn_mode = mode
-    try:
-        yield
-    finally:
-        if own is None:
-            del config.s2attn_mode
-        else:
-            config.s2attn_mode = own
