@@ -32,7 +32,7 @@ __all__ = ["check_documents_apart"]
 
 #: Tokens of a row of the first experiment, which takes as many rows, and of the second, which takes three.
 SHORT, LONG = 16, 96
-#: A gradient below this share of a token's largest is rounding. All known layers give 0; a convolution by FFT would not.
+#: A gradient below this share of a token's largest is rounding: of a convolution by FFT, say. Others give 0 itself.
 ROUNDING = 1e-7
 #: How far logits may move, as a share of how far those of changed tokens do. Experts compute a token together with
 #: others, and round otherwise if these are others; in 16 bits that may even choose another expert.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+import finetune_llama
+from finetune_runs import CONTEXT, losses, make_model, make_text, small_run
 from longlora_ext.adapter import lora_config, prepare_model
 from longlora_ext.independence import check_documents_apart
 from longlora_ext.loss import tile_loss
@@ -233,3 +237,39 @@ def test_weights_that_are_no_numbers() -> None:
 
 def test_other_attention_is_tried_as_it_is() -> None:
     check_documents_apart(tiny_model(attn_implementation="sdpa", dtype=torch.float32, use_cache=False))
+
+
+# --- runs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The folder of a hybrid with the tokenizer of the tiny model, and a text."""
+    folder = tmp_path_factory.mktemp("hybrid")
+    make_model(folder / "model")
+    fields = HYBRIDS["qwen3_next"][0]
+    model_of("qwen3_next", **fields, vocab_size=257, max_position_embeddings=CONTEXT).save_pretrained(folder / "model")
+    return folder / "model", make_text(folder / "text.jsonl")
+
+
+def answers(path: Path) -> Path:
+    rows = [{"instruction": f"say {n}", "output": f"{n} " * (n % 7 + 1)} for n in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("task", ["text", "sft"])
+def test_a_run_gives_documents_of_a_hybrid_rows_of_their_own(
+    hybrid: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], task: str
+) -> None:
+    text = hybrid[1] if task == "text" else answers(tmp_path / "answers.jsonl")
+    command = [*small_run(hybrid[0], text, tmp_path / "out", steps=2), "--eval_tokens", "0", "--task", task]
+    with pytest.raises(SystemExit, match="2"):
+        finetune_llama.main(command)
+    said = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert len(said) == 1 and "documents packed into one row see each other" in said[0]
+    assert "beginning in model.layers.0.linear_attn (Qwen3NextGatedDeltaNet)" in said[0] and "--rows padded" in said[0]
+    assert not (tmp_path / "out" / "adapter").exists()
+    finetune_llama.main([*command, "--rows", "padded"])
+    assert "a document or a piece of one in each" in capsys.readouterr().out or task == "sft"
+    assert (tmp_path / "out" / "adapter").is_dir() and len(losses(tmp_path / "out")) == 2
