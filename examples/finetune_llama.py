@@ -88,7 +88,7 @@ def main(argv: Sequence[str]) -> None:
         check_model_folder(model_path)
         source = {"gguf_file": options.gguf_file} if options.gguf_file else {}
         base_config = AutoConfig.from_pretrained(model_path, **source)
-        check_attention(base_config)
+        check_attention(base_config, options.context_length)
     with one_clear_error():
         check_kernels(base_config, dtype, args.device)
         config = new_context(base_config, options)

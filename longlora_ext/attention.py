@@ -30,13 +30,23 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from longlora_ext._mask import check_masks_of, dense_mask, own_mask, s2attn_mask
+from longlora_ext._mask import attention_window, check_masks_of, dense_mask, own_mask, s2attn_mask
 from longlora_ext._ulysses import first_shifted_head
 from longlora_ext.documents import (
     doc_start_from_cu_seqlens,
     doc_start_from_position_ids,
 )
 from longlora_ext.ops import has_cuda_kernels, s2attn
+
+__all__ = [
+    "DEFAULT_GROUP_RATIO",
+    "MODES",
+    "NAME",
+    "attention_window",
+    "even_group_size",
+    "group_size",
+    "s2attn_forward",
+]
 
 NAME = "s2attn"
 MODES = ("auto", "s2", "dense")
