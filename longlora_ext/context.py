@@ -51,7 +51,9 @@ def rope_type_of(config: PreTrainedConfig) -> str:
     """
     How the positions of a model of this config are scaled: `"default"` where they are not.
     """
-    return (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    rope = getattr(config, "rope_parameters", None) or {}
+    types = [layer.get("rope_type", "default") for layer in (rope.values() if _is_nested(rope) else [rope])]
+    return next((rope_type for rope_type in types if rope_type != "default"), "default")
 
 
 def extend_config(
@@ -90,11 +92,14 @@ def extend_config(
     Returns:
         [`~transformers.PreTrainedConfig`]: with changed `rope_parameters`, `max_position_embeddings` (the new
         context; for `"dynamic"` it stays, as transformers scales only beyond it), `s2attn_context_length` and
-        `s2attn_group_size`.
+        `s2attn_group_size`. RoPE parameters of each layer type stay so.
 
     Raises:
         `ValueError`: an argument is out of its range, or the config's RoPE cannot be extended as asked.
     """
+    rope_of = getattr(config, "rope_parameters", None) or {}
+    if _is_nested(rope_of):
+        config = _with_the_one_rope(config)
     present = _present_length(config)
     if not _is_int(context_length) or context_length <= present:
         raise ValueError(
@@ -109,7 +114,27 @@ def extend_config(
         extended.max_position_embeddings = context_length
     extended.rope_parameters = new
     _check_rope(extended, rope_type)
+    if _is_nested(rope_of):
+        extended.rope_parameters = {layer: dict(extended.rope_parameters) for layer in rope_of}
     return extended
+
+
+def _is_nested(rope_parameters: dict[str, Any]) -> bool:
+    """Whether there are RoPE parameters for each layer type."""
+    return any(isinstance(value, dict) for value in rope_parameters.values())
+
+
+def _with_the_one_rope(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy of a config whose layer types have the same RoPE parameters, with these for all layers."""
+    first, *others = config.rope_parameters.values()
+    if any(other != first for other in others):
+        layers = ", ".join(map(str, config.rope_parameters))
+        raise ValueError(
+            f"this model has different RoPE parameters for different layers ({layers}): it cannot be extended"
+        )
+    flat = copy.deepcopy(config)
+    flat.rope_parameters = dict(first)
+    return flat
 
 
 def _is_int(value: Any) -> bool:
@@ -140,11 +165,6 @@ def _group_size(context: int, ratio: float, size: int | None) -> int:
 def _extended_rope(config: PreTrainedConfig, context: int, rope_type: str, given: dict[str, Any]) -> dict[str, Any]:
     """The new `rope_parameters`: those that stay, the factor, and over both what the caller gave."""
     present = dict(config.rope_parameters)
-    if any(isinstance(value, dict) for value in present.values()):
-        layers = ", ".join(map(str, present))
-        raise ValueError(
-            f"this model has different RoPE parameters for different layers ({layers}): it cannot be extended"
-        )
     if rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS:
         raise ValueError(f"rope_type must be one of default, {', '.join(ROPE_INIT_FUNCTIONS)}, but it is {rope_type!r}")
     if given.get("rope_type", rope_type) != rope_type:
