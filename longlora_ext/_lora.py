@@ -108,5 +108,6 @@ def obstacle(config: Any) -> str | None:
         return f"init_lora_weights={config.init_lora_weights!r}"
     plain = LoraConfig()
     names = [field.name for field in dataclasses.fields(plain) if field.name not in _UNDERSTOOD]
-    other = next((name for name in names if getattr(config, name) != getattr(plain, name)), None)
+    # What is empty is as if it were not there: PEFT writes target_parameters=[] for a mixture of experts.
+    other = next((name for name in names if (getattr(config, name) or None) != (getattr(plain, name) or None)), None)
     return other and f"{other}={getattr(config, other)!r}"
