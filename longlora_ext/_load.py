@@ -66,7 +66,7 @@ def load(
     weights = weights_of_adapter(folder)
     described = f"{weights} as adapter_config.json describes it"
     with naming(described):
-        names = list(Checkpoint([weights]))
+        names, peft_config = list(Checkpoint([weights])), PeftConfig.from_pretrained(str(folder))
     check_tensors(names, record, weights)
     base, hub = base_of(folder, base_model), _hub_arguments(from_pretrained_kwargs)
     with naming(f"the base model {base}"):
@@ -74,7 +74,7 @@ def load(
     check_shape(config, record, base)
     apply_record(config, record)
     model = load_base(base, config=config, **from_pretrained_kwargs)
-    check_tying(config, is_tied(model), record, base)
+    check_tying(peft_config, is_tied(model), base)
     if any(weight.is_meta for weight in model.parameters()):
         raise ValueError(
             f"the base model {base} does not fit: device_map leaves weights of it to the host's memory or the disk, "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import errno
 import json
 import logging
@@ -189,7 +188,6 @@ def _by_shards(
     adapter = LoraWeights(folder, record)
     with naming(f"the base model {base}"):
         config = AutoConfig.from_pretrained(base, **hub)
-    base_config = copy.deepcopy(config)
     check_shape(config, record, base)
     if getattr(config, "quantization_config", None) is not None:
         raise NeedsWholeModel("the base model's weights are quantised")
@@ -199,7 +197,7 @@ def _by_shards(
     if absent := [name for name in record["base_weights"] if stored.get(name) is None]:
         raise NeedsWholeModel(f"the base model's files have {min(absent)} in parts")
     check_weights(stored.get, record, base)
-    check_tying(base_config, bool(config.tie_word_embeddings), record, base)
+    check_tying(adapter.config, stored.is_tied, base)
     _forget_ours(config)
     if dtype is not None:
         config.dtype = dtype

@@ -137,7 +137,7 @@ def _base_shape(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def check_shape(config: PreTrainedConfig, record: dict[str, Any], base: str) -> None:
-    """Compare a base model's config with that of training, but for `tie_word_embeddings`: see `check_tying`."""
+    """Compare a base model's config with that of training. Whether weights are tied is not asked of it."""
     here = _base_shape(config)
     here[_TIED] = record["base_shape"].get(_TIED)
     differ = [
@@ -149,12 +149,13 @@ def check_shape(config: PreTrainedConfig, record: dict[str, Any], base: str) -> 
         raise ValueError(f"{base} is not the base model of this adapter: it has {', '.join(differ)}")
 
 
-def check_tying(config: PreTrainedConfig, tied: bool, record: dict[str, Any], base: str) -> None:
-    """Compare whether the weights are tied. Records of before this was asked of the weights have what the base model's
-    config says."""
-    want = record["base_shape"].get(_TIED, tied)
-    if want not in (tied, getattr(config, _TIED, None)):
-        raise ValueError(f"{base} is not the base model of this adapter: it has {_TIED} {tied} instead of {want}")
+def check_tying(peft_config: Any, tied: bool, base: str) -> None:
+    """Raise `ValueError` if an adapter was trained with the output layer as the embedding, and they are two here."""
+    if getattr(peft_config, "ensure_weight_tying", False) and not tied:
+        raise ValueError(
+            f"{base} is not the base model of this adapter: its output layer is not its embedding (lm_head and "
+            "tie_word_embeddings), as it was in training"
+        )
 
 
 def check_weights(weight_of: Callable[[str], torch.Tensor | None], record: dict[str, Any], base: str) -> None:

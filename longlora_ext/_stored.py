@@ -12,7 +12,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from longlora_ext._checkpoint import Checkpoint, listed
 from longlora_ext._load import naming
 from longlora_ext._lora import NeedsWholeModel
-from longlora_ext._tying import say_tied
+from longlora_ext._tying import is_tied, say_tied
 
 
 class StoredModel:
@@ -21,7 +21,7 @@ class StoredModel:
 
     Args:
         config ([`~transformers.PreTrainedConfig`]):
-            The model's. It is made to say whether the weights are tied, which the files decide.
+            The model's. It is made to say that weights are not tied of which the files hold two.
         weights (`Checkpoint`):
             The files.
         base (`str`):
@@ -44,13 +44,17 @@ class StoredModel:
         for stored, name in self.becomes.items():
             if name is not None:
                 by_weight.setdefault(self._names_of[name][0], []).append(stored)
-        for group, (first, *others) in by_weight.items():
+        for group, files in by_weight.items():
+            names = self._names_of[group]
+            first, *others = sorted(files, key=lambda stored: names.index(str(self.becomes[stored])))
             if any(not weights.get(first).equal(weights.get(other)) for other in others):
                 say_tied(config, False)  # transformers does not tie them either
-                self._names_of |= {name: (name,) for name in self._names_of[group]}
+                self._names_of |= {name: (name,) for name in names}
             else:
                 for other in others:
                     del self.becomes[other]
+        #: Whether the output layer is the embedding.
+        self.is_tied = is_tied(model) and bool(getattr(config, "tie_word_embeddings", False))
         self._check_complete(model)
 
     def names_of(self, name: str) -> tuple[str, ...]:
