@@ -23,7 +23,7 @@ def norms_of(model: nn.Module) -> list[str]:
         own = dict(module.named_parameters(recurse=False))
         if own and _is_norm(name, module):
             found.append(name)
-        elif strange := [parameter for parameter in own if "norm" in parameter.lower()]:
+        elif strange := [part for part, weight in own.items() if _is_of_norm(part, weight, module)]:
             raise ValueError(
                 f"{name}.{strange[0]} looks like the weight of a norm, but {type(module).__name__} is more than that: "
                 "pass modules_to_save=[...] with the names of the modules to train in full"
@@ -32,13 +32,21 @@ def norms_of(model: nn.Module) -> list[str]:
 
 
 def _is_norm(name: str, module: nn.Module) -> bool:
-    """Whether a module with weights is a norm: vectors alone, in a class or under a name that says so, or one that is
-    called weight. Linear layers and embeddings have matrices, and a PReLU is an activation."""
-    weights = dict(module.named_parameters())
-    if isinstance(module, nn.PReLU) or any(weight.ndim != 1 for weight in weights.values()):
-        return False
-    said = "norm" in type(module).__name__.lower() or "norm" in name.rpartition(".")[2].lower()
-    return isinstance(module, _NORMS) or said or "weight" in weights
+    """Whether a module with weights is a norm: its class says so (Cohere's has a vector for each head), or it has
+    vectors alone, and says so by its name or has one that is called weight."""
+    own, weights = dict(module.named_parameters(recurse=False)), dict(module.named_parameters())
+    if own.keys() != weights.keys():
+        return False  # it has weighty parts
+    if isinstance(module, _NORMS) or "norm" in type(module).__name__.lower():
+        return True
+    vectors = all(weight.ndim == 1 for weight in own.values())
+    return vectors and ("norm" in name.rpartition(".")[2].lower() or _is_of_norm("weight", own.get("weight"), module))
+
+
+def _is_of_norm(part: str, weight: nn.Parameter | None, module: nn.Module) -> bool:
+    """Whether a parameter looks like that of a norm. The weights of other layers are matrices, but a PReLU's."""
+    is_vector = weight is not None and weight.ndim == 1 and not isinstance(module, nn.PReLU)
+    return is_vector and ("norm" in part.lower() or part == "weight")
 
 
 def names_for_peft(model: nn.Module, wanted: Iterable[str]) -> list[str]:

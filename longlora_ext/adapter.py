@@ -37,7 +37,7 @@ from longlora_ext._record import WEIGHTS, fingerprint_of, write_record
 from longlora_ext._release import import_longlora
 from longlora_ext._tying import is_tied, settle_tying
 
-__all__ = ["import_longlora", "load", "load_base", "lora_config", "merge", "prepare_model", "save_adapter"]
+__all__ = ["import_longlora", "is_tied", "load", "load_base", "lora_config", "merge", "prepare_model", "save_adapter"]
 
 _ADAPTER = "default"
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -105,7 +105,7 @@ def prepare_model(model: PreTrainedModel, peft_config: PeftConfig | None) -> Pre
 
     Raises:
         `ValueError`: the model has an adapter already, or PEFT leaves a module frozen that `peft_config` names in
-            `modules_to_save`.
+            `modules_to_save`, or unties what it says is tied.
     """
     if isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError("the model has an adapter already: pass the base model")
@@ -115,7 +115,7 @@ def prepare_model(model: PreTrainedModel, peft_config: PeftConfig | None) -> Pre
         model.requires_grad_(True)
         keep_generation_config(model)
         return model.float() if in_fp32 else model
-    dtype, base = model.dtype, model.name_or_path or ""
+    dtype, base, tied = model.dtype, model.name_or_path or "", is_tied(model)
     prepared = get_peft_model(model, peft_config, autocast_adapter_dtype=in_fp32)
     if os.path.isdir(base):  # an adapter must find its base from any working directory
         prepared.peft_config[_ADAPTER].base_model_name_or_path = os.path.abspath(base)
@@ -128,6 +128,11 @@ def prepare_model(model: PreTrainedModel, peft_config: PeftConfig | None) -> Pre
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
     _check_trained(prepared, peft_config)
+    if tied and getattr(peft_config, "ensure_weight_tying", False) and not is_tied(model):
+        raise ValueError(
+            f"PEFT does not keep the output layer of {type(model).__name__} tied to its embedding while that is "
+            "trained: pass modules_to_save=[...] without the embedding"
+        )
     return prepared
 
 
