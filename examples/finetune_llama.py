@@ -42,9 +42,9 @@ from inputs.files import load_documents
 from inputs.packed import PackedSequences
 from inputs.samples import SampleRows, Samples, hold_out_samples, pad_rows, read_samples
 from inputs.tokens import Tokenised, hold_out, tokenise
-from longlora_ext.adapter import load_base, lora_config, prepare_model, save_adapter
+from longlora_ext.adapter import is_tied, load_base, lora_config, prepare_model, save_adapter
 from longlora_ext.attention import DEFAULT_GROUP_RATIO, even_group_size
-from longlora_ext.context import context_length, extend_config, rope_type_of
+from longlora_ext.context import context_length, extend_config, rope_type_of, settle_context
 from longlora_ext.loss import refusal, tile_loss
 from models.convert_gguf import convert_gguf
 from models.folders import check_model_folder
@@ -88,6 +88,7 @@ def main(argv: Sequence[str]) -> None:
         check_model_folder(model_path)
         source = {"gguf_file": options.gguf_file} if options.gguf_file else {}
         base_config = AutoConfig.from_pretrained(model_path, **source)
+        base_config = settle_context(base_config, options.present_context_length)
         check_attention(base_config, options.context_length)
     with one_clear_error():
         check_kernels(base_config, dtype, args.device)
@@ -126,7 +127,7 @@ def main(argv: Sequence[str]) -> None:
         model = prepare_model(base, None if options.full_finetune else lora_config(base, **lora))
         if not args.use_liger_kernel:  # which has a loss of its own
             spare_logits(model)
-        if options.full_finetune and base.config.tie_word_embeddings:
+        if options.full_finetune and is_tied(base):
             # A checkpoint has a tied weight once. Told so, the Trainer does not warn of the other name when it resumes.
             base._keys_to_ignore_on_save = list(base._tied_weights_keys or ())
 

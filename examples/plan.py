@@ -23,7 +23,7 @@ from typing import Any
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where installed, says that it found no GPU
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
-from longlora_ext.context import context_length
+from longlora_ext.context import context_length, settle_context
 from models.folders import check_model_folder
 from models.suitable import check_attention, check_context
 from planning.planner import MOST, Plan, Run, Way
@@ -63,6 +63,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help=f"a folder, a hub name, a config.json, or one that is known here: {', '.join(PRESETS)}",
     )
     parser.add_argument("--context", type=int, help="tokens of a sequence (default: four times the model's)")
+    parser.add_argument(
+        "--present_context_length",
+        type=int,
+        metavar="TOKENS",
+        help="tokens that the model reads as it is, where its config can be read in two ways, as for finetune_llama.py",
+    )
     parser.add_argument("--gpus", type=int, default=1, help="GPUs in all (default: 1)")
     parser.add_argument("--zero", type=int, choices=range(4), help="stage of ZeRO; 0 is none (default: 2)")
     parser.add_argument("--offload", action="store_true", help="ZeRO-3 with weights and optimizer in the host's memory")
@@ -114,7 +120,7 @@ def read_config(model: str) -> PreTrainedConfig:
 
 def figures(options: argparse.Namespace) -> dict[str, Any]:
     """All that is printed, in bytes, operations and tokens."""
-    config = read_config(options.model)
+    config = settle_context(read_config(options.model), options.present_context_length)
     own = context_length(config)
     context = options.context or 4 * own
     check_context("--context", context, own)

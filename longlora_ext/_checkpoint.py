@@ -6,7 +6,7 @@ import contextlib
 import pickle
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -20,8 +20,8 @@ class Checkpoint:
     """Tensors by name, out of safetensors files or, mapped into memory, out of those of `torch.save`."""
 
     def __init__(self, files: Iterable[str | Path]) -> None:
-        self._file_of = {name: str(file) for file in files for name in _open(str(file))[0]}
-        self._opened: tuple[str, Callable[[str], torch.Tensor]] | None = None
+        self._file_of = {name: str(file) for file in files for name in _open(str(file)).names}
+        self._opened: tuple[str, _Opened] | None = None
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
@@ -31,25 +31,48 @@ class Checkpoint:
 
     def get(self, name: str) -> Any:
         """The tensor, whose numbers are read when they are looked at, or `None` if there is none of that name."""
-        file = self._file_of.get(name)
-        if file is None:
-            return None
+        return self._open(name).get(name) if name in self else None
+
+    def like(self, name: str) -> torch.Tensor:
+        """A tensor of the same shape and dtype on the meta device: it is not read."""
+        return self._open(name).like(name)
+
+    def _open(self, name: str) -> _Opened:
+        """The file with that tensor."""
+        file = self._file_of[name]
         if self._opened is None or self._opened[0] != file:
-            self._opened = file, _open(file)[1]
-        return self._opened[1](name)
+            self._opened = file, _open(file)
+        return self._opened[1]
 
     def close(self) -> None:
         """Give back the memory of what was read."""
         self._opened = None
 
 
-def _open(file: str) -> tuple[list[str], Callable[[str], torch.Tensor]]:
+class _Opened(NamedTuple):
+    """A file: its tensors' names, what gets one, and what makes one like it on the meta device."""
+
+    names: list[str]
+    get: Callable[[str], torch.Tensor]
+    like: Callable[[str], torch.Tensor]
+
+
+def _open(file: str) -> _Opened:
     refuse_pointer(file)
     if file.endswith(".safetensors"):
         tensors = safe_open(file, framework="pt")
-        return list(tensors.keys()), tensors.get_tensor
+        dtypes: dict[str, torch.dtype] = {}  # by their names in the file, of which one tensor each is read
+
+        def like(name: str) -> torch.Tensor:
+            stored = tensors.get_slice(name)
+            dtype = stored.get_dtype()
+            if dtype not in dtypes:
+                dtypes[dtype] = tensors.get_tensor(name).dtype
+            return torch.empty(stored.get_shape(), dtype=dtypes[dtype], device="meta")
+
+        return _Opened(list(tensors.keys()), tensors.get_tensor, like)
     state = load_pickled(file)
-    return list(state), state.__getitem__
+    return _Opened(list(state), state.__getitem__, lambda name: torch.empty_like(state[name], device="meta"))
 
 
 def load_pickled(file: str | Path) -> dict[str, torch.Tensor]:

@@ -14,7 +14,17 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from longlora_ext._checkpoint import Checkpoint, listed, refuse_pointer, weight_files
-from longlora_ext._record import WEIGHTS, apply_record, check_shape, check_tensors, check_weights, read_record
+from longlora_ext._generation import AsItIs, has_generation_config
+from longlora_ext._record import (
+    WEIGHTS,
+    apply_record,
+    check_shape,
+    check_tensors,
+    check_tying,
+    check_weights,
+    read_record,
+)
+from longlora_ext._tying import is_tied, settle_tying
 from longlora_ext.attention import NAME
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token", "trust_remote_code")
@@ -40,7 +50,7 @@ def load(
 
     Raises:
         `FileNotFoundError`: the folder is not one of `save_adapter`, or lacks a file.
-        `ValueError`: the base model is not the one that the adapter was trained on or does not fit into the GPUs of
+        `ValueError`: the folder holds a model as well as an adapter, the base model is not the one that the adapter was trained on or does not fit into the GPUs of
             `device_map`, weights are missing, or something cannot be read.
     """
     folder = Path(folder)
@@ -51,11 +61,12 @@ def load(
                 f"{folder} holds neither adapter_config.json nor config.json: it is no folder of save_adapter"
             )
         return load_base(str(folder), what="the model", **from_pretrained_kwargs)
+    check_one_model(folder)
     record = read_record(folder)
     weights = weights_of_adapter(folder)
     described = f"{weights} as adapter_config.json describes it"
     with naming(described):
-        names = list(Checkpoint([weights]))
+        names, peft_config = list(Checkpoint([weights])), PeftConfig.from_pretrained(str(folder))
     check_tensors(names, record, weights)
     base, hub = base_of(folder, base_model), _hub_arguments(from_pretrained_kwargs)
     with naming(f"the base model {base}"):
@@ -63,12 +74,16 @@ def load(
     check_shape(config, record, base)
     apply_record(config, record)
     model = load_base(base, config=config, **from_pretrained_kwargs)
+    check_tying(peft_config, is_tied(model), base)
     if any(weight.is_meta for weight in model.parameters()):
         raise ValueError(
             f"the base model {base} does not fit: device_map leaves weights of it to the host's memory or the disk, "
             "where no adapter can be put on them"
         )
     check_weights(dict(model.named_parameters()).get, record, base)
+    if has_generation_config(folder):
+        with naming(f"generation_config.json of {folder}"):
+            model.generation_config = AsItIs.from_pretrained(str(folder))
     with naming(described):
         # Read to the CPU, and copied from there: by default every process of a machine reads it to the first GPU.
         return PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False, torch_device="cpu").eval()
@@ -77,6 +92,8 @@ def load(
 def load_base(model: str, *, what: str = "the base model", **from_pretrained_kwargs: Any) -> PreTrainedModel:
     """
     `AutoModelForCausalLM.from_pretrained`, which gives random numbers to weights that the files lack: they are refused.
+
+    Its config then says whether the weights are tied, whatever the file's config does.
 
     Args:
         model (`str`):
@@ -87,8 +104,9 @@ def load_base(model: str, *, what: str = "the base model", **from_pretrained_kwa
             For `from_pretrained`.
 
     Raises:
-        `ValueError`: the model cannot be loaded, or its files lack weights.
+        `ValueError`: the model cannot be loaded, its files lack weights, or an adapter lies with it.
     """
+    check_one_model(model)
     with naming(f"{what} {model}"):
         if os.path.isdir(model) and "gguf_file" not in from_pretrained_kwargs:
             for file in weight_files(model):
@@ -97,7 +115,20 @@ def load_base(model: str, *, what: str = "the base model", **from_pretrained_kwa
         loaded, found = loading
     if missing := found["missing_keys"]:
         raise ValueError(f"{what} {model} is incomplete: its files have no {listed(missing)}")
+    if getattr(loaded, "_hf_peft_config_loaded", False):  # by transformers, off a hub
+        raise ValueError(f"{what} {model} has an adapter as well: give each a folder of its own")
+    settle_tying(loaded)
     return cast(PreTrainedModel, loaded)
+
+
+def check_one_model(folder: str | os.PathLike[str]) -> None:
+    """Raise `ValueError` for a folder with both a model and an adapter: transformers puts the one on the other, and
+    PEFT takes the other alone."""
+    if all((Path(folder) / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise ValueError(
+            f"{folder} holds a model (config.json) and an adapter (adapter_config.json), and which is meant cannot be "
+            "told: give each a folder of its own"
+        )
 
 
 def weights_of_base(base: str, **hub_arguments: Any) -> Checkpoint:

@@ -35,12 +35,16 @@ class NeedsWholeModel(Exception):
 
 
 class LoraWeights:
-    """LoRA's factors, and the weights that were trained in place of the base model's, by the base model's names."""
+    """LoRA's factors, and the weights that were trained in place of the base model's, by the base model's names.
+
+    Attributes:
+        config: The adapter's, a [`peft.LoraConfig`].
+    """
 
     def __init__(self, folder: Path, record: dict[str, Any]) -> None:
         with naming(str(folder / "adapter_config.json")):
-            self._config: Any = PeftConfig.from_pretrained(str(folder))
-        if other := obstacle(self._config):
+            self.config: Any = PeftConfig.from_pretrained(str(folder))
+        if other := obstacle(self.config):
             raise NeedsWholeModel(f"the adapter has {other}")
         file = weights_of_adapter(folder)
         self._about = f"{file} as adapter_config.json describes it"
@@ -63,14 +67,14 @@ class LoraWeights:
 
     def _check(self, name: str) -> float:
         """What the product of its two factors is multiplied by, if they are what the config says."""
-        if not check_target_module_exists(self._config, name.removesuffix(".weight")):
+        if not check_target_module_exists(self.config, name.removesuffix(".weight")):
             raise ValueError(f"there are factors for {name}, which its target_modules do not name")
         a, b = (self._weights.get(stored) for stored in self._factors[name])
-        rank = self._of(name, self._config.rank_pattern, self._config.r)
+        rank = self._of(name, self.config.rank_pattern, self.config.r)
         if a.ndim != 2 or a.shape[0] != rank or b.shape[1:] != (rank,):
             raise ValueError(f"the factors for {name} have size {list(a.shape)} and {list(b.shape)}, not rank {rank}")
-        alpha = self._of(name, self._config.alpha_pattern, self._config.lora_alpha)
-        return float(alpha / (math.sqrt(rank) if self._config.use_rslora else rank))
+        alpha = self._of(name, self.config.alpha_pattern, self.config.lora_alpha)
+        return float(alpha / (math.sqrt(rank) if self.config.use_rslora else rank))
 
     @staticmethod
     def _of(name: str, pattern: dict[str, int], default: int) -> int:
@@ -83,7 +87,7 @@ class LoraWeights:
 
     def ties(self, names: set[str]) -> bool:
         """Whether the weights of these names were trained as one."""
-        return bool(getattr(self._config, "ensure_weight_tying", False)) and names <= set(self._replaced)
+        return bool(getattr(self.config, "ensure_weight_tying", False)) and names <= set(self._replaced)
 
     def merged(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """The weight after merging, in fp32, of one that is `weight` in the base model."""
@@ -108,5 +112,6 @@ def obstacle(config: Any) -> str | None:
         return f"init_lora_weights={config.init_lora_weights!r}"
     plain = LoraConfig()
     names = [field.name for field in dataclasses.fields(plain) if field.name not in _UNDERSTOOD]
-    other = next((name for name in names if getattr(config, name) != getattr(plain, name)), None)
+    # What is empty is as if it were not there: PEFT writes target_parameters=[] for a mixture of experts.
+    other = next((name for name in names if (getattr(config, name) or None) != (getattr(plain, name) or None)), None)
     return other and f"{other}={getattr(config, other)!r}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import functools
 import json
 import logging
 import os
@@ -18,20 +17,21 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
-    PreTrainedModel,
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from transformers.utils.logging import tqdm
 
-from longlora_ext._checkpoint import Checkpoint
+from longlora_ext._config_file import complete_config
 from longlora_ext._folders import appearing, refuse_to_overwrite
-from longlora_ext._generation import AsItIs, keep_generation_config
-from longlora_ext._load import HUB_ARGUMENTS, base_of, load, naming, weights_of_base
+from longlora_ext._generation import AsItIs, has_generation_config, keep_generation_config
+from longlora_ext._lengths import possible_lengths
+from longlora_ext._load import HUB_ARGUMENTS, base_of, check_one_model, load, naming, weights_of_base
 from longlora_ext._lora import LoraWeights, NeedsWholeModel
-from longlora_ext._record import apply_record, check_shape, check_weights, read_record
+from longlora_ext._record import apply_record, check_shape, check_tying, check_weights, read_record
+from longlora_ext._stored import StoredModel
+from longlora_ext._tying import settle_tying
 from longlora_ext.context import CONFIG_FIELDS, context_length
 
 #: What the programs that make an adapter write into its folder about that.
@@ -53,16 +53,20 @@ def merge(
     """
     Write base model and adapter as one plain model folder, which transformers loads with no code of ours.
 
-    One shard at a time is in memory. Only an adapter that changes more than single weights (DoRA and the like), or a
-    base model whose files hold other tensors than the model has (quantised ones), is merged by PEFT in the memory
+    One shard at a time is in memory, and its tensors have the names that they have in the base model's files, whatever
+    the model makes of them, such as one weight of the many experts of a mixture. Only an adapter that changes more than
+    single tensors of the files (DoRA and the like), or a base model that is quantised, is merged by PEFT in the memory
     that the whole model takes; a line in the log says so, and why.
+
+    RoPE stands in `config.json` under its older names as well (`rope_scaling`, `rope_theta`), for transformers 4 and
+    others that know no `rope_parameters`.
 
     Args:
         folder (`str` or `os.PathLike`):
             The adapter folder.
         output_folder (`str` or `os.PathLike`):
-            Must not exist, or be empty; it appears when it is complete. The tokenizer comes along, from the
-            adapter folder or else from the base model, and what says how the adapter was made (`run.json`,
+            Must not exist, or be empty; it appears when it is complete. The tokenizer and `generation_config.json`
+            come along, from the adapter folder or else from the base model, and what says how the adapter was made (`run.json`,
             `import.json`), if it is there.
         base_model (`str`, *optional*):
             Where the base model is now, if not where it was in training.
@@ -78,7 +82,7 @@ def merge(
     Raises:
         `FileExistsError`: the output folder holds something.
         `OSError`: there is no room for it.
-        `ValueError`: the folder holds a whole model, not an adapter, or a weight is not finite.
+        `ValueError`: the folder holds a whole model, or one beside the adapter, or a weight is not finite.
         And what [`load`] raises.
     """
     folder, target = Path(folder), Path(output_folder)
@@ -86,6 +90,7 @@ def merge(
         raise TypeError(f"merge() got an unexpected argument {min(unknown)!r}")
     dtype, shard_size = _dtype(dtype), _bytes(max_shard_size)
     refuse_to_overwrite(target)
+    check_one_model(folder)
     if (folder / "config.json").is_file():
         raise ValueError(f"{folder} is a plain model folder already: there is nothing to merge")
     base = base_of(folder, base_model)
@@ -143,13 +148,14 @@ def _tokenizer_folder(folder: Path, base: str) -> str | None:
 
 
 def _forget_ours(config: PreTrainedConfig) -> None:
-    """Leave a plain config, whose context is `max_position_embeddings`. RoPE of the type "dynamic" needs the old length
-    there, beyond which transformers scales: the new one then stays in our field, which others pass over."""
+    """Leave a plain config, whose context is `max_position_embeddings`. Where that is another length, as for RoPE of the
+    type "dynamic", beyond whose old one transformers scales, or could be taken for another, the context stays in our
+    field, which others pass over."""
     length = context_length(config)
     for name in CONFIG_FIELDS:
         if hasattr(config, name):
             delattr(config, name)
-    if length > config.max_position_embeddings:
+    if possible_lengths(config) != (length,) or length != config.max_position_embeddings:
         config.s2attn_context_length = length
 
 
@@ -164,8 +170,14 @@ def _by_peft(
     for name, weight in merged.state_dict().items():
         _check_finite(name, weight)
     _forget_ours(merged.config)
+    settle_tying(merged)  # PEFT unties what it merges one half of
     keep_generation_config(merged)
-    return functools.partial(merged.save_pretrained, max_shard_size=max_shard_size)
+
+    def write(output: Path) -> None:
+        merged.save_pretrained(output, max_shard_size=max_shard_size)
+        complete_config(output)
+
+    return write
 
 
 def _by_shards(
@@ -180,22 +192,21 @@ def _by_shards(
     if getattr(config, "quantization_config", None) is not None:
         raise NeedsWholeModel("the base model's weights are quantised")
     weights = weights_of_base(base, **{name: hub[name] for name in hub if name != "trust_remote_code"})
-    if absent := set(record["base_weights"]).difference(weights):
-        raise NeedsWholeModel(f"the base model's files have no {min(absent)}")
-    check_weights(weights.get, record, base)
     apply_record(config, record)
+    stored = StoredModel(config, weights, base, hub.get("trust_remote_code", False))
+    if absent := [name for name in record["base_weights"] if stored.get(name) is None]:
+        raise NeedsWholeModel(f"the base model's files have {min(absent)} in parts")
+    check_weights(stored.get, record, base)
+    check_tying(adapter.config, stored.is_tied, base)
     _forget_ours(config)
     if dtype is not None:
         config.dtype = dtype
-    with naming(f"the base model {base}"), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=hub.get("trust_remote_code", False))
-    sources = _sources(model, weights, adapter)
-    new = {name: _like(weights.get(in_base), dtype) for name, (in_base, _) in sources.items()}
+    sources = _sources(stored, adapter)
+    new = {name: _as(weights.like(name), dtype) for name in sources}
     plan = split_torch_state_dict_into_shards(new, max_shard_size=max_shard_size)
 
     def merged(name: str) -> torch.Tensor:
-        in_base, in_adapter = sources[name]
-        weight = weights.get(in_base)
+        weight, in_adapter = weights.get(name), sources[name]
         if in_adapter is not None:
             weight = adapter.merged(in_adapter, weight)
         weight = weight.to(new[name].dtype)
@@ -207,7 +218,8 @@ def _by_shards(
         if room < needed:
             raise OSError(errno.ENOSPC, f"it takes {needed / 1e6:,.1f} MB, and {room / 1e6:,.1f} MB are free")
         config.save_pretrained(output)
-        _save_generation_config(base, hub, output)
+        complete_config(output)
+        _save_generation_config(str(folder) if has_generation_config(folder) else base, hub, output)
         if plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
             (output / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
@@ -220,36 +232,32 @@ def _by_shards(
     return write
 
 
-def _save_generation_config(base: str, hub: dict[str, Any], output: Path) -> None:
-    """The base model's. A model without has that of its config."""
-    with naming(f"generation_config.json of {base}"):
+def _save_generation_config(source: str, hub: dict[str, Any], output: Path) -> None:
+    """That of the adapter folder, or of the base model. A model without has that of its config."""
+    with naming(f"generation_config.json of {source}"):
         try:
-            generation = AsItIs.from_pretrained(base, **hub)
+            generation = AsItIs.from_pretrained(source, **hub)
         except OSError:
             return
     generation.save_pretrained(output)
 
 
-def _like(weight: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    """A tensor of that shape, and of that dtype if both are numbers with a point, without memory of its own."""
-    changes = dtype is not None and weight.is_floating_point()
-    return torch.empty(weight.shape, dtype=dtype if changes else weight.dtype, device="meta")
+def _as(weight: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """A weight in that dtype, if both are numbers with a point."""
+    return weight.to(dtype) if dtype is not None and weight.is_floating_point() else weight
 
 
-def _sources(model: PreTrainedModel, weights: Checkpoint, adapter: LoraWeights) -> dict[str, tuple[str, str | None]]:
-    """For each weight of the merged model its name in the base model, and that in the adapter if it changes."""
-    tied: dict[int, list[str]] = {}
-    for name, weight in model.state_dict(keep_vars=True).items():
-        tied.setdefault(id(weight), []).append(name)
+def _sources(stored: StoredModel, adapter: LoraWeights) -> dict[str, str | None]:
+    """For each tensor of the merged files, which are named as the base model's, the name in the adapter if it
+    changes."""
     sources = {}
-    for names in tied.values():
+    for file_name, name in stored.becomes.items():
+        names = stored.names_of(name) if name is not None else ()
         changed = adapter.changed & set(names)
         if changed and len(names) > 1 and not adapter.ties(changed):
-            raise NeedsWholeModel(f"the adapter changes {' and '.join(sorted(changed))}, one of the tied {names}")
-        in_base = next((name for name in names if name in weights), None)
-        if in_base is None:
-            raise NeedsWholeModel(f"the base model's files have no {names[0]}")
-        sources[names[0]] = in_base, min(changed, default=None)
-    if strangers := adapter.changed.difference(*tied.values()):
-        raise NeedsWholeModel(f"the adapter changes {min(strangers)}, which the model has not")
+            raise NeedsWholeModel(f"the adapter changes {' and '.join(sorted(changed))}, one of the tied {list(names)}")
+        sources[file_name] = min(changed, default=None)
+    reached = {name for tensor in stored.becomes.values() if tensor is not None for name in stored.names_of(tensor)}
+    if strangers := adapter.changed - reached:
+        raise NeedsWholeModel(f"the adapter changes {min(strangers)}, which no tensor of the base model's files is")
     return sources

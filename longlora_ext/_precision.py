@@ -17,12 +17,13 @@ def train_in_fp32(module: nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.float()  # in place: a tied weight stays one parameter
     for part in module.modules():
         if dtype != torch.float32 and next(part.parameters(recurse=False), None) is not None:
-            if isinstance(part, nn.Linear):  # a matrix product wants one dtype, a lookup or a norm does not
+            # A matrix product wants one dtype, and so does LayerNorm on a GPU; a lookup or an RMSNorm does not.
+            if isinstance(part, (nn.Linear, nn.LayerNorm)):
                 part.register_forward_pre_hook(_cast_input)
             part.register_forward_hook(functools.partial(_cast_output, dtype=dtype))
 
 
-def _cast_input(module: nn.Linear, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+def _cast_input(module: nn.Linear | nn.LayerNorm, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
     return (args[0].to(module.weight.dtype),)
 
 

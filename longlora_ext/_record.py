@@ -14,8 +14,9 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from longlora_ext._checkpoint import listed
+from longlora_ext._lengths import ORIGINAL
 from longlora_ext._precision import fp32_weight, whole_shape
-from longlora_ext.context import CONFIG_FIELDS, context_length
+from longlora_ext.context import CONFIG_FIELDS, context_length, fill_in_head_dim
 
 RECORD = "longlora.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -23,6 +24,7 @@ FACTORS = (".lora_A.weight", ".lora_B.weight")
 _FORMAT = 1
 _NEEDED = {"max_position_embeddings": int, "rope_parameters": dict, "config": dict, "base_shape": dict,
            "base_weights": dict}  # fmt: skip
+_TIED = "tie_word_embeddings"
 _SHAPE_FIELDS = (
     "model_type",
     "vocab_size",
@@ -31,7 +33,7 @@ _SHAPE_FIELDS = (
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
-    "tie_word_embeddings",
+    _TIED,
 )
 _SAMPLES = 16  # weights a tensor in the fingerprint of the base model
 _SAME = 0.01  # relative distance of two fingerprints: rounding to bf16 makes 0.002
@@ -45,6 +47,7 @@ def write_record(folder: Path, config: Any, fingerprint: dict[str, list[float]],
         "context_length": context_length(config),
         "max_position_embeddings": config.max_position_embeddings,
         "rope_parameters": config.rope_parameters,
+        **({ORIGINAL: getattr(config, ORIGINAL)} if hasattr(config, ORIGINAL) else {}),
         "config": {name: getattr(config, name) for name in CONFIG_FIELDS if hasattr(config, name)},
         "base_shape": _base_shape(config),
         "base_weights": fingerprint,
@@ -95,10 +98,12 @@ def check_tensors(names: Iterable[str], record: dict[str, Any], file: Path) -> N
 
 def apply_record(config: PreTrainedConfig, record: dict[str, Any]) -> None:
     """Give the base model's config the extended context."""
-    for name in ("max_position_embeddings", "rope_parameters"):
-        setattr(config, name, record[name])
+    for name in ("max_position_embeddings", "rope_parameters", ORIGINAL):
+        if name in record:
+            setattr(config, name, record[name])
     for name, value in record["config"].items():
         setattr(config, name, value)
+    fill_in_head_dim(config)
 
 
 def fingerprint_of(model: nn.Module) -> dict[str, list[float]]:
@@ -132,7 +137,9 @@ def _base_shape(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def check_shape(config: PreTrainedConfig, record: dict[str, Any], base: str) -> None:
+    """Compare a base model's config with that of training. Whether weights are tied is not asked of it."""
     here = _base_shape(config)
+    here[_TIED] = record["base_shape"].get(_TIED)
     differ = [
         f"{name} {here.get(name)} instead of {want}"
         for name, want in record["base_shape"].items()
@@ -140,6 +147,15 @@ def check_shape(config: PreTrainedConfig, record: dict[str, Any], base: str) -> 
     ]
     if differ:
         raise ValueError(f"{base} is not the base model of this adapter: it has {', '.join(differ)}")
+
+
+def check_tying(peft_config: Any, tied: bool, base: str) -> None:
+    """Raise `ValueError` if an adapter was trained with the output layer as the embedding, and they are two here."""
+    if getattr(peft_config, "ensure_weight_tying", False) and not tied:
+        raise ValueError(
+            f"{base} is not the base model of this adapter: its output layer is not its embedding (lm_head and "
+            "tie_word_embeddings), as it was in training"
+        )
 
 
 def check_weights(weight_of: Callable[[str], torch.Tensor | None], record: dict[str, Any], base: str) -> None:

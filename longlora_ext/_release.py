@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from longlora_ext._checkpoint import listed, load_pickled
 from longlora_ext._folders import appearing, refuse_to_overwrite
 from longlora_ext._load import base_of, naming, weights_of_base
-from longlora_ext._lora import PREFIX, obstacle
+from longlora_ext._lora import PREFIX, NeedsWholeModel, obstacle
 from longlora_ext._record import FACTORS, WEIGHTS, fingerprint, write_record
+from longlora_ext._stored import StoredModel
 from longlora_ext.context import extend_config
 
 _log = logging.getLogger(__name__)
@@ -77,7 +78,10 @@ def import_longlora(
     with naming(f"the base model {base}"):
         config = AutoConfig.from_pretrained(base)
     config = extend_config(config, context_length)
-    weights = weights_of_base(base)
+    try:
+        stored = StoredModel(config, weights_of_base(base), base)
+    except NeedsWholeModel as reason:
+        raise ValueError(f"cannot load the base model {base}: {reason}") from reason
     with naming(f"the base model {base}"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     shapes = {name: weight.shape for name, weight in model.named_parameters()}  # a tied one once
@@ -93,11 +97,11 @@ def import_longlora(
         task_type="CAUSAL_LM",
         base_model_name_or_path=os.path.abspath(base) if os.path.isdir(base) else base,
         inference_mode=True,
-        ensure_weight_tying=bool(config.tie_word_embeddings and trained),
+        ensure_weight_tying=bool(stored.is_tied and trained),
     )
-    frozen = {name: weights.get(name) for name in shapes if len(shapes[name]) == 2 and name not in trained}
-    if any(weight is None for weight in frozen.values()):
-        raise ValueError(f"cannot load the base model {base}: its weights are not there")
+    frozen = {name: stored.get(name) for name in shapes if len(shapes[name]) == 2 and name not in trained}
+    if parts := [name for name, weight in frozen.items() if weight is None]:
+        raise ValueError(f"cannot load the base model {base}: its files hold {min(parts)} in parts")
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     tied = {  # PEFT looks for a tied weight under all of its names
         name: trained[names[id(parameter)]]

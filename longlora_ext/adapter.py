@@ -14,7 +14,6 @@ in bf16, makes all weights bf16 and has fp32 masters of its own. What is saved i
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -28,14 +27,17 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from longlora_ext._checkpoint import listed
 from longlora_ext._folders import appearing, on_first_process, refuse_to_overwrite
-from longlora_ext._generation import keep_generation_config
+from longlora_ext._config_file import complete_config
+from longlora_ext._generation import keep_generation_config, save_generation_config
 from longlora_ext._load import load, load_base
 from longlora_ext._merge import merge
+from longlora_ext._norms import names_for_peft, norms_of
 from longlora_ext._precision import fp32_state, train_in_fp32
 from longlora_ext._record import WEIGHTS, fingerprint_of, write_record
 from longlora_ext._release import import_longlora
+from longlora_ext._tying import is_tied, settle_tying
 
-__all__ = ["import_longlora", "load", "load_base", "lora_config", "merge", "prepare_model", "save_adapter"]
+__all__ = ["import_longlora", "is_tied", "load", "load_base", "lora_config", "merge", "prepare_model", "save_adapter"]
 
 _ADAPTER = "default"
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -58,10 +60,11 @@ def lora_config(model: PreTrainedModel, **overrides: Any) -> LoraConfig:
 
     Raises:
         `ValueError`: the model has not all of `q_proj`, `k_proj`, `v_proj`, `o_proj`, and `target_modules` are
-        not given.
+        not given; or it has a norm that could not be trained, and `modules_to_save` are not given.
     """
-    modules = [(name.rpartition(".")[2], module) for name, module in model.named_modules()]
-    targets = [name for name in _PROJECTIONS if name in dict(modules)]
+    modules = dict(model.named_modules())
+    last = {name.rpartition(".")[2] for name in modules}
+    targets = [name for name in _PROJECTIONS if name in last]
     missing = [name for name in _PROJECTIONS if name not in targets]
     if missing and "target_modules" not in overrides:  # what is there alone would be another recipe
         there = f"{', '.join(targets)} but " if targets else ""
@@ -69,25 +72,21 @@ def lora_config(model: PreTrainedModel, **overrides: Any) -> LoraConfig:
             f"{type(model).__name__} has {there}no {', '.join(missing)}: pass target_modules=[...] with the names of "
             "its attention projections"
         )
-    embedding = {name for name, module in modules if module is model.get_input_embeddings()}
-    norms = {name for name, module in modules if type(module).__name__.lower().endswith("norm")}
+    embedding = next(name for name, module in modules.items() if module is model.get_input_embeddings())
     fields: dict[str, Any] = {
         "r": 8,
         "lora_alpha": 16,
         "lora_dropout": 0.0,
         "task_type": "CAUSAL_LM",
         "target_modules": targets,
-        "modules_to_save": sorted(embedding | norms),
     }
     fields.update(overrides)
-    if _is_tied(model) and embedding & set(fields["modules_to_save"] or ()):
+    if "modules_to_save" not in fields:
+        outside = [name for name in norms_of(model) if not name.startswith(f"{embedding}.")]  # Inkling has one within
+        fields["modules_to_save"] = names_for_peft(model, [embedding, *outside])
+    if is_tied(model) and any(embedding.endswith(name) for name in fields["modules_to_save"] or ()):
         fields.setdefault("ensure_weight_tying", True)
     return LoraConfig(**fields)
-
-
-def _is_tied(model: PreTrainedModel) -> bool:
-    output = model.get_output_embeddings()
-    return output is not None and output.weight is model.get_input_embeddings().weight
 
 
 def prepare_model(model: PreTrainedModel, peft_config: PeftConfig | None) -> PreTrainedModel | PeftModel:
@@ -105,16 +104,18 @@ def prepare_model(model: PreTrainedModel, peft_config: PeftConfig | None) -> Pre
         which keeps fp32 masters of them.
 
     Raises:
-        `ValueError`: the model has an adapter already.
+        `ValueError`: the model has an adapter already, or PEFT leaves a module frozen that `peft_config` names in
+            `modules_to_save`, or unties what it says is tied.
     """
-    if isinstance(model, PeftModel):
+    if isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError("the model has an adapter already: pass the base model")
+    settle_tying(model)
     in_fp32 = not is_deepspeed_zero3_enabled()
     if peft_config is None:
         model.requires_grad_(True)
         keep_generation_config(model)
         return model.float() if in_fp32 else model
-    dtype, base = model.dtype, model.name_or_path or ""
+    dtype, base, tied = model.dtype, model.name_or_path or "", is_tied(model)
     prepared = get_peft_model(model, peft_config, autocast_adapter_dtype=in_fp32)
     if os.path.isdir(base):  # an adapter must find its base from any working directory
         prepared.peft_config[_ADAPTER].base_model_name_or_path = os.path.abspath(base)
@@ -126,7 +127,26 @@ def prepare_model(model: PreTrainedModel, peft_config: PeftConfig | None) -> Pre
         for parameter in prepared.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
+    _check_trained(prepared, peft_config)
+    if tied and getattr(peft_config, "ensure_weight_tying", False) and not is_tied(model):
+        raise ValueError(
+            f"PEFT does not keep the output layer of {type(model).__name__} tied to its embedding while that is "
+            "trained: pass modules_to_save=[...] without the embedding"
+        )
     return prepared
+
+
+def _check_trained(prepared: PeftModel, peft_config: PeftConfig) -> None:
+    """Raise `ValueError` for a module that should train and does not: PEFT passes over what it does not find."""
+    trained = [
+        name
+        for name, module in prepared.named_modules()
+        if isinstance(getattr(module, "modules_to_save", None), nn.ModuleDict)
+        and all(weight.requires_grad for weight in module.modules_to_save.parameters())
+    ]
+    for name in getattr(peft_config, "modules_to_save", None) or ():
+        if not any(full.endswith(name) for full in trained):
+            raise ValueError(f"{name} is to be trained in full (modules_to_save), but PEFT leaves it frozen")
 
 
 def save_adapter(
@@ -142,7 +162,8 @@ def save_adapter(
             What [`prepare_model`] returned, or a wrapper of it (torch.compile, DDP, DeepSpeed).
         folder (`str` or `os.PathLike`):
             Must not exist, or be empty. It receives `adapter_model.safetensors` (LoRA, embedding, norms),
-            `adapter_config.json` and `longlora.json`; after full fine-tuning it becomes a plain model folder.
+            `adapter_config.json`, `longlora.json` and the model's `generation_config.json`, which [`load`] and
+            [`merge`] take over; after full fine-tuning it becomes a plain model folder.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Saved beside.
 
@@ -200,6 +221,7 @@ def _write_adapter(
     peft_config.inference_mode = True
     peft_config.save_pretrained(str(folder))
     peft_config.inference_mode = was
+    save_generation_config(model, folder)
     write_record(folder, model.get_base_model().config, fingerprint, tensors)
 
 
@@ -208,7 +230,4 @@ def _write_model(model: PreTrainedModel, state: dict[str, torch.Tensor], folder:
     state = state | {name: buffers[name] for name in model.state_dict() if name in buffers}
     model.save_pretrained(folder, state_dict=state)
     # Under ZeRO the model computes in another dtype than its masters have; the config names that of the file.
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    config["dtype"] = "float32"
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    complete_config(folder, dtype="float32")

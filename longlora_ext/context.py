@@ -16,35 +16,84 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from longlora_ext._lengths import ORIGINAL, is_int, named_original, possible_lengths
 from longlora_ext.attention import DEFAULT_GROUP_RATIO, even_group_size
 
 # The fields of ours on a config. A model without them is a plain transformers model.
 CONFIG_FIELDS = ("s2attn_group_size", "s2attn_mode", "s2attn_context_length")
 
 # Types whose parameters name the length the model was first trained at, and what they need besides a factor.
-_ORIGINAL = "original_max_position_embeddings"
 _NEEDS_ORIGINAL = ("yarn", "llama3", "longrope")
 _DEFAULTS: dict[str, dict[str, Any]] = {"llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0}}
-# transformers computes it from the factor if it is absent: that of a smaller factor must not stay.
-_STALE = "attention_factor"
+# Not kept: transformers computes attention_factor from the factor if it is absent, and that of a smaller factor must
+# not stay; "type" is the old name of rope_type.
+_STALE = ("attention_factor", "type")
 
 
 def context_length(config: PreTrainedConfig) -> int:
     """
     The number of tokens that a model of this config is made for.
 
+    An extended config says it in `s2attn_context_length`. For any other it is `max_position_embeddings`, or, where that
+    is the length from before RoPE was scaled, as many times that length as the factor says: always for `"dynamic"`,
+    beyond whose `max_position_embeddings` transformers scales, and for types that name the original length, such as
+    `"yarn"`, where `max_position_embeddings` does not go beyond it. A config with linear scaling may leave that open.
+
     Args:
         config ([`~transformers.PreTrainedConfig`]):
-            An extended config or any other; for any other it is `max_position_embeddings`. A merged model's is either:
-            `max_position_embeddings`, or for RoPE of the type `"dynamic"` the `s2attn_context_length` beside it.
+            An extended config or any other.
 
     Raises:
-        `ValueError`: it has none, as models without positions, or with positions of another kind.
+        `ValueError`: it has none, as models without positions, or with positions of another kind; or it can be read in
+            two ways, which the error names: [`settle_context`] chooses one.
     """
-    length: Any = getattr(config, "s2attn_context_length", None) or getattr(config, "max_position_embeddings", None)
-    if not _is_int(length) or length < 1:
-        raise ValueError(f"{type(config).__name__} has no max_position_embeddings: it has no context to speak of")
-    return length
+    found = possible_lengths(config)
+    if len(found) == 1:
+        return found[0]
+    longer, shorter = found
+    raise ValueError(
+        f"the model's RoPE is scaled by a factor of {config.rope_parameters['factor']:g} ({rope_type_of(config)}), and "
+        f"its config does not say whether max_position_embeddings, {config.max_position_embeddings}, is the length "
+        f"before that, so that it reads {longer} tokens, or after it, so that it reads {shorter}: pass "
+        f"present_context_length (--present_context_length) {longer} or {shorter}"
+    )
+
+
+def settle_context(config: PreTrainedConfig, present_context_length: int | None) -> PreTrainedConfig:
+    """
+    A config whose context is known.
+
+    Args:
+        config ([`~transformers.PreTrainedConfig`]):
+            Any config; it is not changed.
+        present_context_length (`int`, *optional*):
+            The tokens that a model of this config reads, where the config can be read in two ways (see
+            [`context_length`]). If it cannot, this must be what it says.
+
+    Returns:
+        [`~transformers.PreTrainedConfig`]: the config itself if nothing is given, or else a copy that says it.
+
+    Raises:
+        `ValueError`: that is no way to read the config.
+    """
+    if present_context_length is None:
+        return config
+    possible = possible_lengths(config)
+    if present_context_length not in possible:
+        raise ValueError(
+            f"present_context_length must be {' or '.join(map(str, possible))}, which is how the model's config can be "
+            f"read, but it is {present_context_length!r}"
+        )
+    settled = copy.deepcopy(config)
+    settled.s2attn_context_length = present_context_length
+    return settled
+
+
+def fill_in_head_dim(config: PreTrainedConfig) -> None:
+    """Give a config that leaves `head_dim` open the one that its model has. transformers computes the frequencies of a
+    scaled RoPE with the field as it is."""
+    if getattr(config, "head_dim", 0) is None:
+        config.head_dim = config.hidden_size // config.num_attention_heads
 
 
 def rope_type_of(config: PreTrainedConfig) -> str:
@@ -62,6 +111,7 @@ def extend_config(
     *,
     rope_type: str = "linear",
     rope_parameters: dict[str, Any] | None = None,
+    present_context_length: int | None = None,
     group_ratio: float = DEFAULT_GROUP_RATIO,
     group_size: int | None = None,
 ) -> PreTrainedConfig:
@@ -72,7 +122,7 @@ def extend_config(
     `max_position_embeddings`. A model that is scaled already is extended with its own `rope_type` only:
     factors of `linear` and `llama3` multiply, those of Llama 3.1 and 3.2 being no ratio of lengths; for `yarn`
     and the like the factor is counted from the length that the parameters name as the original one. The other
-    parameters are kept.
+    parameters are kept. A factor never becomes smaller.
 
     Args:
         config ([`~transformers.PreTrainedConfig`]):
@@ -84,6 +134,8 @@ def extend_config(
             `rope_parameters`); `"longrope"` needs its factors in `rope_parameters`.
         rope_parameters (`dict`, *optional*):
             Parameters of that type, in place of those computed here.
+        present_context_length (`int`, *optional*):
+            The tokens that the model reads now, where its config can be read in two ways: see [`settle_context`].
         group_ratio (`float`, defaults to 0.25):
             The group size as a part of the new context, in (0, 1]; it is made even.
         group_size (`int`, *optional*):
@@ -92,7 +144,9 @@ def extend_config(
     Returns:
         [`~transformers.PreTrainedConfig`]: with changed `rope_parameters`, `max_position_embeddings` (the new
         context; for `"dynamic"` it stays, as transformers scales only beyond it), `s2attn_context_length` and
-        `s2attn_group_size`. RoPE parameters of each layer type stay so.
+        `s2attn_group_size`. RoPE parameters of each layer type stay so. Linear scaling is given
+        `original_max_position_embeddings` too, so that nobody has to ask whether `max_position_embeddings` is the
+        length before or after it. A `head_dim` of `None` is filled in.
 
     Raises:
         `ValueError`: an argument is out of its range, or the config's RoPE cannot be extended as asked.
@@ -100,8 +154,9 @@ def extend_config(
     rope_of = getattr(config, "rope_parameters", None) or {}
     if _is_nested(rope_of):
         config = _with_the_one_rope(config)
+    config = settle_context(config, present_context_length)
     present = _present_length(config)
-    if not _is_int(context_length) or context_length <= present:
+    if not is_int(context_length) or context_length <= present:
         raise ValueError(
             f"context_length must be an integer above the model's present context of {present} tokens, but "
             f"it is {context_length!r}"
@@ -112,7 +167,10 @@ def extend_config(
     new = _extended_rope(config, context_length, rope_type, dict(rope_parameters or {}))
     if rope_type != "dynamic":
         extended.max_position_embeddings = context_length
+    if rope_type == "linear":
+        extended.original_max_position_embeddings = _original_of_linear(config, present)
     extended.rope_parameters = new
+    fill_in_head_dim(extended)
     _check_rope(extended, rope_type)
     if _is_nested(rope_of):
         extended.rope_parameters = {layer: dict(extended.rope_parameters) for layer in rope_of}
@@ -137,10 +195,6 @@ def _with_the_one_rope(config: PreTrainedConfig) -> PreTrainedConfig:
     return flat
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _present_length(config: PreTrainedConfig) -> int:
     if not getattr(config, "rope_parameters", None):
         raise ValueError(
@@ -152,7 +206,7 @@ def _present_length(config: PreTrainedConfig) -> int:
 
 def _group_size(context: int, ratio: float, size: int | None) -> int:
     if size is not None:
-        if not _is_int(size) or size < 2 or size % 2 or size > context:
+        if not is_int(size) or size < 2 or size % 2 or size > context:
             raise ValueError(
                 f"group_size must be an even integer from 2 to the context of {context}, but it is {size!r}"
             )
@@ -180,23 +234,41 @@ def _extended_rope(config: PreTrainedConfig, context: int, rope_type: str, given
             f"this model's RoPE is scaled with rope_type {present_type!r} already and cannot be extended "
             f"with {rope_type!r}: pass rope_type={present_type!r}"
         )
-    new = {key: value for key, value in present.items() if key != _STALE}
+    new = {key: value for key, value in present.items() if key not in _STALE}
     new["rope_type"] = rope_type
     if rope_type == "default":
         return {**new, **given}
     original = config.max_position_embeddings
     if rope_type in _NEEDS_ORIGINAL:
-        # transformers lets the field of the config, where a model has one, win over that of the parameters
-        original = getattr(config, _ORIGINAL, None) or present.get(_ORIGINAL) or original
-        new[_ORIGINAL] = original
+        original = named_original(config) or original
+        new[ORIGINAL] = original
     factor = float(math.ceil(context / original))
     if rope_type == present_type == "linear":
-        factor *= present["factor"]
+        factor = float(present["factor"] * math.ceil(context / _present_length(config)))
     if rope_type == present_type == "llama3":
         factor = float(math.ceil(present["factor"] * context / _present_length(config)))
     for key, value in _DEFAULTS.get(rope_type, {}).items():
         new.setdefault(key, value)
-    return {**new, "factor": factor, **given}
+    extended = {**new, "factor": factor, **given}
+    if present_type == rope_type and _number(extended["factor"]) < _number(present.get("factor")):
+        raise ValueError(
+            f"this model's RoPE is scaled by a factor of {present['factor']:g} already, which cannot become "
+            f"{extended['factor']:g}: a factor never becomes smaller"
+        )
+    return extended
+
+
+def _number(factor: Any) -> float:
+    """A factor to compare. What is none is found out where frequencies are computed with it."""
+    return factor if isinstance(factor, (int, float)) else math.nan
+
+
+def _original_of_linear(config: PreTrainedConfig, present: int) -> int:
+    """The length that a model was first trained at, before RoPE was ever scaled."""
+    if rope_type_of(config) == "default":
+        return present
+    named = named_original(config)
+    return named if named and named < present else int(present / config.rope_parameters["factor"])
 
 
 def _check_rope(config: PreTrainedConfig, rope_type: str) -> None:

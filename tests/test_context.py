@@ -223,6 +223,6 @@ def test_a_config_in_the_old_format_is_read(tmp_path) -> None:
         '{"model_type": "llama", "max_position_embeddings": 4096, "rope_theta": 50000.0,'
         ' "rope_scaling": {"type": "linear", "factor": 2.0}}'
     )
-    extended = extend_config(AutoConfig.from_pretrained(tmp_path), 8192)
+    extended = extend_config(AutoConfig.from_pretrained(tmp_path), 8192, present_context_length=4096)
     assert extended.rope_parameters["factor"] == 4.0
     assert extended.rope_parameters["rope_theta"] == 50000.0

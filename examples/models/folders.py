@@ -13,7 +13,13 @@ def is_adapter(path: str) -> bool:
 
 
 def check_run_folder(path: str) -> None:
-    """Raise `ValueError` for the folder of a run, or a checkpoint, where what a run made is meant."""
+    """Raise `ValueError` for the folder of a run, or a checkpoint, where what a run made is meant; and for a folder
+    with a model and an adapter, of which one is meant."""
+    if is_adapter(path) and (Path(path) / "config.json").is_file():
+        raise ValueError(
+            "this folder holds a model (config.json) and an adapter (adapter_config.json), and which is meant cannot be "
+            "told: give each a folder of its own"
+        )
     if is_adapter(path) and (Path(path) / MARKER).is_file():
         raise ValueError(
             "this is a checkpoint, to go on from. The run's command makes an adapter of it with "
@@ -27,7 +33,7 @@ def check_run_folder(path: str) -> None:
 def check_model_folder(path: str) -> None:
     """Raise `ValueError` for what is no model but was made of one: a run's folder, an adapter."""
     check_run_folder(path)
-    if is_adapter(path) and not (Path(path) / "config.json").is_file():
+    if is_adapter(path):
         raise ValueError(
             f"this is an adapter, not a model: merge it first, python examples/merge_adapter.py {path} MERGED_FOLDER"
         )

@@ -25,7 +25,7 @@ from transformers import (
 
 from longlora_ext.adapter import load, load_base
 from longlora_ext.attention import NAME, group_size
-from longlora_ext.context import context_length, extend_config
+from longlora_ext.context import context_length, extend_config, settle_context
 from models.folders import check_run_folder, is_adapter
 from models.four_bits import check_bitsandbytes, four_bits
 from models.suitable import check_attention, check_kernels, check_tokenizer
@@ -86,6 +86,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--base_model", help="where the base model of an adapter is now, if it was moved")
     group.add_argument(
+        "--present_context_length",
+        type=int,
+        help="tokens that the model reads as it is, where its config can be read in two ways, which an error says",
+    )
+    group.add_argument(
         "--dtype",
         choices=DTYPES,
         default="auto",
@@ -140,6 +145,8 @@ def check_model_options(parser: Parser, options: argparse.Namespace) -> None:
         parser.error("--rope_type and --rope_parameters need --context_length")
     if options.context_length is not None and is_adapter(options.model):
         parser.error("--context_length: an adapter brings the context that it was trained for")
+    if options.present_context_length is not None and is_adapter(options.model):
+        parser.error("--present_context_length: an adapter brings the context that it was trained for")
 
 
 def open_model(options: argparse.Namespace, attention: str = "dense", groups: int | None = None) -> OpenedModel:
@@ -172,11 +179,12 @@ def open_model(options: argparse.Namespace, attention: str = "dense", groups: in
     if is_adapter(path):
         model: Any = load(path, base_model=options.base_model, **keywords)
     else:
-        config = AutoConfig.from_pretrained(path)
+        config = settle_context(AutoConfig.from_pretrained(path), options.present_context_length)
         if scaled is not None:
             with one_clear_error(f"--context_length {scaled} --rope_type {options.rope_type}: "):
                 given = options.rope_parameters
                 config = extend_config(config, scaled, rope_type=options.rope_type, rope_parameters=given)
+        context_length(config)  # or an error, before anything is loaded
         model = load_base(path, what="the model", config=config, **keywords)
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if any(weight.is_meta for weight in base.parameters()):

@@ -28,6 +28,13 @@ class ModelOptions:
         default=None,
         metadata={"help": "Tokens of the new context, and of a training sequence. Default: four times the model's."},
     )
+    present_context_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens that the model reads as it is. To be given where its config can be read in two ways, which "
+            "an error says: its RoPE is scaled linearly, and max_position_embeddings is the length before or after that."
+        },
+    )
     rope_type: str = field(
         default="linear",
         metadata={"help": f"How positions are scaled to the new context: default, {', '.join(ROPE_INIT_FUNCTIONS)}."},

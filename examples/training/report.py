@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, TrainingArguments
 from inputs.packed import PackedSequences
 from inputs.samples import SampleRows, Samples
 from inputs.tokens import Tokenised
+from longlora_ext._norms import norms_of
 from longlora_ext.context import context_length
 from runs.command_line import EXAMPLES
 from runs.launch import WORLD_SIZE
@@ -37,7 +38,8 @@ def banner(
     rope = {key: value for key, value in config.rope_parameters.items() if key != "rope_theta"}
     weights = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
     trainable, total = sum(n for n, trained in weights if trained), sum(n for n, _ in weights)
-    trained = "all weights" if options.full_finetune else f"LoRA r={options.lora_r}, embedding and norms"
+    norms = "and norms" if norms_of(model) else "(its norms have no weights)"
+    trained = "all weights" if options.full_finetune else f"LoRA r={options.lora_r}, embedding {norms}"
     shared = options.sequence_parallel_size
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * WORLD_SIZE // shared
     steps = counted(args.max_steps, "step") if args.max_steps > 0 else f"{args.num_train_epochs:g} passes over the text"

@@ -1,0 +1,42 @@
+"""The config.json of a model folder, so that those read it right who know no `rope_parameters`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from longlora_ext._lengths import ORIGINAL
+
+_BESIDE = ("rope_theta", "partial_rotary_factor")  # what older versions look for beside `rope_scaling`, not in it
+
+
+def complete_config(folder: Path, **changes: Any) -> None:
+    """
+    Write RoPE under its older names as well, as transformers 4 and what is built on it read it: `rope_scaling`, and
+    `rope_theta` beside it. transformers 5 reads the same of them.
+
+    Args:
+        folder (`Path`):
+            It holds the config.json.
+        changes:
+            Fields to set.
+    """
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict) and isinstance(part.get("rope_parameters"), dict):
+            part.update(_older_names(part["rope_parameters"]))
+    path.write_text(json.dumps(config | changes, indent=2, sort_keys=True) + "\n")
+
+
+def _older_names(rope: dict[str, Any]) -> dict[str, Any]:
+    """The same RoPE as transformers 4 names it. Where layers differ, each model has names of its own."""
+    if any(isinstance(value, dict) for value in rope.values()):
+        return {}
+    older = {name: rope[name] for name in _BESIDE if name in rope}
+    scaled = rope.get("rope_type", "default") != "default"
+    older["rope_scaling"] = {name: rope[name] for name in rope if name not in _BESIDE} if scaled else None
+    if rope.get("rope_type") == "longrope" and ORIGINAL in rope:  # there it is no part of rope_scaling
+        older[ORIGINAL] = rope[ORIGINAL]
+    return older
