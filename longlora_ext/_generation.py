@@ -1,9 +1,11 @@
-"""The generation_config.json of a base model, which goes along with what is made of it as it is."""
+"""The generation_config.json of a base model: it goes along with what is made of it, and says what ends a text."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 
@@ -21,3 +23,32 @@ def keep_generation_config(model: PreTrainedModel) -> None:
     """Let a model be saved with the generation config that it has."""
     if model.can_generate():
         model.generation_config = AsItIs.from_dict(model.generation_config.to_dict())
+
+
+def stop_at(model: nn.Module, tokens: Iterable[int]) -> list[int]:
+    """
+    Let generation end at more tokens, such as those that end an answer in a chat template.
+
+    Args:
+        model (`torch.nn.Module`):
+            A [`~transformers.PreTrainedModel`] or a [`peft.PeftModel`] around one; its generation config is changed.
+        tokens (`Iterable[int]`):
+            Token ids. They join `eos_token_id`, and what is in it stays.
+
+    Returns:
+        `list[int]`: those that were not in it.
+    """
+    config = getattr(model, "generation_config", None)
+    if config is None:  # nothing is generated with it
+        return []
+    known = stops(config)
+    new = [token for token in dict.fromkeys(tokens) if token not in known]
+    if new:
+        config.eos_token_id = [*known, *new]
+    return new
+
+
+def stops(config: GenerationConfig) -> list[int]:
+    """The tokens at which generation ends, which a config has as one number, as several, or not at all."""
+    found = config.eos_token_id
+    return [] if found is None else [*found] if isinstance(found, (list, tuple)) else [found]

@@ -178,7 +178,10 @@ def test_a_tokenizer_that_cannot_end_an_answer_is_refused() -> None:
             "{{ messages | length }}{% for m in messages %}{{ m.role + m.content }}{% endfor %}",
             "writes the messages before an answer otherwise",
         ),
-        ("{{ messages[0].role + messages[0].content }}<|end|>", "leaves out the content of message 2, of the role user"),
+        (
+            "{{ messages[0].role + messages[0].content }}<|end|>",
+            "leaves out the content of message 2, of the role user",
+        ),
     ],
 )
 def test_a_template_that_cannot_be_used_says_why(template: str, message: str) -> None:

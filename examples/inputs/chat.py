@@ -91,13 +91,13 @@ def encode(conversation: Conversation, template: ChatTemplate) -> list[Encoded]:
 
 def ends(samples: Sequence[Encoded], conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The special tokens that end the answers in samples of a conversation, sorted."""
-    found = set()
+    found: set[int | None] = set()
     for _, labels in samples:
         for begin, label in enumerate(labels):
             if label != IGNORED_LABEL and (begin == 0 or labels[begin - 1] == IGNORED_LABEL):
                 after = next((n for n in range(begin, len(labels)) if labels[n] == IGNORED_LABEL), len(labels))
                 found.add(_end(labels[begin:after], conversation, tokenizer))
-    return sorted(found - {None})
+    return sorted(token for token in found if token is not None)
 
 
 def answer_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -152,7 +152,9 @@ def _by_comparison(conversation: Conversation, template: ChatTemplate) -> list[E
             continue
         prompt = template.write(messages[:turn], context, ask=True)
         whole = template.write(messages[: turn + 1], context)
-        if not whole.startswith(template.write(messages[:turn], context).rstrip()):
+        # Some templates end a conversation that no answer is asked for, which is no part of the messages.
+        before = prompt[: _common(prompt, template.write(messages[:turn], context))]
+        if not whole.startswith(before.rstrip()):
             raise ValueError(
                 "the model's chat template writes the messages before an answer otherwise when the answer is there: "
                 "mark the answers in it with {% generation %}"
@@ -163,8 +165,8 @@ def _by_comparison(conversation: Conversation, template: ChatTemplate) -> list[E
             raise ValueError("the model's chat template leaves the answer out")
         labels = [IGNORED_LABEL] * start + ids[start:]
         if samples and ids[: len(samples[-1].input_ids)] == samples[-1].input_ids:
-            before = samples.pop().labels
-            labels[: len(before)] = before
+            known = samples.pop().labels
+            labels[: len(known)] = known
         samples.append(Encoded(ids, labels))
     return samples
 
@@ -199,7 +201,7 @@ def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two texts begin with alike."""
+def _common(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many tokens, or letters, two texts begin with alike."""
     differ = (place for place, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
     return next(differ, min(len(first), len(second)))

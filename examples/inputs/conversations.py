@@ -6,8 +6,8 @@ A row is one of these, told apart by its columns (docs/instruct.md has a table o
     {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}, ...]}
     {"instruction": "...", "output": "..."}         and perhaps "input", the text that the instruction is about
 
-The second is ShareGPT's form, the third that of Alpaca and LongAlpaca. A column that changes what the model would see is
-read, or it is an error. All others are left alone, and `Conversation.unread` names them.
+The second is ShareGPT's form, the third that of Alpaca and LongAlpaca. A column that changes what the model would see
+is read, or it is an error. All others are left alone, and `Conversation.unread` names them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import datasets
 
+from inputs.columns import ABOUT, ANSWERS, ASKED, LISTS, PREFERENCES, REFUSED, REPEATING, SYSTEMS, TOOLS
 from inputs.files import read_tables
 from inputs.messages import (
     ASSISTANT,
@@ -39,40 +40,6 @@ EXPECTED = (
     '{"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]} or of '
     '{"instruction": ..., "output": ...} with or without "input"'
 )
-
-#: Columns of one meaning. Of each line a row may have one.
-LISTS = ("messages", "conversations", "conversation")
-ASKED = ("instruction", "question", "query", "prompt")
-ABOUT = ("input", "context")
-ANSWERS = ("output", "response", "answer", "completion")
-SYSTEMS = ("system", "system_prompt", "system_message")
-TOOLS = ("tools", "functions")
-
-#: Columns that would change what is learned, and why they are an error.
-REFUSED = {
-    **dict.fromkeys(
-        "chosen rejected chosen_response rejected_response rejected_message preferred_output non_preferred_output "
-        "kto_tag".split(),
-        "is for learning from preferences: --task sft learns every answer",
-    ),
-    **dict.fromkeys("image images video videos audio audios".split(), "is no text"),
-    **dict.fromkeys(
-        "input_ids labels attention_mask position_ids completion_mask assistant_masks".split(),
-        "holds tokens: --task sft makes them itself",
-    ),
-    **dict.fromkeys(
-        "mask masked loss_mask loss_scale loss_weight sample_weight train_on_inputs train_on_input".split(),
-        "says what is learned in a way that is not known; a message has weight, 0 or 1",
-    ),
-    **dict.fromkeys(
-        "examples few_shot demonstrations choices options cot complex_cot chain_of_thought rationale thought thoughts "
-        "prefix suffix function_call tool_calls tool_choice response_format".split(),
-        "would change what the model sees, and there is no rule for it; write it into the messages or drop it",
-    ),
-}
-
-#: Columns that repeat the conversation in many data sets. One that says something else is an error.
-REPEATING = (*ASKED, *ABOUT, *ANSWERS, "text", "passage", "document", "article", "background", "persona")
 
 
 @dataclass(frozen=True)
@@ -126,9 +93,9 @@ def conversation(row: dict[str, Any]) -> Conversation:
     pair = any(name in columns for name in ASKED) and any(name in columns for name in ANSWERS)
     if not lists and not pair:
         raise ValueError(f"it has the columns {', '.join(row) or 'none'}; --task sft takes {EXPECTED}")
-    for name, why in REFUSED.items():
-        if name in given:
-            raise ValueError(f"its column {name!r} {why}")
+    for why, names in REFUSED.items():
+        if found := [name for name in names if name in given]:
+            raise ValueError(f"its column {found[0]!r} {why}")
     system = [{"role": SYSTEM, "content": text}] if (text := _column(given, SYSTEMS)) else []
     context = _context(given)
     _check_marks(given)
@@ -229,7 +196,7 @@ def _check_marks(given: dict[str, Any]) -> None:
         if name in given and not mark_of(name, given.pop(name), "the row"):
             raise ValueError(f"its column {name!r} says not to learn it: leave the row out")
     if isinstance(given.get("label"), bool):
-        raise ValueError(f"its column 'label' {REFUSED['chosen']}")
+        raise ValueError(f"its column 'label' {PREFERENCES}")
 
 
 def _check_turns(messages: list[Message], learned: list[bool]) -> None:

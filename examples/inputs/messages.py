@@ -179,11 +179,15 @@ def _call(call: Any, what: str) -> dict[str, Any]:
     others += [name for name in outer if name not in ("id", "type", "index")]
     if others:
         raise ValueError(f"{what} has {', '.join(others)}; known are id, type, name and arguments")
-    arguments = from_json(inner.get("arguments", {}), f"arguments of {what}")
+    arguments = from_json(inner.get("arguments") or {}, f"arguments of {what}")
     if not isinstance(arguments, dict):
         raise ValueError(f"arguments of {what} are {shown(arguments)}, no object")
-    ids = {"id": part["id"] for part in (inner, outer) if part.get("id") is not None}
-    return {**ids, "type": "function", "function": {"name": inner["name"], "arguments": arguments}}
+    number = outer.get("id", inner.get("id"))
+    return {
+        **({} if number is None else {"id": number}),
+        "type": "function",
+        "function": {"name": inner["name"], "arguments": arguments},
+    }
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from inputs import chat, conversations, messages, template
+from inputs import chat, columns, conversations, messages, template
 from inputs.template import ChatTemplate
 from inputs.tokens import Tokenised
 from longlora_ext.loss import IGNORED_LABEL
@@ -35,7 +35,7 @@ FEATURES = datasets.Features(
 
 #: What makes the samples. `datasets` takes results from its cache as long as the function is the same that it calls,
 #: and does not look at what that function calls.
-_CODE = "".join(inspect.getsource(module) for module in (chat, conversations, messages, template))
+_CODE = "".join(inspect.getsource(module) for module in (chat, columns, conversations, messages, template))
 
 
 @dataclass(frozen=True)

@@ -32,14 +32,16 @@ DIRECTIVES = "aAbBcdDeFgGhHIjklmMnprRsStTuUVwWxXyYzZ"
 #: Fields of a message that a template may leave out: names of things, and what was noted about a message.
 MAY_BE_LEFT_OUT = {
     "annotations", "country", "created", "created_at", "create_time", "date", "finish_reason", "hash", "hashed_ip",
-    "header", "id", "index", "info", "language", "lang", "meta", "metadata", "message_id", "model", "model_name", "name",
-    "parent_id", "provider", "redacted", "source", "state", "text_id", "time", "timestamp", "tokens", "token_count",
+    "header", "id", "index", "info", "language", "lang", "meta", "metadata", "message_id", "model", "model_name",
+    "name", "parent_id", "provider", "redacted", "source", "state", "time", "timestamp", "token_count", "tokens",
     "tool_call_id", "toxic", "turn", "turn_identifier", "type", "update_time", "usage", "uuid",
 }  # fmt: skip
 
 #: What `apply_chat_template` itself takes: no variables of a template.
-NO_VARIABLES = {"messages", "conversation", "chat_template", "add_generation_prompt", "continue_final_message", CLOCK}
-NO_VARIABLES |= {"tokenize", "return_dict", "return_tensors", "padding", "truncation", "max_length", "tools", "documents"}
+NO_VARIABLES = {
+    "messages", "conversation", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize",
+    "padding", "truncation", "max_length", "return_dict", "return_tensors", "tools", "documents", CLOCK,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
