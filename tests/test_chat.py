@@ -33,6 +33,12 @@ FORGETFUL = """\
 {{ message.content.split('#')[-1] }}{% else %}{{ message.content }}{% endif %}<|end|>
 {% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
 
+#: The same with marks, which find each answer, and of the first one not all.
+FORGETFUL_MARKED = MARKED.replace(
+    "{% generation %}{{ message.content }}",
+    "{% generation %}{{ message.content if loop.last else message.content.split('#')[-1] }}",
+)
+
 #: The prompt to answer says more than the conversation has there.
 THINKING = PLAIN.replace("<|assistant|>{% endif %}", "<|assistant|>think: {% endif %}")
 
@@ -95,11 +101,12 @@ def learned(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]] =
         (MARKED, [["a#yes<|end|>", "b#no<|end|>"]]),
         (MARKED_SHORT, [["a#yes<|end|>", "b#no<|end|>"]]),
         (FORGETFUL, [["a#yes<|end|>\n"], ["b#no<|end|>\n"]]),
+        (FORGETFUL_MARKED, [["a#yes<|end|>"], ["b#no<|end|>"]]),
         (THINKING, [["a#yes<|end|>\n", "b#no<|end|>\n"]]),
         (ENDLESS, [["assistant: a#yes\n", "assistant: b#no\n<eos>"]]),
         (LLAMA_2, [[" a#yes <eos>", " b#no <eos>"]]),
     ],
-    ids=["plain", "marked", "marked short", "forgetful", "thinking", "endless", "llama 2"],
+    ids=["plain", "marked", "marked short", "forgetful", "forgetful marked", "thinking", "endless", "llama 2"],
 )
 def test_answers_alone_are_learned_with_their_ends(template: str, expected: list[list[str]]) -> None:
     assert learned(byte_tokenizer(template, eos_token="<eos>", bos_token="<bos>")) == expected
