@@ -226,12 +226,14 @@ def test_a_run_learns_answers(model: Path, tmp_path: Path, capsys: pytest.Captur
     noise = ["".join(map(chr, draw.integers(97, 123, 20))) for _ in range(60)]
     data = [{"instruction": f"{text} say {'ab'[n % 2] * 8}", "output": "ab"[n % 2] * 8} for n, text in enumerate(noise)]
     data.append({"instruction": "y" * 200, "output": "never"})
+    data = [{**row, "source": "made up"} for row in data]
     text = write(tmp_path / "data.jsonl", *data)
     finetune_llama.main([*small_run(model, Path(text), tmp_path / "out"), "--task", "sft", "--rows", rows])
     said = capsys.readouterr().out
     assert re.search(r"samples: +57 with [\d,]+ tokens, 627 of them in answers", said)
     assert "0 truncated to 128 tokens, 0 tokens lost; 1 dropped, their answers begin beyond that" in said
     assert ("samples packed whole" in said) == (rows == "packed")
+    assert "not read:  columns source\n" in said
     assert "perplexity of the answers in 3 held-out samples" in said
     found = losses(tmp_path / "out")
     assert found[6] < found[1] - 0.2
