@@ -15,6 +15,7 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from inputs.files import load_documents
 from inputs.packed import PackedSequences
 from inputs.samples import SampleRows, Samples, hold_out_samples, pad_rows, read_samples
 from inputs.tokens import Tokenised, hold_out, tokenise
-from longlora_ext.adapter import is_tied, load_base, lora_config, prepare_model, save_adapter
+from longlora_ext.adapter import is_tied, load_base, lora_config, prepare_model, save_adapter, stop_at
 from longlora_ext.attention import DEFAULT_GROUP_RATIO, even_group_size
 from longlora_ext.context import context_length, extend_config, rope_type_of, settle_context
 from longlora_ext.loss import refusal, tile_loss
@@ -72,6 +73,7 @@ from training.report import banner, results
 from training.run_settings import settings
 from training.stop_at_nan import StopAtNaN
 from training.suitable import check_documents, check_training
+from training.template_date import SETTING, template_date
 from training.ulysses import UlyssesTrainer, check_sequence_parallel
 
 
@@ -104,7 +106,8 @@ def main(argv: Sequence[str]) -> None:
         if text.task == "sft":
             give_template(tokenizer)
     with one_clear_error():
-        train, held_out = read(text, tokenizer, context, args)
+        day = template_date(tokenizer, checkpoint, original) if text.task == "sft" else None
+        train, held_out = read(text, tokenizer, context, args, day)
         padding = padding_token(tokenizer, base_config)
         sequences, eval_sequences = (
             SampleRows(part, context, padding, packed=text.rows == "packed")
@@ -114,7 +117,7 @@ def main(argv: Sequence[str]) -> None:
         )
         check_tokens(base_config, train, held_out)
         check_training(args, sequences)
-        chosen |= sequences.fingerprint()
+        chosen |= sequences.fingerprint() | ({SETTING: day.isoformat()} if day else {})
         check_repeats(original, chosen)
         begin(folder, checkpoint, chosen, describe(argv, options, text, args, config, checkpoint, chosen))
     with one_clear_error(f"--model_name_or_path {model_path}: "):
@@ -125,6 +128,8 @@ def main(argv: Sequence[str]) -> None:
         base = load_base(model_path, config=config, dtype=dtype, attn_implementation="s2attn", **quantised)
         lora = {"r": options.lora_r, "lora_alpha": options.lora_alpha}
         model = prepare_model(base, None if options.full_finetune else lora_config(base, **lora))
+        if isinstance(train, Samples) and (new := stop_at(model, train.ends)):
+            say(f"note: answers end with {' '.join(tokenizer.convert_ids_to_tokens(new))}: generation will stop there")
         if not args.use_liger_kernel:  # which has a loss of its own
             spare_logits(model)
         if options.full_finetune and is_tied(base):
@@ -223,13 +228,20 @@ def spare_logits(model: PreTrainedModel | PeftModel) -> None:
 
 
 def read(
-    text: DataOptions, tokenizer: PreTrainedTokenizerBase, context: int, args: TrainingArguments
+    text: DataOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    args: TrainingArguments,
+    day: date | None = None,
 ) -> tuple[Tokenised, Tokenised]:
-    """What to train on and what is held out, as tokens: documents, or `Samples` where answers are learned."""
+    """What to train on and what is held out, as tokens: documents, or `Samples` where answers are learned.
+
+    `day` is what a chat template takes for today.
+    """
 
     def tokens_of(sources: list[str], option: str) -> Tokenised:
         if text.task == "sft":
-            return read_samples(sources, tokenizer, context)
+            return read_samples(sources, tokenizer, context, day)
         found = tokenise(load_documents(sources, text.text_column), tokenizer)
         if found.tokens < 2:
             raise ValueError(f"--{option} {' '.join(sources)} holds no text")

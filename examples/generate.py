@@ -20,7 +20,9 @@ import torch
 from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer, set_seed
 
-from inputs.chat import LLAMA_2
+from inputs.chat import LLAMA_2, answer_ends
+from inputs.prompt import prompt_ids
+from longlora_ext.adapter import stops
 from models.suitable import check_largest_token
 from models.use_model import OpenedModel, add_model_options, add_scaling_options, check_model_options, open_model
 from runs.command_line import HelpFormatter, Parser, one_clear_error, stopped_by_hand
@@ -72,7 +74,8 @@ def answer(argv: Sequence[str]) -> None:
         check_largest_token(opened.base.config, int(ids.max()))
         ids = ids.to(opened.model.device)
         new = room_for(opened, ids.shape[1], options)
-        config = generation_config(opened, options, new)
+        templated = options.question is not None and opened.tokenizer.chat_template is not None
+        config = generation_config(opened, options, new, answer_ends(opened.tokenizer) if templated else ())
     print(f"{ids.shape[1]:,} tokens read, at most {new:,} to come", file=sys.stderr, flush=True)
     set_seed(options.seed)
     opened.model.generate(
@@ -190,11 +193,13 @@ def tokens(tokenizer: PreTrainedTokenizerBase, text: str, question: str | None) 
             raise ValueError(f"the chat template cannot be used: {error}") from error
         if question.strip() not in prompt:
             raise ValueError("the chat template cannot be used: it leaves the user's message out")
-    templated = question is not None and tokenizer.chat_template is not None  # it brings its own special tokens
-    encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=not templated, verbose=False)
-    if not encoded["input_ids"].numel():
+    if question is not None and tokenizer.chat_template is not None:  # it brings its own special tokens
+        ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+    else:
+        ids = prompt_ids(tokenizer, prompt)
+    if not ids:
         raise ValueError("the model's tokenizer makes no tokens of the text")
-    return encoded["input_ids"].long()
+    return torch.tensor([ids])
 
 
 def room_for(opened: OpenedModel, prompt: int, options: argparse.Namespace) -> int:
@@ -211,8 +216,10 @@ def room_for(opened: OpenedModel, prompt: int, options: argparse.Namespace) -> i
     return new
 
 
-def generation_config(opened: OpenedModel, options: argparse.Namespace, new: int) -> GenerationConfig:
-    """The model's own, with what was asked for."""
+def generation_config(
+    opened: OpenedModel, options: argparse.Namespace, new: int, ends: Sequence[int] = ()
+) -> GenerationConfig:
+    """The model's own, with what was asked for. The answer is over at the end of a text, or at one of `ends`."""
     config = GenerationConfig.from_dict(opened.model.generation_config.to_dict())
     asked = {name: getattr(options, name) for name in SAMPLING if getattr(options, name) is not None}
     if asked.get("temperature") == 0:
@@ -223,11 +230,10 @@ def generation_config(opened: OpenedModel, options: argparse.Namespace, new: int
         config.do_sample = True
     config.update(max_new_tokens=new, max_length=None, **asked)
     tokenizer = opened.tokenizer
-    for name in ("eos_token_id", "pad_token_id"):
-        if getattr(config, name) is None:
-            setattr(config, name, getattr(tokenizer, name))
+    ends = [*stops(config), *ends, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]
+    config.eos_token_id = list(dict.fromkeys(ends)) or None
     if config.pad_token_id is None:
-        config.pad_token_id = tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return config
 
 

@@ -1,11 +1,13 @@
-"""The generation_config.json of a model, which goes along with what is made of it as it is."""
+"""The generation_config.json of a model: it goes along with what is made of it, and says what ends a text."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
@@ -35,3 +37,32 @@ def save_generation_config(model: PreTrainedModel | PeftModel, folder: Path) -> 
 def has_generation_config(folder: Path) -> bool:
     """Whether an adapter folder has one: those of before it was saved have not, and go by the base model's."""
     return (folder / GENERATION_CONFIG_NAME).is_file()
+
+
+def stop_at(model: nn.Module, tokens: Iterable[int]) -> list[int]:
+    """
+    Let generation end at more tokens, such as those that end an answer in a chat template.
+
+    Args:
+        model (`torch.nn.Module`):
+            A [`~transformers.PreTrainedModel`] or a [`peft.PeftModel`] around one; its generation config is changed.
+        tokens (`Iterable[int]`):
+            Token ids. They join `eos_token_id`, and what is in it stays.
+
+    Returns:
+        `list[int]`: those that were not in it.
+    """
+    config = getattr(model, "generation_config", None)
+    if config is None:  # nothing is generated with it
+        return []
+    known = stops(config)
+    new = [token for token in dict.fromkeys(tokens) if token not in known]
+    if new:
+        config.eos_token_id = [*known, *new]
+    return new
+
+
+def stops(config: GenerationConfig) -> list[int]:
+    """The tokens at which generation ends, which a config has as one number, as several, or not at all."""
+    found = config.eos_token_id
+    return [] if found is None else [*found] if isinstance(found, (list, tuple)) else [found]

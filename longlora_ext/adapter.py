@@ -28,7 +28,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from longlora_ext._checkpoint import listed
 from longlora_ext._folders import appearing, on_first_process, refuse_to_overwrite
 from longlora_ext._config_file import complete_config
-from longlora_ext._generation import keep_generation_config, save_generation_config
+from longlora_ext._generation import keep_generation_config, save_generation_config, stop_at, stops
 from longlora_ext._load import load, load_base
 from longlora_ext._merge import merge
 from longlora_ext._norms import names_for_peft, norms_of
@@ -37,7 +37,18 @@ from longlora_ext._record import WEIGHTS, fingerprint_of, write_record
 from longlora_ext._release import import_longlora
 from longlora_ext._tying import is_tied, settle_tying
 
-__all__ = ["import_longlora", "is_tied", "load", "load_base", "lora_config", "merge", "prepare_model", "save_adapter"]
+__all__ = [
+    "import_longlora",
+    "is_tied",
+    "load",
+    "load_base",
+    "lora_config",
+    "merge",
+    "prepare_model",
+    "save_adapter",
+    "stop_at",
+    "stops",
+]
 
 _ADAPTER = "default"
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")

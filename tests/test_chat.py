@@ -9,8 +9,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from finetune_runs import ROOT
-from inputs.chat import LLAMA_2, encode, give_template
-from inputs.conversations import conversation
+from inputs.chat import LLAMA_2, Encoded, give_template
+from inputs.chat import encode as encode_conversation
+from inputs.conversations import Conversation, conversation
+from inputs.template import ChatTemplate
 
 #: A turn is <|role|>content<|end|> and a line break; answers are not marked.
 PLAIN = """\
@@ -30,6 +32,12 @@ FORGETFUL = """\
 {% for message in messages %}<|{{ message.role }}|>{% if message.role == 'assistant' and not loop.last %}\
 {{ message.content.split('#')[-1] }}{% else %}{{ message.content }}{% endif %}<|end|>
 {% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
+
+#: The same with marks, which find each answer, and of the first one not all.
+FORGETFUL_MARKED = MARKED.replace(
+    "{% generation %}{{ message.content }}",
+    "{% generation %}{{ message.content if loop.last else message.content.split('#')[-1] }}",
+)
 
 #: The prompt to answer says more than the conversation has there.
 THINKING = PLAIN.replace("<|assistant|>{% endif %}", "<|assistant|>think: {% endif %}")
@@ -65,6 +73,12 @@ def byte_tokenizer(template: str | None, trim_offsets: bool = False, **special: 
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **special)
 
 
+def encode(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast) -> list[Encoded]:
+    """The samples of a conversation all answers of which are learned."""
+    answers = [message["role"] == "assistant" for message in messages]
+    return encode_conversation(Conversation(messages, answers), ChatTemplate(tokenizer))
+
+
 def learned(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]] = ASKED) -> list[list[str]]:
     """Of each sample the texts that are learned, piece by piece."""
     samples = []
@@ -87,11 +101,12 @@ def learned(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]] =
         (MARKED, [["a#yes<|end|>", "b#no<|end|>"]]),
         (MARKED_SHORT, [["a#yes<|end|>", "b#no<|end|>"]]),
         (FORGETFUL, [["a#yes<|end|>\n"], ["b#no<|end|>\n"]]),
+        (FORGETFUL_MARKED, [["a#yes<|end|>"], ["b#no<|end|>"]]),
         (THINKING, [["a#yes<|end|>\n", "b#no<|end|>\n"]]),
         (ENDLESS, [["assistant: a#yes\n", "assistant: b#no\n<eos>"]]),
         (LLAMA_2, [[" a#yes <eos>", " b#no <eos>"]]),
     ],
-    ids=["plain", "marked", "marked short", "forgetful", "thinking", "endless", "llama 2"],
+    ids=["plain", "marked", "marked short", "forgetful", "forgetful marked", "thinking", "endless", "llama 2"],
 )
 def test_answers_alone_are_learned_with_their_ends(template: str, expected: list[list[str]]) -> None:
     assert learned(byte_tokenizer(template, eos_token="<eos>", bos_token="<bos>")) == expected
@@ -111,7 +126,7 @@ def test_special_tokens_within_an_answer_do_not_end_it(content: str, marked: boo
 def test_what_begins_a_message_is_no_end() -> None:
     """The answers are marked, nothing ends them, and a special token begins each message."""
     tokenizer = byte_tokenizer(BEGINNINGS, eos_token="<eos>")
-    assert learned(tokenizer) == [["a#yes", "b#no<eos>"]]
+    assert learned(tokenizer, ASKED[1:]) == [["a#yes", "b#no<eos>"]]  # it tells no roles apart
 
 
 @pytest.mark.parametrize("space", ["before", "behind"])
@@ -166,8 +181,14 @@ def test_a_tokenizer_that_cannot_end_an_answer_is_refused() -> None:
     ("template", "message"),
     [
         ("{{ raise_exception('no system messages') }}", "the model's chat template refuses it: no system messages"),
-        ("{{ messages | length }}{{ messages[0].content }}", "writes the messages before an answer otherwise"),
-        ("{{ messages[0].content }}<|end|>", "leaves the answer out"),
+        (
+            "{{ messages | length }}{% for m in messages %}{{ m.role + m.content }}{% endfor %}",
+            "writes the messages before an answer otherwise",
+        ),
+        (
+            "{{ messages[0].role + messages[0].content }}<|end|>",
+            "leaves out the content of message 2, of the role user",
+        ),
     ],
 )
 def test_a_template_that_cannot_be_used_says_why(template: str, message: str) -> None:
@@ -185,11 +206,14 @@ def test_llama_2_takes_turns() -> None:
 
 def test_both_forms_of_a_row() -> None:
     asked, answer = {"role": "user", "content": "do it"}, {"role": "assistant", "content": "done"}
-    assert conversation({"instruction": "do it", "output": "done"}) == [asked, answer]
-    assert conversation({"instruction": "do it", "input": "", "output": "done", "file": "x"}) == [asked, answer]
+    assert conversation({"instruction": "do it", "output": "done"}).messages == [asked, answer]
+    assert conversation({"instruction": "do it", "input": "", "output": "done", "file": "x"}).messages == [
+        asked,
+        answer,
+    ]
     with_text = conversation({"instruction": "do it", "input": "with this", "output": "done"})
-    assert with_text[0]["content"] == "do it\n\nwith this"
-    assert conversation({"messages": [{**asked, "name": None}, answer, asked]}) == [asked, answer]
+    assert with_text.messages[0]["content"] == "do it\n\nwith this"
+    assert conversation({"messages": [{**asked, "name": None}, answer, asked]}).messages == [asked, answer]
 
 
 def said(role: str | None, content: object) -> dict[str, object]:
@@ -204,14 +228,14 @@ def said(role: str | None, content: object) -> dict[str, object]:
         ({"instruction": "x", "output": None}, "its output is empty"),
         ({"instruction": "x", "output": 5}, "its output is 5, not text"),
         ({"messages": "hello"}, "its messages are 'hello', not a list; expected are rows of"),
-        ({"messages": None}, "its messages are None, not a list"),
+        ({"messages": None}, "it has the columns messages; --task sft takes rows of"),
         ({"messages": ["hello"]}, "message 1 is 'hello'; expected is"),
-        ({"messages": [{"from": "human", "value": "x"}]}, "message 1 is {'from': 'human', 'value': 'x'}; expected is"),
-        ({"messages": [said("human", "x")]}, "message 1 has the role 'human'; known are system, user, assistant"),
+        ({"messages": [{"by": "human", "text": "x"}]}, "message 1 is {'by': 'human', 'text': 'x'}; expected is"),
+        ({"messages": [said("bot", "x")]}, "message 1 has the role 'bot'; known are system, developer, user, human"),
         ({"messages": [said("user", "x"), said("assistant", " ")]}, "message 2, an answer of the assistant, is empty"),
-        ({"messages": [said("user", [{"type": "text"}])]}, "the content of message 1 is .*, not text"),
+        ({"messages": [said("user", {"type": "text"})]}, "the content of message 1 is .*, not text"),
         ({"messages": [said("user", "x")]}, 'none of its messages has the role "assistant"'),
-        ({"messages": []}, 'none of its messages has the role "assistant"'),
+        ({"messages": []}, "it has the columns messages; --task sft takes rows of"),
         ({"messages": [said("system", "x"), said("assistant", "y")]}, 'no message with the role "user" before it'),
     ],
 )

@@ -141,6 +141,31 @@ def test_a_chat_template_is_used_where_there_is_one(adapter: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("behind", ["<eos>", "<sep>", "<sep> <eos>"])
+@pytest.mark.parametrize("question", [None, "Why?"])
+def test_a_prompt_does_not_end_with_what_ends_a_text(adapter: Path, behind: str, question: str | None) -> None:
+    """Of tokenizers that append an end of sequence or a separator, as add_eos_token has it."""
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    plain = tokenizer.decode(generate.tokens(tokenizer, "Some text.", question)[0])
+    tokenizer.add_special_tokens({"bos_token": "<bos>", "sep_token": "<sep>"})
+    ids = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<bos>", "<sep>", "<eos>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"<bos> $A {behind}", special_tokens=ids
+    )
+    assert tokenizer("x")["input_ids"][-1] != tokenizer("x", add_special_tokens=False)["input_ids"][-1]
+    assert tokenizer.decode(generate.tokens(tokenizer, "Some text.", question)[0]) == f"<bos>{plain}"
+    assert tokenizer.decode(generate.tokens(tokenizer, "Some text.<eos>", None)[0]) == "<bos>Some text."
+
+
+def test_add_eos_token_of_a_saved_tokenizer(adapter: Path, book: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = shutil.copytree(adapter.with_name("base"), book.parent / "model")
+    AutoTokenizer.from_pretrained(model, add_eos_token=True).save_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    assert tokenizer("x")["input_ids"][-1] == tokenizer.eos_token_id
+    given = ["--model", model, "--context_length", CONTEXT, "--file", book, "--max_new_tokens", 1]
+    assert f"{len(TEXT)} tokens read" in answer(capsys, *given)[1]
+
+
 def test_a_chat_template_can_be_given(adapter: Path, book: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (book.parent / "template.jinja").write_text(TEMPLATE)
     given = ["--model", adapter, "--file", book, "--question", "Why?", "--max_new_tokens", 1]

@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 import evaluate
 from evaluation.heat_map import heat_map
@@ -33,6 +33,7 @@ class Stub:
 
     device = torch.device("cpu")
     config = SimpleNamespace(vocab_size=257)
+    generation_config = GenerationConfig(eos_token_id=7)
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, answer) -> None:
         self.tokenizer, self.answer = tokenizer, answer
@@ -40,6 +41,7 @@ class Stub:
 
     def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, generation_config) -> torch.Tensor:
         assert not generation_config.do_sample and attention_mask.all()
+        assert generation_config.eos_token_id == [7, self.tokenizer.eos_token_id]  # the model's own stays
         prompt = self.tokenizer.decode(input_ids[0])
         self.prompts.append(prompt)
         answer = self.tokenizer(self.answer(prompt), return_tensors="pt")["input_ids"]
@@ -69,6 +71,15 @@ def retrieval(tokenizer: PreTrainedTokenizerBase, answer, task: str = "passkey",
 
 def results_of(task: RetrievalTask) -> dict:
     return {cell: task.compute(cell, lambda asked: None) for cell in task.cells}
+
+
+def test_the_question_is_the_last_that_is_read(tmp_path: Path) -> None:
+    """Of a tokenizer that appends an end of sequence, as add_eos_token has it."""
+    tokenizer = AutoTokenizer.from_pretrained(make_model(tmp_path / "model"), add_eos_token=True)
+    assert tokenizer("x")["input_ids"][-1] == tokenizer.eos_token_id
+    asked = retrieval(tokenizer, knows)
+    assert asked.summary(results_of(asked))["accuracy"] == 1
+    assert all(prompt.endswith(" is") for prompt in asked.opened.model.prompts)
 
 
 @pytest.mark.parametrize("task", ["passkey", "needles"])

@@ -38,7 +38,7 @@ def samples(*lengths: int) -> Samples:
     ids = [[10 * (sample + 1) + place for place in range(length)] for sample, length in enumerate(lengths)]
     labels = [[-100] * (len(row) - 2) + row[-2:] for row in ids]
     columns = {"input_ids": ids, "labels": labels, "learned": [2] * len(ids), "lost": [0] * len(ids)}
-    columns["conversation"] = list(range(len(ids)))
+    columns |= {"conversation": list(range(len(ids))), "ends": [[]] * len(ids), "unread": [[]] * len(ids)}
     return Samples(datasets.Dataset.from_dict(columns, features=FEATURES))
 
 
@@ -197,12 +197,11 @@ def test_long_samples_are_truncated_or_dropped_and_counted(tmp_path: Path) -> No
 
 def test_the_first_token_is_not_learned(tmp_path: Path) -> None:
     """Nothing stands before it, or in a packed row another sample does."""
-    tokenizer = byte_tokenizer(
-        "{% for m in messages if m.role == 'assistant' %}{{ m.content }}{% endfor %}", eos_token="!"
-    )
-    tokenizer.chat_template = "{% if messages|length > 1 %}{{ messages[1].content }}{% endif %}"
+    answer = "{% generation %}{{ messages[1].content }}{% endgeneration %}"
+    tokenizer = byte_tokenizer(answer + " answers {{ messages[0].content }}", eos_token="!")
     read = read_samples([write(tmp_path / "x.jsonl", alpaca(3, "abc"))], tokenizer, 20)
-    assert read.labels(0).tolist() == [-100, *read.ids(0)[1:]]
+    assert tokenizer.decode(read.ids(0)) == "abc answers xxx!"
+    assert read.labels(0).tolist() == [-100, *read.ids(0)[1:3], *[-100] * 12, read.ids(0)[-1]]
 
 
 def test_shipped_questions() -> None:
@@ -227,12 +226,14 @@ def test_a_run_learns_answers(model: Path, tmp_path: Path, capsys: pytest.Captur
     noise = ["".join(map(chr, draw.integers(97, 123, 20))) for _ in range(60)]
     data = [{"instruction": f"{text} say {'ab'[n % 2] * 8}", "output": "ab"[n % 2] * 8} for n, text in enumerate(noise)]
     data.append({"instruction": "y" * 200, "output": "never"})
+    data = [{**row, "source": "made up"} for row in data]
     text = write(tmp_path / "data.jsonl", *data)
     finetune_llama.main([*small_run(model, Path(text), tmp_path / "out"), "--task", "sft", "--rows", rows])
     said = capsys.readouterr().out
     assert re.search(r"samples: +57 with [\d,]+ tokens, 627 of them in answers", said)
     assert "0 truncated to 128 tokens, 0 tokens lost; 1 dropped, their answers begin beyond that" in said
     assert ("samples packed whole" in said) == (rows == "packed")
+    assert "not read:  columns source\n" in said
     assert "perplexity of the answers in 3 held-out samples" in said
     found = losses(tmp_path / "out")
     assert found[6] < found[1] - 0.2
@@ -255,14 +256,14 @@ def test_a_run_learns_answers(model: Path, tmp_path: Path, capsys: pytest.Captur
 #: What stands in the file, and what is said of it.
 BAD = {
     "columns": (
-        [{"prompt": "x", "answer": "y"}],
-        "data.jsonl has the columns prompt, answer; --task sft takes rows of",
+        [{"text": "x", "answer": "y"}],
+        "data.jsonl, row 1: it has the columns text, answer; --task sft takes rows of",
     ),
     "role": (
         [{"messages": ASKED}, {"messages": [{"role": "bot", "content": "x"}]}],
-        "data.jsonl, row 2: message 1 has the role 'bot'; known are system, user, assistant",
+        "data.jsonl, row 2: message 1 has the role 'bot'; known are system, developer, user",
     ),
-    "keys": ([{"messages": [{"from": "human", "value": "x"}]}], "data.jsonl, row 1: message 1 is {'from': 'human',"),
+    "keys": ([{"messages": [{"by": "human", "text": "x"}]}], "data.jsonl, row 1: message 1 is {'by': 'human',"),
     "answer": ([alpaca(1), alpaca(1, "")], "data.jsonl, row 2: its output is empty: there is no answer to learn"),
     "number": ([{"instruction": "x", "output": 5}], "data.jsonl, row 1: its output is 5, not text"),
     "turns": ([{"messages": [ASKED[1], *ASKED[1:3]]}], "data.jsonl, row 1: the model's chat template refuses it: "),

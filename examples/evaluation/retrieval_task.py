@@ -20,6 +20,8 @@ from transformers import GenerationConfig
 
 from evaluation.heat_map import heat_map
 from evaluation.prompts import ADJECTIVES, FILLER, NOUNS, Retrieval, needles, passkey
+from inputs.prompt import prompt_ids
+from longlora_ext.adapter import stops
 from models.suitable import check_largest_token
 from models.use_model import OpenedModel
 
@@ -49,6 +51,8 @@ class RetrievalTask:
         self.name: str = options.task
         self.count: int = options.needles if self.name == "needles" else 1
         self.opened = opened
+        eos = opened.tokenizer.eos_token_id
+        self.stops = sorted({*stops(opened.model.generation_config), *([] if eos is None else [eos])})
         # What is asked for here leaves the rest to the model's own: nothing but the likeliest token shall count.
         for module in (opened.model, opened.base):
             module.generation_config = GenerationConfig()
@@ -132,7 +136,7 @@ class RetrievalTask:
         prompt = self._prompt(length, depth, trial, fillers - 1)
         wanted = self._retrieval(length, depth, trial).answer
         model, tokenizer = self.opened.model, self.opened.tokenizer
-        ids = tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"].to(model.device)
+        ids = torch.tensor([self._ids(prompt)], device=model.device)
         self.opened.forget_length()
         said = model.generate(
             input_ids=ids,
@@ -140,7 +144,7 @@ class RetrievalTask:
             generation_config=GenerationConfig(
                 max_new_tokens=ANSWER_TOKENS,
                 do_sample=False,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=self.stops or None,
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             ),
         )
@@ -177,7 +181,7 @@ class RetrievalTask:
         return len(self._ids(prompt))
 
     def _ids(self, prompt: str) -> list[int]:
-        return self.opened.tokenizer(prompt, verbose=False)["input_ids"]
+        return prompt_ids(self.opened.tokenizer, prompt)
 
 
 def _written(depth: float) -> str:

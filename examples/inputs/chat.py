@@ -14,18 +14,20 @@ before.
 
 Where a template ends no answer, the last one gets an end-of-sequence token, which is learned. Those before it get none:
 between messages the model is to see what the template will write there when it is used.
+
+An answer that is not to be learned is shown like all others, and has no labels.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from inputs.conversations import Message
+from inputs.conversations import Conversation
+from inputs.messages import ASSISTANT, USER
+from inputs.template import ChatTemplate
 from longlora_ext.loss import IGNORED_LABEL
 
 #: What Llama 2 was trained with: the system's message goes into the first question.
@@ -42,13 +44,13 @@ LLAMA_2 = """\
 {%- endif -%}
 {%- if message['role'] == 'user' -%}
 {{- bos_token }}{{ '[INST] ' + (system if loop.first else '') + message['content'] | trim + ' [/INST]' -}}
-{%- else -%}
+{%- elif message['role'] == 'assistant' -%}
 {{- ' ' + message['content'] | trim + ' ' }}{{ eos_token -}}
+{%- else -%}
+{{- raise_exception('messages have the roles system, user and assistant') -}}
 {%- endif -%}
 {%- endfor -%}
 """
-
-MARKS_ANSWERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class Encoded(NamedTuple):
@@ -71,53 +73,88 @@ def give_template(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = LLAMA_2
 
 
-def encode(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
+def encode(conversation: Conversation, template: ChatTemplate) -> list[Encoded]:
     """The samples of one conversation, mostly one.
 
     Args:
-        messages: The conversation; an answer is its last message.
-        tokenizer: With a chat template.
+        conversation: Its last message is an answer that is learned.
+        template: What writes it.
 
     Raises:
-        ValueError: The template refuses the conversation, or the answers cannot be told from the rest.
+        ValueError: The template refuses the conversation, leaves out something of it, or the answers cannot be told
+            from the rest.
     """
+    conversation = template.fitted(conversation)
+    samples = _by_marks(conversation, template) or _by_comparison(conversation, template)
+    return [_ended(sample, conversation, template.tokenizer) for sample in samples]
+
+
+def ends(samples: Sequence[Encoded], conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that end the answers in samples of a conversation, sorted."""
+    found: set[int | None] = set()
+    for _, labels in samples:
+        for begin, label in enumerate(labels):
+            if label != IGNORED_LABEL and (begin == 0 or labels[begin - 1] == IGNORED_LABEL):
+                after = next((n for n in range(begin, len(labels)) if labels[n] == IGNORED_LABEL), len(labels))
+                found.add(_end(labels[begin:after], conversation, tokenizer))
+    return sorted(token for token in found if token is not None)
+
+
+def answer_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that end an answer as the chat template of a tokenizer writes it; none if it takes none."""
+    asked = Conversation([{"role": USER, "content": "2 + 2?"}, {"role": ASSISTANT, "content": "4"}], [False, True])
     try:
-        samples = _by_marks(messages, tokenizer) or _by_comparison(messages, tokenizer)
-    except TemplateError as error:
-        raise ValueError(f"the model's chat template refuses it: {error}") from error
-    return [_ended(sample, tokenizer) for sample in samples]
-
-
-def _by_marks(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
-    """The sample by the marks of the template; none if it has no marks, or they do not tell the answers."""
-    if not (tokenizer.is_fast and MARKS_ANSWERS.search(tokenizer.get_chat_template())):
+        return ends(encode(asked, ChatTemplate(tokenizer)), asked, tokenizer)
+    except ValueError:  # it is one to ask with, not to answer
         return []
-    found: Any = tokenizer.apply_chat_template(
-        list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+
+
+def _by_marks(conversation: Conversation, template: ChatTemplate) -> list[Encoded]:
+    """The sample by the marks of the template; none if it has no marks, or they do not tell the answers."""
+    messages, tokenizer = conversation.messages, template.tokenizer
+    if not (tokenizer.is_fast and template.marks_answers and _grows(conversation, template)):
+        return []
+    found: Any = template.apply(
+        messages, conversation.context, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
     ids, marked = found["input_ids"], found["assistant_masks"]
-    answers = sum(message["role"] == "assistant" for message in messages)
-    if answers != sum(here and not before for here, before in zip(marked, [0, *marked[:-1]], strict=True)):
+    begins = [here > before for here, before in zip(marked, [0, *marked[:-1]], strict=True)]
+    learned = [
+        answer for message, answer in zip(messages, conversation.learned, strict=True) if message["role"] == ASSISTANT
+    ]
+    if len(learned) != sum(begins):
         return []
     # Some templates mark the answer without its end. What follows the last answer, with no message behind it, can only
     # be an end; what follows the others may also begin the next message.
     last = len(marked) - marked[::-1].index(1)
-    ends = _ends(tokenizer).intersection(ids[last : last + 1]) | {tokenizer.eos_token_id}
-    labels = [
-        token if here or (before and token in ends) else IGNORED_LABEL
-        for token, here, before in zip(ids, marked, [0, *marked[:-1]], strict=True)
-    ]
+    behind = _ends(tokenizer).intersection(ids[last : last + 1]) | {tokenizer.eos_token_id}
+    labels, answer = [], -1
+    for token, here, before, begin in zip(ids, marked, [0, *marked[:-1]], begins, strict=True):
+        answer += begin
+        is_answer = here or (before and token in behind)
+        labels.append(token if is_answer and learned[answer] else IGNORED_LABEL)
     return [Encoded(ids, labels)]
 
 
-def _by_comparison(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
+def _grows(conversation: Conversation, template: ChatTemplate) -> bool:
+    """Whether all answers stand in the whole as they do where they are the last one."""
+    messages, context = conversation.messages, conversation.context
+    whole = template.write(messages, context)
+    answers = [turn for turn, message in enumerate(messages, 1) if message["role"] == ASSISTANT]
+    return all(whole.startswith(template.write(messages[:turn], context).rstrip()) for turn in answers)
+
+
+def _by_comparison(conversation: Conversation, template: ChatTemplate) -> list[Encoded]:
     samples: list[Encoded] = []
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
+    messages, context, tokenizer = conversation.messages, conversation.context, template.tokenizer
+    for turn, learned in enumerate(conversation.learned):
+        if not learned:
             continue
-        prompt = _written(messages[:turn], tokenizer, ask=True)
-        whole = _written(messages[: turn + 1], tokenizer)
-        if not whole.startswith(_written(messages[:turn], tokenizer).rstrip()):
+        prompt = template.write(messages[:turn], context, ask=True)
+        whole = template.write(messages[: turn + 1], context)
+        # Some templates end a conversation that no answer is asked for, which is no part of the messages.
+        before = prompt[: _common(prompt, template.write(messages[:turn], context))]
+        if not whole.startswith(before.rstrip()):
             raise ValueError(
                 "the model's chat template writes the messages before an answer otherwise when the answer is there: "
                 "mark the answers in it with {% generation %}"
@@ -128,20 +165,28 @@ def _by_comparison(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBa
             raise ValueError("the model's chat template leaves the answer out")
         labels = [IGNORED_LABEL] * start + ids[start:]
         if samples and ids[: len(samples[-1].input_ids)] == samples[-1].input_ids:
-            learned = samples.pop().labels
-            labels[: len(learned)] = learned
+            known = samples.pop().labels
+            labels[: len(known)] = known
         samples.append(Encoded(ids, labels))
     return samples
 
 
-def _ended(sample: Encoded, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+def _ended(sample: Encoded, conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Encoded:
     """The sample with an end-of-sequence token that is learned, if the template ends the last answer with nothing."""
     ids, labels = sample
-    learned = (token for token in reversed(labels) if token != IGNORED_LABEL)
-    last = next((token for token in learned if str(tokenizer.decode([token])).strip()), None)
-    if tokenizer.eos_token_id is None or last in _ends(tokenizer):
+    if tokenizer.eos_token_id is None or _end(labels, conversation, tokenizer) is not None:
         return sample
     return Encoded([*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id])
+
+
+def _end(labels: Sequence[int], conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that ends the last answer in labels, perhaps with white space behind it."""
+    learned = (token for token in reversed(labels) if token != IGNORED_LABEL)
+    last = next((token for token in learned if str(tokenizer.decode([token])).strip()), None)
+    if last is None or last not in _ends(tokenizer):
+        return None
+    within = any(str(tokenizer.decode([last])) in message["content"] for message in conversation.messages)
+    return None if within and last != tokenizer.eos_token_id else last
 
 
 def _ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -152,16 +197,11 @@ def _ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     }
 
 
-def _written(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, ask: bool = False) -> str:
-    """What the template makes of messages; `ask`: up to where the model is to answer."""
-    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask))
-
-
 def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two texts begin with alike."""
+def _common(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many tokens, or letters, two texts begin with alike."""
     differ = (place for place, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
     return next(differ, min(len(first), len(second)))

@@ -12,6 +12,7 @@ import inspect
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from typing import Any
 
 import datasets
@@ -19,32 +20,46 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from inputs import chat, conversations
+from inputs import chat, columns, conversations, messages, template
+from inputs.template import ChatTemplate
 from inputs.tokens import Tokenised
 from longlora_ext.loss import IGNORED_LABEL
 
 _IDS = datasets.Sequence(datasets.Value("int32"))
 _NUMBER = datasets.Value("int64")
+_NAMES = datasets.Sequence(datasets.Value("string"))
 FEATURES = datasets.Features(
     {"input_ids": _IDS, "labels": _IDS, "learned": _NUMBER, "lost": _NUMBER, "conversation": _NUMBER}
+    | {"ends": _IDS, "unread": _NAMES}
 )
 
 #: What makes the samples. `datasets` takes results from its cache as long as the function is the same that it calls,
 #: and does not look at what that function calls.
-_CODE = "".join(inspect.getsource(module) for module in (chat, conversations))
+_CODE = "".join(inspect.getsource(module) for module in (chat, columns, conversations, messages, template))
 
 
 @dataclass(frozen=True)
 class Samples(Tokenised):
     """Tokenised samples. `input_ids` has a column `labels` beside that of its name, and for each sample `learned`, how
-    many of its tokens are answers, `lost`, how many did not fit into the context, and `conversation`, the number of
-    the one that it is of.
+    many of its tokens are answers, `lost`, how many did not fit into the context, `conversation`, the number of the one
+    that it is of, `ends`, the special tokens that end its answers, and `unread`, the columns of its row that were left
+    alone.
 
     Attributes:
         dropped: How many were left out, as their answers begin beyond the context.
     """
 
     dropped: int = 0
+
+    @property
+    def ends(self) -> list[int]:
+        """The special tokens that end an answer in any of the samples, sorted."""
+        return sorted({token for tokens in self.input_ids["ends"] for token in tokens})
+
+    @property
+    def unread(self) -> list[str]:
+        """The columns of the files that were left alone in any of the samples' rows, sorted."""
+        return sorted({name for names in self.input_ids["unread"] for name in names})
 
     def column(self, name: str) -> np.ndarray:
         """`learned`, `lost` or `conversation`, int64 [samples]."""
@@ -55,21 +70,28 @@ class Samples(Tokenised):
         return np.asarray(self.input_ids[sample]["labels"], dtype=np.int64)
 
 
-def read_samples(sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, context_length: int) -> Samples:
+def read_samples(
+    sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, context_length: int, day: date | None = None
+) -> Samples:
     """Read conversations as samples of at most `context_length` tokens.
 
     Args:
         sources: As for `load_conversations`.
         tokenizer: With a chat template.
         context_length: What is longer is cut there, and dropped if no answer is left.
+        day: What the chat template takes for today; None: the day that it is. Samples of a template that prints it are
+            in the cache for one day.
 
     Raises:
         FileNotFoundError: A source that is not there.
         ValueError: What cannot be read or understood, with the file, the row (counting from 1) and what is expected.
     """
     parts, first = [], 0
+    if day is None and template.prints_date(tokenizer):
+        day = date.today()
+    writer = ChatTemplate(tokenizer, day)
     for name, table in conversations.load_conversations(sources):
-        parts.append(_encoded(name, table, tokenizer, context_length, first))
+        parts.append(_encoded(name, table, writer, context_length, first))
         first += len(table)
     rows = datasets.concatenate_datasets(parts)
     kept = np.flatnonzero(Samples(rows).column("learned"))
@@ -81,7 +103,7 @@ def read_samples(sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, con
 
 
 def _encoded(
-    name: str, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, context_length: int, first: int
+    name: str, rows: datasets.Dataset, writer: ChatTemplate, context_length: int, first: int
 ) -> datasets.Dataset:
     """The samples of one file, whose conversations are numbered from `first` on."""
 
@@ -89,7 +111,8 @@ def _encoded(
         (index,) = indices
         try:
             row = {column: values[0] for column, values in batch.items()}
-            samples = chat.encode(conversations.conversation(row), tokenizer)
+            found = conversations.conversation(row)
+            samples = chat.encode(found, writer)
         except ValueError as error:
             raise ValueError(f"{name}, row {index + 1}: {error}") from error
         cut = [np.asarray(sample, dtype=np.int32)[:, :context_length] for sample in samples]
@@ -101,6 +124,8 @@ def _encoded(
             "learned": [int((sample[1] != IGNORED_LABEL).sum()) for sample in cut],
             "lost": [len(whole.input_ids) - part.shape[1] for whole, part in zip(samples, cut, strict=True)],
             "conversation": [first + index] * len(cut),
+            "ends": [chat.ends(samples, found, writer.tokenizer)] * len(cut),
+            "unread": [list(found.unread)] * len(cut),
         }
 
     return rows.map(

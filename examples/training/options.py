@@ -91,8 +91,9 @@ class DataOptions:
         default="text",
         metadata={
             "help": "What to learn: text, or sft, the answers in conversations (supervised fine-tuning). For sft the "
-            'rows of --train_file are {"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}]} or '
-            '{"instruction": ..., "output": ...} with or without "input"; they are written with the model\'s chat '
+            'rows of --train_file are {"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}]}, '
+            '{"conversations": [{"from": "human", "value": ...}, {"from": "gpt", ...}]} or {"instruction": ..., '
+            '"output": ...}; docs/instruct.md has all that may be in them. They are written with the model\'s chat '
             "template or, where it has none, that of Llama 2."
         },
     )

@@ -80,6 +80,7 @@ def _material(train: Tokenised, sequences: PackedSequences | SampleRows) -> dict
         "too long": f"{(lost > 0).sum():,} truncated to {length:,} tokens, {lost.sum():,} tokens lost; "
         f"{train.dropped:,} dropped, their answers begin beyond that",
         "rows": rows if sequences.packed else f"{len(sequences):,}, one for each sample",
+        **({"not read": f"columns {', '.join(train.unread)}"} if train.unread else {}),
     }
 
 
