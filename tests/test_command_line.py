@@ -173,7 +173,7 @@ def test_output_that_nobody_reads_ends_a_program_quietly(
     monkeypatch.setattr(plan, "table", lambda found: "a table")
     with pytest.raises(SystemExit) as stopped:
         PROGRAMS[name].main(given)
-    assert stopped.value.code == CLOSED
+    assert stopped.value.code in ((0, CLOSED) if "--help" in given else (CLOSED,))  # argparse lets go of the text
     assert capsys.readouterr().err == ""
     print("what is still printed goes nowhere", file=closed_pipe, flush=True)
 
