@@ -26,7 +26,7 @@ from evaluation.perplexity_task import SCORES, PerplexityTask
 from evaluation.prompts import ADJECTIVES, NOUNS
 from evaluation.retrieval_task import RetrievalTask
 from models.use_model import add_model_options, add_scaling_options, check_model_options, open_model
-from runs.command_line import HelpFormatter, Parser, one_clear_error, stopped_by_hand
+from runs.command_line import HelpFormatter, Parser, as_program, one_clear_error
 from runs.processes import be_quiet, decided_by_first, gathered, together
 from runs.provenance import commit, versions
 
@@ -68,12 +68,12 @@ results.json, results.txt, settings.json and, for retrieval, heat_map.png.
 TASKS: dict[str, Any] = {"perplexity": PerplexityTask, "passkey": RetrievalTask, "needles": RetrievalTask}
 
 
+@as_program("evaluate.py", stopped="stopped; the same command goes on")
 def main(argv: Sequence[str]) -> None:
     """The whole evaluation. What can be refused is refused before anything is computed."""
-    launch.program = "evaluate.py"
     options = parse(argv)
     be_quiet()
-    with stopped_by_hand("stopped; the same command goes on"), together():
+    with together():
         with one_clear_error(f"--model {options.model}: "):
             opened = open_model(options, options.attention, options.group_size)
         with one_clear_error():
@@ -96,7 +96,7 @@ def main(argv: Sequence[str]) -> None:
                 "cells": results,
             }
             try:
-                (folder / "results.txt").write_text(task.table(results))
+                (folder / "results.txt").write_text(task.table(results), encoding="utf-8")
                 pictures = task.draw(results, folder)
                 finish(folder, content)
             except OSError as error:

@@ -20,8 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from runs import launch  # isort: skip  (first: it prepares what the libraries below look at)
-from runs.launch import fail, leave_group, say  # isort: skip
+from runs.launch import fail, leave_group, say  # isort: skip  (first: it prepares what the libraries below look at)
 import torch
 from accelerate import PartialState
 from peft import PeftModel
@@ -59,7 +58,7 @@ from models.suitable import (
     padding_token,
 )
 from runs.checkpoints import CompletionMarker, step_of
-from runs.command_line import one_clear_error
+from runs.command_line import as_program, one_clear_error
 from runs.full_disk import writing_to
 from runs.processes import be_quiet
 from runs.run_folder import begin, claim, read_marker
@@ -77,9 +76,9 @@ from training.template_date import SETTING, template_date
 from training.ulysses import UlyssesTrainer, check_sequence_parallel
 
 
+@as_program("finetune_llama.py", stopped="stopped; --resume_from_checkpoint latest goes on from the last checkpoint")
 def main(argv: Sequence[str]) -> None:
     """The whole run. What can be refused is refused before the training starts."""
-    launch.program = "finetune_llama.py"
     argv, original = repeated(argv)
     options, text, args = parse(argv)
     be_quiet()

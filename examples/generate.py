@@ -25,7 +25,7 @@ from inputs.prompt import prompt_ids
 from longlora_ext.adapter import stops
 from models.suitable import check_largest_token
 from models.use_model import OpenedModel, add_model_options, add_scaling_options, check_model_options, open_model
-from runs.command_line import HelpFormatter, Parser, one_clear_error, stopped_by_hand
+from runs.command_line import HelpFormatter, Parser, as_program, one_clear_error
 from runs.processes import be_quiet
 
 DESCRIPTION = """\
@@ -52,15 +52,9 @@ MIN_TEMPERATURE = 1e-6  # logits are divided by it, in float32
 SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
 
 
+@as_program("generate.py")
 def main(argv: Sequence[str]) -> None:
     """Count, then answer."""
-    launch.program = "generate.py"
-    with stopped_by_hand():
-        answer(argv)
-
-
-def answer(argv: Sequence[str]) -> None:
-    """What `main` does, if it is let."""
     options = parse(argv)
     be_quiet()
     with one_clear_error():

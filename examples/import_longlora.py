@@ -19,15 +19,14 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from runs import launch
-
 from runs.launch import WORLD_SIZE, fail  # isort: skip  (first: it prepares what the libraries below look at)
 from longlora_ext.adapter import import_longlora
 from models.made_by import write_made_by
+from runs.command_line import Parser, as_program, one_clear_error
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="python examples/import_longlora.py RELEASE OUTPUT_FOLDER --context_length TOKENS [OPTIONS]",
@@ -54,8 +53,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@as_program("import_longlora.py")
 def main(argv: Sequence[str]) -> None:
-    launch.program = "import_longlora.py"
     options = parse(argv)
     if WORLD_SIZE > 1:
         fail("one process imports: start it with python")
@@ -63,15 +62,13 @@ def main(argv: Sequence[str]) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where installed, says that it found no GPU
     release = options.release
     given = {name: getattr(options, name) for name in ("base_model", "context_length")}
-    try:
+    with one_clear_error():
         import_longlora(
             release,
             options.output_folder,
             **given,
             finish=lambda folder: write_made_by(folder / "import.json", release, given),
         )
-    except (OSError, ValueError) as error:
-        fail(" ".join(str(error).split()))
     print(f"imported: {options.output_folder}")
 
 

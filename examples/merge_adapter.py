@@ -24,17 +24,16 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from runs import launch
-
 from runs.launch import WORLD_SIZE, fail  # isort: skip  (first: it prepares what the libraries below look at)
 from longlora_ext.adapter import merge
 from models.folders import check_run_folder
 from models.made_by import write_made_by
 from models.use_model import DTYPES
+from runs.command_line import Parser, as_program, one_clear_error
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="python examples/merge_adapter.py ADAPTER_FOLDER OUTPUT_FOLDER [OPTIONS]",
@@ -73,8 +72,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@as_program("merge_adapter.py")
 def main(argv: Sequence[str]) -> None:
-    launch.program = "merge_adapter.py"
     options = parse(argv)
     if WORLD_SIZE > 1:
         fail("one process merges: start it with python")
@@ -82,7 +81,7 @@ def main(argv: Sequence[str]) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where installed, says that it found no GPU
     adapter = options.adapter_folder
     given = {name: getattr(options, name) for name in ("base_model", "dtype", "max_shard_size")}
-    try:
+    with one_clear_error():
         check_run_folder(str(adapter))
         merge(
             adapter,
@@ -90,8 +89,6 @@ def main(argv: Sequence[str]) -> None:
             **given,
             finish=lambda folder: write_made_by(folder / "merge.json", adapter, given),
         )
-    except (OSError, ValueError) as error:
-        fail(" ".join(str(error).split()))
     print(f"merged: {options.output_folder}")
 
 

@@ -27,8 +27,7 @@ from longlora_ext.context import context_length, settle_context
 from models.folders import check_model_folder
 from models.suitable import check_attention, check_context
 from planning.planner import MOST, Plan, Run, Way
-from runs import launch
-from runs.command_line import one_clear_error
+from runs.command_line import Parser, as_program, one_clear_error
 from runs.wording import counted
 from training.recipe import accumulation
 from training.ulysses import check_sequence_parallel
@@ -52,7 +51,7 @@ PRESETS: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="python examples/plan.py --model MODEL [OPTIONS]",
@@ -206,8 +205,8 @@ def _tokens(longest: int) -> str:
     return f"{longest:,}" if 0 < longest < MOST else "none" if longest == 0 else f"over {MOST:,}"
 
 
+@as_program("plan.py")
 def main(argv: Sequence[str]) -> None:
-    launch.program = "plan.py"
     options = parse(argv)
     warnings.filterwarnings("ignore", category=FutureWarning)  # of one library about another
     with one_clear_error(f"--model {options.model}: "):

@@ -41,6 +41,8 @@ from transformers import (
 
 from inputs.corpus import fingerprint, stdlib_documents
 from runs.checkpoints import CompletionMarker, find_resumable, remove_incomplete, write_json
+from runs.command_line import as_program
+from runs.launch import fail
 
 CONTEXT_LENGTH = 256
 EVAL_LENGTHS = (256, 512, 1024)
@@ -228,12 +230,13 @@ def partial_folder(options: argparse.Namespace) -> Path:
     return folder
 
 
+@as_program("train_tiny_llama.py")
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     try:
         train_documents, held_out_documents = (part[: options.max_documents] for part in stdlib_documents())
     except FileNotFoundError as error:
-        sys.exit(f"error: {error}")
+        fail(str(error))
     partial = partial_folder(options)
     started = time.time()
 

@@ -75,7 +75,7 @@ def main() -> None:
     tile_loss.__defaults__ = (TILE,)
     found = {}
     for name, way in {"default": Way(), "no checkpoints": Way(checkpointing=False)}.items():
-        model = with_numbers(Plan(small(), TOKENS, Run(dtype=torch.float32)).model(6, way))
+        model = with_numbers(Plan(small(), TOKENS, Run(dtype=torch.float32)).model(way))
         if not found:
             UlyssesSPAttentionHF.register_with_transformers(
                 model.get_base_model(), "s2attn", sequence_parallel_size=ranks, micro_batch_size=1

@@ -64,7 +64,7 @@ def test_activations_take_what_the_allocator_saw(way: Way, tmp_path: Path, monke
     monkeypatch.setattr(tile_loss, "__defaults__", (TILE,))
     plan = Plan(small(), TOKENS, Run(dtype=torch.float32, scratch=cpu_scratch))
     planned = plan.step(way).peak
-    measured = peak_of_a_step(with_numbers(plan.model(6, way)), torch.randint(0, 3000, (1, TOKENS)), tmp_path)
+    measured = peak_of_a_step(with_numbers(plan.model(way)), torch.randint(0, 3000, (1, TOKENS)), tmp_path)
     assert planned == pytest.approx(measured, rel=0.05)
     assert planned > 5e6
 
@@ -127,7 +127,7 @@ def test_the_attention_scratch_is_counted() -> None:
     plan = Plan(LLAMA_2_7B, 8192, Run())
     q = torch.empty(1, 8192, 32, 128, device="meta")
     without = Plan(LLAMA_2_7B, 8192, Run(scratch=lambda q: 0))
-    model = plan.model(1, Way())
+    model = plan.model(Way(), [0])
     peaks = []
     for scratch in (lambda q: 0, cuda_scratch):
         counts = Counts(model, scratch)

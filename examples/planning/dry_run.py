@@ -20,6 +20,16 @@ _QUESTIONS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.allclos
 _ATTENTION = torch.ops.longlora.s2attn_bwd.default
 
 
+def _grouped_product(a: Any, b: Any, *_: Any, **__: Any) -> int:
+    """The products of a mixture's experts: each takes its own rows (or columns) of one tensor."""
+    a, b = a.shape, b.shape
+    return 2 * a[-2] * a[-1] * b[-1] * (a[0] if len(a) == len(b) == 3 else 1)
+
+
+#: Operations that torch does not count.
+_COUNTED_HERE = {torch.ops.aten._grouped_mm: _grouped_product}
+
+
 @dataclass(frozen=True)
 class Step:
     """What one forward and backward pass takes, beside weights and gradients.
@@ -56,8 +66,11 @@ class Counts(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 self._see(tensor.untyped_storage())
-        if count := flop_registry.get(func.overloadpacket):
-            self.flops[str(func.overloadpacket)] += count(*args, **(kwargs or {}), out_val=out)
+        packet = func.overloadpacket
+        if count := flop_registry.get(packet) or _COUNTED_HERE.get(packet):
+            self.flops[str(packet)] += count(*args, **(kwargs or {}), out_val=out)
+        elif func.namespace not in ("aten", "prim"):
+            raise ValueError(f"what the operation {packet} computes is not known here")
         if func is _ATTENTION:
             self.peak = max(self.peak, self.now + self._attention_scratch(args[1]))
         return out

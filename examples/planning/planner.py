@@ -1,7 +1,8 @@
 """What a fine-tuning run would take, memory of each GPU by part and computation, from a model's config alone.
 
-Weights and what the optimizer keeps are arithmetic. What a step holds and computes is counted on models of two and of
-three layers that run without numbers (`dry_run`): each further layer takes what the third one added.
+Weights and what the optimizer keeps are arithmetic. What a step holds and computes is counted on models of two layers
+that run without numbers (`dry_run`), one model for each kind of layers (`layers.py`), and on one of three: each further
+layer takes what that third one added.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
@@ -23,6 +24,7 @@ from longlora_ext.context import context_length, extend_config, rope_type_of
 from longlora_ext.loss import refusal, tile_loss
 from planning import shared_sequences
 from planning.dry_run import Step, cuda_scratch, dry_run
+from planning.layers import Kind, keep_layers, kinds, layers_of, shortened, structure
 from runs.command_line import EXAMPLES
 from training.recipe import CHECKPOINTING
 
@@ -38,7 +40,6 @@ GRAIN = 1024
 MOST = 2**21
 
 DS_CONFIGS = EXAMPLES / "ds_configs"
-FEW, MORE = 2, 3  # layers of the models that are run
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,13 @@ class Plan:
         config: The base model's. If its context is shorter it is extended.
         tokens: The context.
         run: How it is trained.
+        of: The kinds of the model's layers, where they are known already.
 
     Raises:
-        ValueError: The model cannot be extended so far.
+        ValueError: The model cannot be extended so far, or has layers that cannot be counted.
     """
 
-    def __init__(self, config: PreTrainedConfig, tokens: int, run: Run) -> None:
+    def __init__(self, config: PreTrainedConfig, tokens: int, run: Run, of: tuple[Kind, ...] = ()) -> None:
         self.base, self.tokens, self.run = config, tokens, run
         self.config = copy.deepcopy(config)
         if tokens > context_length(config):
@@ -87,7 +89,7 @@ class Plan:
             self.config = extend_config(config, tokens, rope_type="linear" if rope_type == "default" else rope_type)
         self.config.s2attn_group_size = even_group_size(tokens * DEFAULT_GROUP_RATIO)  # at the model's own context too
         self.config.sequence_parallel_size = run.sequence_parallel_size
-        self.layers: int = config.num_hidden_layers
+        self.kinds = of or kinds(config)
         self.step = cache(self._step)
 
     @cached_property
@@ -96,7 +98,7 @@ class Plan:
 
         PEFT keeps the base model's embedding and norms beside those that are trained: they count as not trained.
         """
-        model = self.model(self.layers, Way())
+        model = self.model(Way())
         named = dict(model.named_parameters())
         trainable = {name: parameter.numel() for name, parameter in named.items() if parameter.requires_grad}
         return {
@@ -112,17 +114,20 @@ class Plan:
         weights = [module.weight for module in linear if module is not model.get_output_embeddings()]
         return [weight for weight in weights if not weight.requires_grad] if self.run.load_in_4bit else []
 
-    def model(self, layers: int, way: Way) -> Any:
-        """The model with so many layers, on the meta device, as DeepSpeed trains it: its fp32 masters are elsewhere."""
-        config = copy.deepcopy(self.config)
-        config.num_hidden_layers = layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:layers]
+    def model(self, way: Way, layers: Sequence[int] | None = None) -> Any:
+        """The model on the meta device, as DeepSpeed trains it: its fp32 masters are elsewhere.
+
+        Of its layers it has those that are named, or all.
+        """
+        config = copy.deepcopy(self.config) if layers is None else shortened(self.config, max(layers) + 1)
         if way.dense:
             config.s2attn_mode = "dense"
         attention = NAME if self.run.sequence_parallel_size == 1 else shared_sequences.NAME
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=self.run.dtype)
+            model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=self.run.dtype)
+            if layers is not None:
+                self._check_kinds(layers_of(model))
+                keep_layers(model, layers)
             lora = None if self.run.full_finetune else lora_config(model, r=self.run.lora_r)
             model = prepare_model(model, lora)
         for parameter in model.parameters():
@@ -133,18 +138,38 @@ class Plan:
             tile_loss(model)
         return model.train()
 
-    def _step(self, way: Way) -> Step:
-        """One forward and backward pass of the whole model on one GPU."""
-        if self.layers <= MORE:
-            return self._run(self.layers, way)
-        few, more, further = self._run(FEW, way), self._run(MORE, way), self.layers - MORE
-        flops = {op: more.flops[op] + further * (more.flops[op] - few.flops[op]) for op in more.flops}
-        kept, peak = (now + further * (now - then) for now, then in ((more.kept, few.kept), (more.peak, few.peak)))
-        return Step(kept, peak, Counter(flops))
+    def _check_kinds(self, layers: torch.nn.ModuleList) -> None:
+        """The first layers are to be those of the whole model."""
+        for kind in self.kinds:
+            if any(structure(layers[index]) != kind.structure for index in kind.layers if index < len(layers)):
+                raise ValueError("its first layers depend on how many layers follow, so it cannot be planned")
 
-    def _run(self, layers: int, way: Way) -> Step:
+    def _step(self, way: Way) -> Step:
+        """One forward and backward pass of the whole model on one GPU.
+
+        Operations, and bytes that are kept, add up. At the peak there is what is kept and the work of one layer, or of
+        the loss. The backward pass comes to a layer when what the later ones kept is gone.
+        """
+        pairs = [self._run([kind.first] * 2, way) for kind in self.kinds]
+        three = self._run([self.kinds[0].first] * 3, way)
+        amounts = [Counter({**step.flops, "kept": step.kept}) for step in (*pairs, three)]
+        names = set().union(*amounts)
+        rest = {name: 3 * amounts[0][name] - 2 * amounts[-1][name] for name in names}  # what is there without layers
+        each = [{name: (two[name] - rest[name]) // 2 for name in names} for two in amounts[:-1]]
+        total = Counter(rest)
+        for kind, one in zip(self.kinds, each, strict=True):
+            total.update({name: len(kind.layers) * amount for name, amount in one.items()})
+
+        def gone(kind: Kind) -> int:
+            return sum(one["kept"] * later.after(kind) for later, one in zip(self.kinds, each, strict=True))
+
+        work = [pair.peak - pair.kept - gone(kind) for kind, pair in zip(self.kinds, pairs, strict=True)]
+        kept = total.pop("kept")
+        return Step(kept, kept + max(work), total)
+
+    def _run(self, layers: Sequence[int] | None, way: Way) -> Step:
         tokens = -(-self.tokens // self.run.sequence_parallel_size)
-        return dry_run(self.model(layers, way), self.run.batch, tokens, self.run.scratch)
+        return dry_run(self.model(way, layers), self.run.batch, tokens, self.run.scratch)
 
     def memory(self, way: Way) -> dict[str, int]:
         """Bytes of each GPU by part."""
@@ -163,7 +188,7 @@ class Plan:
             "CUDA and gaps (assumed)": UNSEEN,
         }
         if in_4_bits:
-            parts["a weight unpacked"] = size * max(weight.numel() for weight in self._packed(self.model(1, way)))
+            parts["a weight unpacked"] = size * max(weight.numel() for weight in self._packed(self.model(way)))
         return parts
 
     def host_memory(self) -> int:
@@ -185,7 +210,7 @@ class Plan:
     def flops(self, dense: bool = False) -> dict[str, int]:
         """Floating-point operations of a forward and backward pass of one sequence, activations computed again."""
         if self.run.sequence_parallel_size > 1:
-            return Plan(self.base, self.tokens, replace(self.run, sequence_parallel_size=1)).flops(dense)
+            return Plan(self.base, self.tokens, replace(self.run, sequence_parallel_size=1), self.kinds).flops(dense)
         flops = self.step(Way(dense=dense)).flops
         attention = sum(count for op, count in flops.items() if op.startswith("longlora."))
         return {"attention": attention // self.run.batch, "all": sum(flops.values()) // self.run.batch}
@@ -196,7 +221,7 @@ class Plan:
         room = memory - sum(self.memory(way).values()) + self.step(way).peak
 
         def peak(tokens: int) -> int:
-            return Plan(self.base, tokens, self.run).step(way).peak
+            return Plan(self.base, tokens, self.run, self.kinds).step(way).peak
 
         low, high, peaks = 0, 8, {0: 0}
         while high * GRAIN <= MOST and peaks.setdefault(high, peak(high * GRAIN)) <= room:

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
+import select
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
-from runs.launch import RANK, fail
+from runs import launch
+from runs.launch import RANK, TRACEBACK, fail, show_traceback
 
 EXAMPLES = Path(__file__).resolve().parents[1]
 TINY_LLAMA = EXAMPLES / "tiny_llama"
-INTERRUPTED = 130  # exit status, as of a shell's commands
+#: Exit statuses, as of a shell's commands that a signal has ended: SIGINT, SIGPIPE.
+INTERRUPTED, CLOSED = 130, 141
+#: At the end of each program's help.
+FOR_BUG_REPORTS = f"""\
+{TRACEBACK}=1 in the environment shows where an error of one line came from; a bug report needs that, and what
+`python -m longlora_ext.env` prints"""
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -29,6 +38,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 class Parser(HfArgumentParser):
     """Fails, and helps, on one process only."""
+
+    def format_help(self) -> str:
+        return f"{super().format_help()}\n{FOR_BUG_REPORTS}\n"
 
     def error(self, message: str) -> NoReturn:
         fail(f"{message} (--help lists the options)")
@@ -49,22 +61,58 @@ def one_clear_error(about: str = "") -> Iterator[None]:
     """Turn what libraries raise about bad input into one line that starts with what it is `about`.
 
     Only for what comes before the work. What is usual there is said as it is; of anything else, which a broken file
-    makes of a library, the kind is named too.
+    makes of a library, the kind is named too, and how to see where it came from.
     """
     usual = (ValueError, OSError, ImportError, NotImplementedError, RuntimeError, SafetensorError)
     try:
         yield
+    except BrokenPipeError:  # nobody reads what was printed, which is no mistake
+        raise
     except Exception as error:
         kind, said = type(error).__name__, " ".join(str(error).split())
-        fail(about + (said if said and isinstance(error, usual) else f"{kind}: {said}" if said else kind))
+        if said and isinstance(error, usual):
+            fail(about + said)
+        fail(f"{about}{kind}{f': {said}' if said else ''} ({TRACEBACK}=1 shows where)")
 
 
 @contextmanager
-def stopped_by_hand(message: str = "") -> Iterator[None]:
-    """End the program at Ctrl-C with that line, or with nothing, in place of where it was."""
+def as_program(name: str, stopped: str = "") -> Iterator[None]:
+    """What all programs do alike; the decorator of a program's `main`.
+
+    It puts its name into its errors, writes characters that the terminal has not as escapes, and ends quietly when the
+    user has enough of it: at Ctrl-C, and when what it prints is no longer read (`| head`).
+
+    Args:
+        name: The program's.
+        stopped: What to say when it is stopped in the middle.
+    """
+    launch.program = name
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        yield
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except KeyboardInterrupt:
-        if RANK == 0:
-            print(f"\n{message}" if message else "", file=sys.stderr, flush=True)
-        sys.exit(INTERRUPTED)
+        _end(INTERRUPTED, "", *filter(None, [stopped]))  # on a line of its own, after ^C
+    except BrokenPipeError:
+        if not _is_closed(sys.stdout):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be written
+        _end(CLOSED, *filter(None, [stopped]))
+
+
+def _is_closed(output: TextIO) -> bool:
+    """Whether it is a pipe that nobody reads."""
+    poll = select.poll()
+    poll.register(output, select.POLLOUT)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
+
+
+def _end(status: int, *last_words: str) -> NoReturn:
+    show_traceback()
+    if RANK == 0 and last_words:
+        print(*last_words, sep="\n", file=sys.stderr, flush=True)
+    sys.exit(status)

@@ -47,15 +47,16 @@ def first_process_first(action: Callable[[], Found]) -> Found:
 def decided_by_first(action: Callable[[], Found]) -> Found:
     """What the action returned on the first process. If it raises a `ValueError` or an `OSError` there, all fail."""
     outcome: list[Any] = [None, None]
+    failure: Exception | None = None
     if RANK == 0:
         try:
             outcome = [action(), None]
         except (ValueError, OSError) as error:
-            outcome = [None, str(error)]
+            failure, outcome = error, [None, str(error)]
     if dist.is_initialized():
         dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
-        fail(outcome[1])
+        fail(outcome[1], failure)
     return outcome[0]
 
 
