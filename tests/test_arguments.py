@@ -79,7 +79,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         ("--task chat", "argument --task: invalid choice: 'chat'"),
         ("--rows padded", "--rows says nothing with --task text"),
         ("--task sft --train_file {text} --text_column x", "--text_column says nothing with --task sft"),
-        ("--task sft --train_file {text}", "text.jsonl has the columns text; --task sft takes rows of "),
+        ("--task sft --train_file {text}", "text.jsonl, row 1: it has the columns text; --task sft takes rows of "),
         ("--task sft --train_file {character}", "character.txt is text; rows are read from .json, .jsonl and .parquet"),
         ("--eval_file x.txt", "--eval_file needs --train_file"),
         ("--resume_from_checkpoint latest", "needs the --output_dir of the run to go on with"),

@@ -256,7 +256,7 @@ def test_a_run_learns_answers(model: Path, tmp_path: Path, capsys: pytest.Captur
 BAD = {
     "columns": (
         [{"prompt": "x", "answer": "y"}],
-        "data.jsonl has the columns prompt, answer; --task sft takes rows of",
+        "data.jsonl, row 1: it has the columns prompt, answer; --task sft takes rows of",
     ),
     "role": (
         [{"messages": ASKED}, {"messages": [{"role": "bot", "content": "x"}]}],

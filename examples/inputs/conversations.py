@@ -1,6 +1,6 @@
 """From files of questions and answers to conversations, each checked before anything is computed.
 
-A row is either of these, told apart by the file's columns:
+A row is either of these, told apart by its columns:
 
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]}
     {"instruction": "...", "output": "..."}         and perhaps "input", the text that the instruction is about
@@ -33,18 +33,15 @@ def load_conversations(sources: Sequence[str]) -> Iterator[tuple[str, datasets.D
         sources: JSON, JSON Lines and Parquet files, folders and glob patterns of them, or hub datasets.
 
     Returns:
-        Each file (or hub dataset) with its rows, for `conversation` to read.
+        Each file (or hub dataset) with its rows in the column `row`, as JSON, for `conversation` to read.
 
     Raises:
         FileNotFoundError: A source that is not there.
-        ValueError: A file that cannot be read, that has no rows, or whose columns are others.
+        ValueError: A file that cannot be read, or that has no rows.
     """
     for name, rows in read_tables(sources):
         if not len(rows):
             raise ValueError(f"{name} has no rows; --task sft takes {EXPECTED}")
-        if not {"messages"} <= set(rows.column_names) and not {"instruction", "output"} <= set(rows.column_names):
-            has = ", ".join(rows.column_names) or "no columns"
-            raise ValueError(f"{name} has the columns {has}; --task sft takes {EXPECTED}")
         yield name, rows
 
 
@@ -54,6 +51,8 @@ def conversation(row: dict[str, Any]) -> list[Message]:
     Raises:
         ValueError: What is wrong with it, in words that follow "row 7: ".
     """
+    if "messages" not in row and not {"instruction", "output"} <= row.keys():
+        raise ValueError(f"it has the columns {', '.join(row) or 'none'}; --task sft takes {EXPECTED}")
     if row.get("messages") is None and "instruction" in row:
         asked, about, answer = (_text(row.get(name), f"its {name}") for name in ("instruction", "input", "output"))
         if not asked.strip() and not about.strip():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from inputs import chat, conversations
+from inputs.cache import cache_named
 from inputs.tokens import Tokenised
 from longlora_ext.loss import IGNORED_LABEL
 
@@ -80,16 +82,16 @@ def read_samples(sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, con
     return Samples(rows.select(kept), dropped=len(rows) - len(kept))
 
 
+@cache_named()
 def _encoded(
     name: str, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, context_length: int, first: int
 ) -> datasets.Dataset:
     """The samples of one file, whose conversations are numbered from `first` on."""
 
     def encode_row(batch: dict[str, list[Any]], indices: list[int], code: str) -> dict[str, list[Any]]:
-        (index,) = indices
+        (index,), (row,) = indices, batch["row"]
         try:
-            row = {column: values[0] for column, values in batch.items()}
-            samples = chat.encode(conversations.conversation(row), tokenizer)
+            samples = chat.encode(conversations.conversation(json.loads(row)), tokenizer)
         except ValueError as error:
             raise ValueError(f"{name}, row {index + 1}: {error}") from error
         cut = [np.asarray(sample, dtype=np.int32)[:, :context_length] for sample in samples]
