@@ -7,7 +7,6 @@ python examples/generate.py --help
 from __future__ import annotations
 
 import argparse
-import io
 import math
 import sys
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
 from inputs.chat import LLAMA_2, answer_ends
 from inputs.prompt import prompt_ids
+from inputs.reading import decoded
 from longlora_ext.adapter import stops
 from models.suitable import check_largest_token
 from models.use_model import OpenedModel, add_model_options, add_scaling_options, check_model_options, open_model
@@ -147,12 +147,10 @@ def read(file: str) -> str:
         OSError, ValueError: There is no such file, or no text in it.
     """
     try:
-        if file == "-":  # whose own encoding is the terminal's
-            text = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8").read()
-        else:
-            text = Path(file).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--file {file} is no text in UTF-8: {error.reason} at byte {error.start:,}") from error
+        # Of standard input the own encoding is the terminal's.
+        text = decoded(sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"--file {file} {error}") from error
     if not text.strip():
         raise ValueError(f"--file {file} holds no text")
     return text

@@ -33,7 +33,9 @@ class StoredModel:
         `NeedsWholeModel`: the tensors of the files do not make up the model.
     """
 
-    def __init__(self, config: PreTrainedConfig, weights: Checkpoint, base: str, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self, config: PreTrainedConfig, weights: Checkpoint, base: str, trust_remote_code: bool = False
+    ) -> None:
         with naming(f"the base model {base}"), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         self._weights = weights

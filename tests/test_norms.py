@@ -51,7 +51,9 @@ def vectors(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def without_peft(name: str) -> str:
-    return name.removeprefix("base_model.model.").replace("modules_to_save.default.", "").replace("original_module.", "")
+    return (
+        name.removeprefix("base_model.model.").replace("modules_to_save.default.", "").replace("original_module.", "")
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -117,10 +119,14 @@ def test_a_norm_that_would_stay_frozen_is_refused() -> None:
     model = tiny_model("llama")
     attention = model.model.layers[1].self_attn
     attention.q_norm_weight = nn.Parameter(torch.ones(8))
-    with pytest.raises(ValueError, match=r"layers.1.self_attn.q_norm_weight looks like the weight of a norm, but Llama"):
+    with pytest.raises(
+        ValueError, match=r"layers.1.self_attn.q_norm_weight looks like the weight of a norm, but Llama"
+    ):
         lora_config(model)
     assert lora_config(model, modules_to_save=["norm"]).modules_to_save == ["norm"]
-    with pytest.raises(ValueError, match=r"a_norm is to be trained in full \(modules_to_save\), but PEFT leaves it fro"):
+    with pytest.raises(
+        ValueError, match=r"a_norm is to be trained in full \(modules_to_save\), but PEFT leaves it fro"
+    ):
         prepare_model(model, lora_config(model, modules_to_save=["norm", "a_norm"]))
 
 
@@ -152,7 +158,10 @@ def test_the_norms_of_all_decoders_of_transformers() -> None:
             with torch.device("meta"):
                 prepared = prepare_model(model, lora_config(model))
         except ValueError as error:  # it has projections of other names, or of a class of its own
-            assert "pass target_modules" in str(error) or "only the following modules" in str(error), (model_type, error)
+            assert "pass target_modules" in str(error) or "only the following modules" in str(error), (
+                model_type,
+                error,
+            )
             continue
         frozen = {without_peft(name) for name, weight in prepared.named_parameters() if not weight.requires_grad}
         trained = {without_peft(name): weight for name, weight in prepared.named_parameters()

@@ -21,7 +21,8 @@ import numpy as np
 
 from evaluation.perplexity import Window, fingerprint, perplexity_of, windows, windows_loss
 from inputs.corpus import stdlib_documents
-from inputs.files import KNOWN, load_documents, reader_of
+from inputs.files import load_documents, search
+from inputs.reading import KNOWN, format_of
 from inputs.tokens import Tokenised, tokenise
 from models.suitable import check_tokens
 from models.use_model import OpenedModel
@@ -66,7 +67,7 @@ class PerplexityTask:
             raise ValueError(f"--max_tokens {options.max_tokens} is less than the longest length of {longest}")
         self.batch_tokens: int = options.batch_tokens
         self.sources = [file for source in options.text or () for file in _expanded(source)]
-        self.has_ids = any(source.endswith(TOKEN_IDS) for source in self.sources)
+        self.has_ids = any(source.lower().endswith(TOKEN_IDS) for source in self.sources)
         self.documents, left_out = self._read(options)
         self.settings = {
             "task": "perplexity",
@@ -115,7 +116,7 @@ class PerplexityTask:
             return tokenise(stdlib_documents()[1], self.opened.tokenizer)
         if not self.has_ids:
             return tokenise(load_documents(self.sources, column), self.opened.tokenizer)
-        ids = [_read_ids(source) for source in self.sources if source.endswith(TOKEN_IDS)]
+        ids = [_read_ids(source) for source in self.sources if source.lower().endswith(TOKEN_IDS)]
         if len(ids) < len(self.sources):
             raise ValueError(f"--text: files of token ids ({TOKEN_IDS}) and of text cannot be mixed")
         features = datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32"))})
@@ -174,10 +175,10 @@ def _expanded(source: str) -> list[str]:
         FileNotFoundError: A folder without any file that can be read.
     """
     path = Path(source).expanduser()
-    found = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
-    files = [file for file in found if file.is_file()]
-    ids = sorted(str(file) for file in files if file.suffix == TOKEN_IDS)
-    texts = any(map(reader_of, files))
+    found = search(path)[0] if path.is_dir() else [str(path)] if path.exists() else glob.glob(str(path), recursive=True)
+    files = [file for file in found if Path(file).is_file()]
+    ids = sorted(file for file in files if file.lower().endswith(TOKEN_IDS))
+    texts = any(map(format_of, files))
     if path.is_dir() and not ids and not texts:
         known = f"{TOKEN_IDS}, {KNOWN}"
         raise FileNotFoundError(f"--text {source}: the folder holds no file to measure on; looked for {known}")

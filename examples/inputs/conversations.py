@@ -66,7 +66,7 @@ def load_conversations(sources: Sequence[str]) -> Iterator[tuple[str, datasets.D
         sources: JSON, JSON Lines and Parquet files, folders and glob patterns of them, or hub datasets.
 
     Returns:
-        Each file (or hub dataset) with its rows, for `conversation` to read.
+        Each file (or hub dataset) with its rows in the column `row`, as JSON, for `conversation` to read.
 
     Raises:
         FileNotFoundError: A source that is not there.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from inputs import chat, columns, conversations, messages, template
+from inputs.cache import cache_named
 from inputs.template import ChatTemplate
 from inputs.tokens import Tokenised
 from longlora_ext.loss import IGNORED_LABEL
@@ -102,16 +104,16 @@ def read_samples(
     return Samples(rows.select(kept), dropped=len(rows) - len(kept))
 
 
+@cache_named()
 def _encoded(
     name: str, rows: datasets.Dataset, writer: ChatTemplate, context_length: int, first: int
 ) -> datasets.Dataset:
     """The samples of one file, whose conversations are numbered from `first` on."""
 
     def encode_row(batch: dict[str, list[Any]], indices: list[int], code: str) -> dict[str, list[Any]]:
-        (index,) = indices
+        (index,), (row,) = indices, batch["row"]
         try:
-            row = {column: values[0] for column, values in batch.items()}
-            found = conversations.conversation(row)
+            found = conversations.conversation(json.loads(row))
             samples = chat.encode(found, writer)
         except ValueError as error:
             raise ValueError(f"{name}, row {index + 1}: {error}") from error

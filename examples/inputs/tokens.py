@@ -11,6 +11,10 @@ import numpy as np
 import pyarrow.compute
 from transformers import PreTrainedTokenizerBase
 
+from inputs.cache import cache_named
+
+BATCH_BYTES = 2**24  # of text that is tokenised at once, about
+
 
 @dataclass(frozen=True)
 class Tokenised:
@@ -18,7 +22,7 @@ class Tokenised:
 
     Attributes:
         input_ids: One row a document, column `input_ids`: its token ids (int32).
-        empty: How many documents had no text and were left out.
+        empty: How many documents had no text, or white space alone, and were left out.
     """
 
     input_ids: datasets.Dataset
@@ -53,6 +57,7 @@ class Tokenised:
 SomeTokenised = TypeVar("SomeTokenised", bound=Tokenised)
 
 
+@cache_named()
 def tokenise(documents: datasets.Dataset | Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Tokenised:
     """Turn documents into token ids.
 
@@ -64,22 +69,27 @@ def tokenise(documents: datasets.Dataset | Sequence[str], tokenizer: PreTrainedT
         tokenizer: The model's tokenizer.
 
     Returns:
-        The documents in the same order, less those without text (they are counted).
+        The documents in the same order, less those without text, which are counted. White space alone is none.
+
+    Raises:
+        OSError: The cache cannot be written to.
     """
     if not isinstance(documents, datasets.Dataset):
         documents = datasets.Dataset.from_dict({"text": list(documents)})
     eos = tokenizer.eos_token_id
 
     def encode(batch: dict[str, list[str | None]]) -> dict[str, list[list[int]]]:
-        texts = [text for text in batch["text"] if text]
+        texts = [text for text in batch["text"] if text and not text.isspace()]
         if not texts:
             return {"input_ids": []}
         rows = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
         return {"input_ids": [row if eos is None or row[-1:] == [eos] else [*row, eos] for row in rows]}
 
     features = datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32"))})
+    size = documents.data.nbytes // max(1, len(documents))
+    batch_size = min(64, max(1, BATCH_BYTES // max(1, size)))
     rows = documents.map(
-        encode, batched=True, batch_size=64, remove_columns=["text"], features=features, desc="tokenising"
+        encode, batched=True, batch_size=batch_size, remove_columns=["text"], features=features, desc="tokenising"
     )
     return Tokenised(rows, empty=len(documents) - len(rows))
 
