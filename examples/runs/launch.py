@@ -111,6 +111,17 @@ def prepare_deepspeed() -> None:
         _join_on_cpu()
 
 
+def prepare_fsdp() -> None:
+    """Bring the process group up on CPUs, for accelerate to take as it finds it (`USE_CONFIGURED_STATE`).
+
+    Left to itself accelerate takes no notice of FSDP on a CPU, and every process keeps the whole model.
+    """
+    if not torch.accelerator.is_available():
+        from accelerate import DistributedType, PartialState
+
+        PartialState(cpu=True, backend="gloo").distributed_type = DistributedType.MULTI_GPU
+
+
 def _join_on_cpu() -> None:
     """Bring the process group up, which accelerate takes as it finds it (`USE_CONFIGURED_STATE`).
 

@@ -13,7 +13,7 @@ import transformers
 from transformers import PreTrainedModel, TrainingArguments
 
 from runs.command_line import EXAMPLES, HelpFormatter, Parser, is_given, one_clear_error
-from runs.launch import USE_CONFIGURED_STATE, WORLD_SIZE, by_deepspeed, fail, prepare_deepspeed
+from runs.launch import USE_CONFIGURED_STATE, WORLD_SIZE, by_deepspeed, fail, prepare_deepspeed, prepare_fsdp
 from training.options import DataOptions, ModelOptions, TrainingOptions
 from training.recipe import (
     CHECKPOINTING,
@@ -152,6 +152,9 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingArgum
     with one_clear_error():
         if asked.deepspeed:
             prepare_deepspeed()
+            parser.set_defaults(accelerator_config=USE_CONFIGURED_STATE)
+        if asked.fsdp:
+            prepare_fsdp()
             parser.set_defaults(accelerator_config=USE_CONFIGURED_STATE)
         model, data, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
         if model.sequence_parallel_size > 1:
