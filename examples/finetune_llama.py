@@ -63,6 +63,7 @@ from runs.processes import be_quiet
 from runs.run_folder import begin, claim, read_marker
 from training.arguments import compute_dtype, parse
 from training.dense_tail import DenseTail
+from training.fsdp import choose_layers
 from training.manifest import check_repeats, describe, finish, repeated
 from training.measure import AFTER, Measurement, choose_documents, choose_samples
 from training.options import DataOptions, ModelOptions
@@ -123,6 +124,8 @@ def main(argv: Sequence[str]) -> None:
         base = load_base(model_path, config=config, dtype=dtype, attn_implementation="s2attn", **quantised)
         lora = {"r": options.lora_r, "lora_alpha": options.lora_alpha}
         model = prepare_model(base, None if options.full_finetune else lora_config(base, **lora))
+        if args.fsdp:
+            choose_layers(args, model)
         if not args.use_liger_kernel:  # which has a loss of its own
             spare_logits(model)
         if options.full_finetune and base.config.tie_word_embeddings:
