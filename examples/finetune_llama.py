@@ -64,6 +64,7 @@ from runs.processes import be_quiet
 from runs.run_folder import begin, claim, read_marker
 from training.arguments import compute_dtype, parse
 from training.dense_tail import DenseTail
+from training.fsdp import choose_layers
 from training.manifest import check_repeats, describe, finish, repeated
 from training.measure import AFTER, Measurement, choose_documents, choose_samples
 from training.options import DataOptions, ModelOptions
@@ -129,6 +130,8 @@ def main(argv: Sequence[str]) -> None:
         model = prepare_model(base, None if options.full_finetune else lora_config(base, **lora))
         if isinstance(train, Samples) and (new := stop_at(model, train.ends)):
             say(f"note: answers end with {' '.join(tokenizer.convert_ids_to_tokens(new))}: generation will stop there")
+        if args.fsdp:
+            choose_layers(args, model)
         if not args.use_liger_kernel:  # which has a loss of its own
             spare_logits(model)
         if options.full_finetune and is_tied(base):

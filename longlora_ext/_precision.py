@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 
 from longlora_ext._folders import is_first_process
 
@@ -34,7 +36,7 @@ def _cast_output(module: nn.Module, args: Any, output: torch.Tensor, dtype: torc
 def fp32_state(model: nn.Module, only_trainable: bool) -> dict[str, torch.Tensor]:
     """
     The fp32 weights under their full names, on the CPU of the first process (elsewhere empty). A tied weight
-    is one tensor under all its names. Collective under ZeRO.
+    is one tensor under all its names. Collective under ZeRO and FSDP, which gather one weight at a time.
     """
     state: dict[str, torch.Tensor] = {}
     seen: dict[int, torch.Tensor] = {}
@@ -48,8 +50,35 @@ def fp32_state(model: nn.Module, only_trainable: bool) -> dict[str, torch.Tensor
     return state if is_first_process() else {}
 
 
+def give_back_gathered(model: nn.Module) -> None:
+    """Let FSDP free what it has gathered for a forward pass: roundings of the sharded weights, to be read instead.
+
+    Raises:
+        `ValueError`: it is the first version of FSDP, which keeps no weight for itself.
+    """
+    for module in model.modules():
+        if isinstance(module, FullyShardedDataParallel):
+            raise ValueError(
+                "the model is sharded by FullyShardedDataParallel, the first version of FSDP, whose weights cannot be "
+                "gathered one by one: shard it with torch.distributed.fsdp.fully_shard"
+            )
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+#: What wrappers put into the names of the weights below them: activation checkpointing, and torch.compile of a layer.
+_OF_WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")
+
+
+def plain_name(name: str) -> str:
+    """The full name of a weight in a model none of whose layers is wrapped."""
+    return ".".join(part for part in name.split(".") if part not in _OF_WRAPPERS)
+
+
 def fp32_weight(parameter: torch.Tensor) -> torch.Tensor:
     """The whole weight in fp32: DeepSpeed's master if it keeps one, as the weight may be a rounding of it."""
+    if isinstance(parameter, DTensor):  # where it is in the host's memory, the processes may only meet on their GPUs
+        return parameter.detach().to(parameter.device_mesh.device_type).full_tensor().float()
     is_zero3 = hasattr(parameter, "ds_id")
     if not is_zero3 and not hasattr(parameter, "_hp_mapping"):
         return parameter.detach().float()
@@ -64,5 +93,5 @@ def fp32_weight(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def whole_shape(parameter: torch.Tensor) -> torch.Size:
-    """The shape of the weight that ZeRO-3 may have cut up."""
+    """The shape of the weight that ZeRO-3 may have cut up; of FSDP's shards it is their own."""
     return getattr(parameter, "ds_shape", parameter.shape)

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 
 from longlora_ext._checkpoint import listed
 from longlora_ext._lengths import ORIGINAL
-from longlora_ext._precision import fp32_weight, whole_shape
+from longlora_ext._precision import fp32_weight, plain_name, whole_shape
 from longlora_ext.context import CONFIG_FIELDS, context_length, fill_in_head_dim
 
 RECORD = "longlora.json"
@@ -107,10 +107,10 @@ def apply_record(config: PreTrainedConfig, record: dict[str, Any]) -> None:
 
 
 def fingerprint_of(model: nn.Module) -> dict[str, list[float]]:
-    """What the base model of a prepared model can be known by. Collective under ZeRO."""
+    """What the base model of a prepared model can be known by. Collective under ZeRO and FSDP."""
     return fingerprint(
         {
-            name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter
+            plain_name(name).removeprefix("base_model.model.").replace(".base_layer.", "."): parameter
             for name, parameter in model.named_parameters()
             if not parameter.requires_grad
             and len(whole_shape(parameter)) == 2

@@ -32,7 +32,7 @@ from longlora_ext._generation import keep_generation_config, save_generation_con
 from longlora_ext._load import load, load_base
 from longlora_ext._merge import merge
 from longlora_ext._norms import names_for_peft, norms_of
-from longlora_ext._precision import fp32_state, train_in_fp32
+from longlora_ext._precision import fp32_state, give_back_gathered, plain_name, train_in_fp32
 from longlora_ext._record import WEIGHTS, fingerprint_of, write_record
 from longlora_ext._release import import_longlora
 from longlora_ext._tying import is_tied, settle_tying
@@ -170,7 +170,8 @@ def save_adapter(
 
     Args:
         model (`torch.nn.Module`):
-            What [`prepare_model`] returned, or a wrapper of it (torch.compile, DDP, DeepSpeed).
+            What [`prepare_model`] returned, sharded by `fully_shard` or not, or a wrapper of it (torch.compile, DDP,
+            DeepSpeed).
         folder (`str` or `os.PathLike`):
             Must not exist, or be empty. It receives `adapter_model.safetensors` (LoRA, embedding, norms),
             `adapter_config.json`, `longlora.json` and the model's `generation_config.json`, which [`load`] and
@@ -183,6 +184,7 @@ def save_adapter(
         `OSError`: there is no room for it.
         `ValueError`: the model is not one to save here, or a weight is not finite.
     """
+    give_back_gathered(model)
     model = _unwrapped(model)
     if not isinstance(model, (PeftModel, PreTrainedModel)):
         raise ValueError(
@@ -223,6 +225,7 @@ def _write_adapter(
     model: PeftModel, state: dict[str, torch.Tensor], fingerprint: dict[str, list[float]], folder: Path
 ) -> None:
     tensors = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+    tensors = {plain_name(name): tensor for name, tensor in tensors.items()}
     # PEFT reads a tied weight under all its names, and safetensors wants no two names for the same memory.
     first = {id(tensor): name for name, tensor in reversed(tensors.items())}
     tensors = {name: tensor if first[id(tensor)] == name else tensor.clone() for name, tensor in tensors.items()}
@@ -239,6 +242,6 @@ def _write_adapter(
 def _write_model(model: PreTrainedModel, state: dict[str, torch.Tensor], folder: Path) -> None:
     buffers = dict(model.named_buffers())
     state = state | {name: buffers[name] for name in model.state_dict() if name in buffers}
-    model.save_pretrained(folder, state_dict=state)
+    model.save_pretrained(folder, state_dict={plain_name(name): tensor for name, tensor in state.items()})
     # Under ZeRO the model computes in another dtype than its masters have; the config names that of the file.
     complete_config(folder, dtype="float32")

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -121,11 +122,23 @@ class _TiledLoss:
         hidden, self.hidden = self.hidden, None
         if hidden is None:
             return self.plain(logits, labels, *args, **kwargs)
-        if not self.is_checked:
+        if self.is_sharded or not self.is_checked:
             self._check(hidden, logits)
         return self._loss(hidden, labels, logits.shape[-1], **kwargs)
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the output layer is one that FSDP gathers by itself, or in a group with the embedding or a norm."""
+        return any(isinstance(module, FSDPModule) for module in self.model.get_output_embeddings().modules())
+
     def _check(self, hidden: Tensor, logits: Tensor) -> None:
+        """
+        Raise `ValueError` if the logits are not what the output layer gives.
+
+        Under FSDP this is done in every step, as it also has the group that the output layer is in begin its forward
+        pass anew, without a gradient. Were a tile the first to be seen, FSDP would reduce the group's gradients and
+        free its weights behind that tile, and the part of a tied embedding or of a norm would be lost.
+        """
         with torch.no_grad():
             own = self._head(hidden[:, -1:])
         if not torch.allclose(own, logits, rtol=1e-2, atol=1e-3, equal_nan=True):
@@ -168,7 +181,7 @@ class _TiledLoss:
 
     def _tiles(self, logits: int, device: torch.device) -> int:
         tiles = -(-logits // self.tile)
-        if is_deepspeed_zero3_enabled():  # all processes gather the output layer's weight equally often
+        if is_deepspeed_zero3_enabled() or self.is_sharded:  # all processes gather the layer's weight equally often
             most = torch.tensor(tiles, device=device)
             torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
             tiles = int(most)

@@ -130,6 +130,23 @@ def prepare_deepspeed() -> None:
         _join_on_cpu()
 
 
+def prepare_fsdp() -> str | None:
+    """Make sure that the processes can share a model by FSDP.
+
+    Left to itself accelerate takes no notice of FSDP on a CPU, and each process keeps the whole model. So there the
+    process group is brought up here, for accelerate to take as it finds it (`USE_CONFIGURED_STATE`).
+
+    Returns:
+        The backend for processes that are to meet on their GPUs: what is offloaded to the host is added up there.
+    """
+    if torch.accelerator.is_available():
+        return "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else None
+    from accelerate import DistributedType, PartialState
+
+    PartialState(cpu=True, backend="gloo").distributed_type = DistributedType.MULTI_GPU
+    return None
+
+
 def _join_on_cpu() -> None:
     """Bring the process group up, which accelerate takes as it finds it (`USE_CONFIGURED_STATE`).
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import logging
 import os
 from collections.abc import Sequence
 from inspect import signature
@@ -13,7 +15,8 @@ import transformers
 from transformers import PreTrainedModel, TrainingArguments
 
 from runs.command_line import EXAMPLES, HelpFormatter, Parser, is_given, one_clear_error
-from runs.launch import USE_CONFIGURED_STATE, WORLD_SIZE, by_deepspeed, fail, prepare_deepspeed
+from runs.launch import USE_CONFIGURED_STATE, WORLD_SIZE, by_deepspeed, fail, prepare_deepspeed, prepare_fsdp
+from training.fsdp import compute_in, fsdp_config
 from training.options import DataOptions, ModelOptions, TrainingOptions
 from training.recipe import (
     CHECKPOINTING,
@@ -153,9 +156,19 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingArgum
         if asked.deepspeed:
             prepare_deepspeed()
             parser.set_defaults(accelerator_config=USE_CONFIGURED_STATE)
+        if asked.fsdp:
+            backend = prepare_fsdp()
+            # Or each process holds the gradients of all weights until the last batch of a step.
+            every_batch = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+            parser.set_defaults(accelerator_config=USE_CONFIGURED_STATE | every_batch, ddp_backend=backend)
+            # It advises FSDP's own activation checkpointing, in whose layers PEFT finds no adapter to save.
+            logging.getLogger("transformers.training_args").setLevel(logging.ERROR)
+            argv = [*argv, "--fsdp", "--fsdp_config", json.dumps(fsdp_config(asked))]
         model, data, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
         if model.sequence_parallel_size > 1:
             training.parallelism_config = parallelism(model.sequence_parallel_size)
+    if training.fsdp:
+        compute_in(training, compute_dtype(training))
     if training.n_gpu > 1:
         fail(
             f"one process sees {training.n_gpu} GPUs: start it with deepspeed to use them all, or set "

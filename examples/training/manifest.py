@@ -38,7 +38,7 @@ from training.options import DataOptions, ModelOptions
 NOT_REPEATED = ("from_manifest", "output_dir", "resume_from_checkpoint", "local_rank", "hub_token")
 
 #: Options whose values may be paths.
-PATHS = ("model_name_or_path", "train_file", "eval_file", "deepspeed")
+PATHS = ("model_name_or_path", "train_file", "eval_file", "deepspeed", "fsdp_config")
 
 
 def repeated(argv: Sequence[str]) -> tuple[list[str], dict[str, Any] | None]:

@@ -15,6 +15,7 @@ from transformers.utils import is_liger_kernel_available
 from models.four_bits import check_bitsandbytes
 from runs.command_line import EXAMPLES, is_given, one_clear_error
 from runs.launch import WORLD_SIZE
+from training.fsdp import check_fsdp
 
 
 def check_options(parser: argparse.ArgumentParser, argv: Sequence[str], asked: argparse.Namespace) -> None:
@@ -41,6 +42,7 @@ def check_options(parser: argparse.ArgumentParser, argv: Sequence[str], asked: a
         parser.error("--resume_from_checkpoint latest needs the --output_dir of the run to go on with")
     if isinstance(asked.deepspeed, str):
         _check_deepspeed(parser, asked.deepspeed)
+    check_fsdp(parser, asked)
     _check_sequence_parallel(parser, asked)
     if asked.load_in_4bit:
         _check_4bit(parser, asked)

@@ -49,7 +49,7 @@ def banner(
         known = args.max_steps > 0 or options.dense_steps >= 1
         dense = dense_count(options.dense_steps, args.max_steps)
         tail = f"dense in the last {counted(dense, 'step') if known else format(options.dense_steps, '.0%')}, "
-    zero = f"ZeRO-{args.deepspeed_plugin.zero_stage}" if args.deepspeed_plugin else "no DeepSpeed"
+    zero = f"ZeRO-{args.deepspeed_plugin.zero_stage}" if args.deepspeed_plugin else "FSDP" if args.fsdp else "no DeepSpeed"
     rows = {
         "model": f"{options.model_name_or_path} ({type(config).__name__.removesuffix('Config')})",
         "context": f"{old:,} -> {new:,} tokens" if new > old else f"{new:,} tokens, the model's own",
