@@ -269,7 +269,7 @@ BAD = {
     "turns": ([{"messages": [ASKED[1], *ASKED[1:3]]}], "data.jsonl, row 1: the model's chat template refuses it: "),
     "long": ([alpaca(500)], "data.jsonl: no answer begins within the context of 128 tokens (--context_length)"),
     "lines": (b'{"instruction": "x"\n', "cannot read "),
-    "nothing": (b"", "data.jsonl is empty"),
+    "nothing": (b"", "data.jsonl as json: it has no rows"),
     "list": (b"[]", "data.jsonl as json: it has no rows"),
 }
 

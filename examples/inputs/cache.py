@@ -7,7 +7,6 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -45,8 +44,7 @@ def cached(files: list[str], column: str | None) -> datasets.Dataset:
         ValueError: A file that cannot be read.
         OSError: The cache cannot be written to.
     """
-    paths = tuple(str(Path(file).absolute()) for file in files)
-    config = {"files": paths, "states": tuple(map(_state, paths)), "column": column}
+    config = {"files": tuple(files), "states": tuple(map(reading.state_of, files)), "column": column}
     code = hashlib.sha256("".join(map(inspect.getsource, (reading, json_values))).encode()).hexdigest()[:16]
     with cache_named():
         try:
@@ -55,12 +53,6 @@ def cached(files: list[str], column: str | None) -> datasets.Dataset:
             return builder.as_dataset(split="train")
         except datasets.exceptions.DatasetGenerationError as error:  # around what went wrong
             raise error.__cause__ or error from None
-
-
-def _state(path: str) -> str:
-    """What tells that a file changed. The time of that alone does not: `cp -p` and `rsync -t` copy it along."""
-    found = Path(path).stat()
-    return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino}"
 
 
 @dataclass
@@ -73,7 +65,10 @@ class _Files(datasets.BuilderConfig):
 
 
 class _Builder(datasets.ArrowBasedBuilder):
-    """Writes a cache, which appears when it is complete, behind a lock and with a progress bar."""
+    """Writes a cache, which appears when it is complete, behind a lock and with a progress bar.
+
+    Files are not opened in this module: in that of a builder `datasets` makes `open` and `Path` take names for URLs.
+    """
 
     BUILDER_CONFIG_CLASS = _Files
 

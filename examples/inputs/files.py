@@ -60,7 +60,7 @@ def find_files(source: str) -> list[str]:
         if not format_of(file):
             raise ValueError(f"{file}: cannot read files ending in {Path(file).suffix!r}; can read {KNOWN}")
     once = list({os.path.realpath(file): file for file in reversed(files)}.values())[::-1]
-    left_out["second link to a file"] += len(files) - len(once)
+    left_out["repeated file"] += len(files) - len(once)
     _tell(source, left_out)
     return once
 
@@ -87,7 +87,7 @@ def search(folder: Path) -> tuple[list[str], Counter[str]]:
         left_out["hidden name"] += sum(name.startswith(".") for name in [*folders, *names])
         files += [os.path.join(parent, name) for name in names if not name.startswith(".")]
         inner = {Path(parent, name).resolve(): name for name in sorted(folders, reverse=True) if name[0] != "."}
-        left_out["second link to a folder"] += sum(name[0] != "." for name in folders) - len(inner.keys() - seen)
+        left_out["repeated folder"] += sum(name[0] != "." for name in folders) - len(inner.keys() - seen)
         folders[:] = [name for place, name in inner.items() if place not in seen]
         seen |= inner.keys()
     return sorted(files), left_out
@@ -149,7 +149,7 @@ ROW = datasets.Features({"row": datasets.Value("large_string")})
 
 
 def _as_json(row: dict[str, Any]) -> dict[str, str]:
-    return {"row": json_text(row)}
+    return {"row": json_text(dict(row))}
 
 
 def _each(sources: Sequence[str]) -> Iterator[tuple[str, list[str]]]:

@@ -102,6 +102,9 @@ class JsonValues:
 class Repeated:
     """The value of a key that an object has twice: which one is meant nobody knows."""
 
+    def __init__(self, key: str) -> None:
+        self.key = key
+
     def __repr__(self) -> str:
         return "given twice"
 
@@ -110,7 +113,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         times = Counter(key for key, _ in pairs)
-        found |= {key: Repeated() for key in found if times[key] > 1}
+        found |= {key: Repeated(key) for key in found if times[key] > 1}
     return found
 
 

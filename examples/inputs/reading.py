@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -35,7 +36,7 @@ PACKED = (".gz", ".zst")
 KNOWN = f"{', '.join(sorted(FORMATS))}, also as {' or '.join(PACKED)}"
 
 PIECE = 2**20  # bytes of Parquet that are read at once
-PARQUET_ROWS = 256  # that are read at once
+BATCH = 2**22, 1000  # bytes and rows of Parquet that are unpacked at once, about and at most
 
 
 def format_of(file: str | Path) -> str:
@@ -44,6 +45,15 @@ def format_of(file: str | Path) -> str:
     if suffixes and suffixes[-1] in PACKED:
         suffixes.pop()
     return FORMATS.get(suffixes[-1], "") if suffixes else ""
+
+
+def state_of(file: str) -> str:
+    """What tells a file from any other, and from itself before it changed.
+
+    The time of the last change alone does not tell that: `cp -p` and `rsync -t` copy it along.
+    """
+    found = os.stat(file)
+    return f"{os.path.abspath(file)} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino}"
 
 
 def decoded(data: bytes) -> str:
@@ -142,12 +152,14 @@ def _json_rows(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _parquet_texts(file: str, column: str) -> Iterator[bytes | None]:
+    number = 0
     for batch in _parquet_batches(file, column):
         values = batch.column(0)
         kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or kind in (pa.string_view(), pa.null())):
             raise ValueError(f"its column {column!r} holds {values.type}, not text (--text_column)")
-        yield from values.cast(pa.large_string()).cast(pa.large_binary()).to_pylist()
+        for number, text in enumerate(values.cast(pa.large_string()).cast(pa.large_binary()).to_pylist(), number + 1):
+            yield None if text is None else _encoded(f"row {number:,}", text.decode(errors="surrogateescape"))
 
 
 def _parquet_rows(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -166,7 +178,10 @@ def _parquet_batches(file: str, column: str | None = None) -> Iterator[pa.Record
         table = pyarrow.parquet.ParquetFile(stream, buffer_size=PIECE)
         if column is not None:
             _check_column(column, table.schema_arrow.names)
-        yield from table.iter_batches(PARQUET_ROWS, columns=None if column is None else [column])
+        groups = [table.metadata.row_group(group) for group in range(table.num_row_groups)]
+        row_bytes = sum(group.total_byte_size for group in groups) // max(1, table.metadata.num_rows)
+        rows = min(max(1, BATCH[0] // max(1, row_bytes)), BATCH[1])
+        yield from table.iter_batches(rows, columns=None if column is None else [column])
 
 
 def _check_column(column: str, columns: list[str]) -> None:
@@ -185,7 +200,7 @@ def _encoded(place: str, text: str) -> bytes:
 
 def _written(value: Any) -> str:
     if isinstance(value, Repeated):
-        raise ValueError("a key is given twice")
+        raise ValueError(f"a key is given twice: {value.key!r}")
     return str(value)
 
 
