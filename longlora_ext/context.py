@@ -101,7 +101,7 @@ def rope_type_of(config: PreTrainedConfig) -> str:
     How the positions of a model of this config are scaled: `"default"` where they are not.
     """
     rope = getattr(config, "rope_parameters", None) or {}
-    types = [layer.get("rope_type", "default") for layer in (rope.values() if _is_nested(rope) else [rope])]
+    types = [parameters.get("rope_type", "default") for parameters in (_of_layer_types(rope) or {"all": rope}).values()]
     return next((rope_type for rope_type in types if rope_type != "default"), "default")
 
 
@@ -151,9 +151,9 @@ def extend_config(
     Raises:
         `ValueError`: an argument is out of its range, or the config's RoPE cannot be extended as asked.
     """
-    rope_of = getattr(config, "rope_parameters", None) or {}
-    if _is_nested(rope_of):
-        config = _with_the_one_rope(config)
+    layer_types = _of_layer_types(getattr(config, "rope_parameters", None) or {})
+    if layer_types:
+        config = _with_one_rope(config, layer_types)
     config = settle_context(config, present_context_length)
     present = _present_length(config)
     if not is_int(context_length) or context_length <= present:
@@ -172,23 +172,23 @@ def extend_config(
     extended.rope_parameters = new
     fill_in_head_dim(extended)
     _check_rope(extended, rope_type)
-    if _is_nested(rope_of):
-        extended.rope_parameters = {layer: dict(extended.rope_parameters) for layer in rope_of}
+    if layer_types:
+        extended.rope_parameters = {layer_type: dict(extended.rope_parameters) for layer_type in layer_types}
     return extended
 
 
-def _is_nested(rope_parameters: dict[str, Any]) -> bool:
-    """Whether there are RoPE parameters for each layer type."""
-    return any(isinstance(value, dict) for value in rope_parameters.values())
+def _of_layer_types(rope_parameters: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The RoPE parameters of each layer type, where a config has such: none if they are those of all layers."""
+    return {name: value for name, value in rope_parameters.items() if isinstance(value, dict)}
 
 
-def _with_the_one_rope(config: PreTrainedConfig) -> PreTrainedConfig:
+def _with_one_rope(config: PreTrainedConfig, layer_types: dict[str, dict[str, Any]]) -> PreTrainedConfig:
     """A copy of a config whose layer types have the same RoPE parameters, with these for all layers."""
-    first, *others = config.rope_parameters.values()
+    first, *others = layer_types.values()
     if any(other != first for other in others):
-        layers = ", ".join(map(str, config.rope_parameters))
         raise ValueError(
-            f"this model has different RoPE parameters for different layers ({layers}): it cannot be extended"
+            f"this model has different RoPE parameters for different layers ({', '.join(layer_types)}): it cannot be "
+            "extended"
         )
     flat = copy.deepcopy(config)
     flat.rope_parameters = dict(first)
