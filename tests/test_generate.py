@@ -214,6 +214,13 @@ def test_it_ends_when_it_is_stopped(
     assert stopped.value.code == 130 and capsys.readouterr().err.endswith("to come\n\n")
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = b"\xef\xbb\xbfone\r\n\xef\xbb\xbftwo\x0c"
+    (tmp_path / "x.txt").write_bytes(content)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), "ascii"))
+    assert generate.read(str(tmp_path / "x.txt")) == generate.read("-") == "one\r\n\ufefftwo\x0c"
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

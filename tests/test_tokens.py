@@ -27,6 +27,21 @@ def test_documents_end_with_one_end_of_sequence_token() -> None:
     assert (result.empty, result.tokens, result.lengths.tolist()) == (1, 7, [3, 2, 2])
 
 
+def test_white_space_alone_is_no_text() -> None:
+    result = tokenise([" \n\t ", "\u2003", "a ", " "], character_tokenizer())
+    assert (result.empty, [result.ids(i).tolist() for i in range(len(result.lengths))]) == (3, [[3, 29, 1]])
+
+
+def test_batches_of_long_documents_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which 64 at once would fill the memory."""
+    monkeypatch.setattr("inputs.tokens.BATCH_BYTES", 3000)
+    tokenizer, sizes = character_tokenizer(), []
+    encode = type(tokenizer).__call__
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda *a, **k: sizes.append(len(a[1])) or encode(*a, **k))
+    assert tokenise(["a" * 990] * 7, tokenizer).lengths.tolist() == [991] * 7
+    assert sizes == [3, 3, 1]
+
+
 def test_long_documents_are_tokenised_whole() -> None:
     tokenizer = character_tokenizer()
     tokenizer.model_max_length = 4

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from inputs import json_values, reading
 
-TABLE_BYTES = 2**23
+TABLE_BYTES = 2**22
 TABLE_ROWS = 10_000
 
 

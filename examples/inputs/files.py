@@ -44,8 +44,8 @@ def find_files(source: str) -> list[str]:
     else:
         found = [str(path)] if os.path.lexists(path) else _matching(path)
         files = [file for file in found if not os.path.isdir(file)]
-        entered = {str(parent) for file in files for parent in Path(file).parents}
-        left_out = Counter("folder" for file in found if os.path.isdir(file) and file not in entered)
+        entered = {parent for file in files for parent in Path(file).parents}  # as of the pattern **
+        left_out = Counter("folder" for file in found if os.path.isdir(file) and Path(file) not in entered)
         if not files:
             if HUB_NAME.fullmatch(source) and not format_of(source):
                 return []
@@ -136,7 +136,7 @@ def read_tables(sources: Sequence[str]) -> Iterator[tuple[str, datasets.Dataset]
         tables = [file for file in files if format_of(file) != "text"]
         if files and not tables:
             raise ValueError(f"{source} is text; rows are read from .json, .jsonl and .parquet files")
-        _tell(source, Counter({"file of text": len(files) - len(tables)}))
+        _tell(source, Counter({"text file": len(files) - len(tables)}))
         for file in tables:
             yield file, cached([file], None)
         if not files:

@@ -152,14 +152,15 @@ def _json_rows(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _parquet_texts(file: str, column: str) -> Iterator[bytes | None]:
-    number = 0
+    row = 0
     for batch in _parquet_batches(file, column):
         values = batch.column(0)
         kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or kind in (pa.string_view(), pa.null())):
             raise ValueError(f"its column {column!r} holds {values.type}, not text (--text_column)")
-        for number, text in enumerate(values.cast(pa.large_string()).cast(pa.large_binary()).to_pylist(), number + 1):
-            yield None if text is None else _encoded(f"row {number:,}", text.decode(errors="surrogateescape"))
+        for text in values.cast(pa.large_string()).cast(pa.large_binary()).to_pylist():
+            row += 1
+            yield None if text is None else _encoded(f"row {row:,}", text.decode(errors="surrogateescape"))
 
 
 def _parquet_rows(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
