@@ -263,6 +263,8 @@ def _check(parser: Parser, options: argparse.Namespace) -> None:
 def default_name(options: argparse.Namespace) -> str:
     """What to call the output folder: the trainer's folders are called adapter, merged or model themselves."""
     path = Path(options.model).resolve()
+    if options.gguf_file:
+        path = path / Path(options.gguf_file).stem
     name = path.parent.name if path.name in ("adapter", "merged", "model") else path.name
     return f"{name}-{options.task}"
 

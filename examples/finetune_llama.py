@@ -42,6 +42,7 @@ from inputs.files import load_documents
 from inputs.packed import PackedSequences
 from inputs.samples import SampleRows, Samples, hold_out_samples, pad_rows, read_samples
 from inputs.tokens import Tokenised, hold_out, tokenise
+from longlora_ext._load import MADE_BASE
 from longlora_ext.adapter import is_tied, load_base, lora_config, prepare_model, save_adapter, stop_at
 from longlora_ext.attention import DEFAULT_GROUP_RATIO, even_group_size
 from longlora_ext.context import context_length, extend_config, rope_type_of, settle_context
@@ -97,7 +98,7 @@ def main(argv: Sequence[str]) -> None:
         config = new_context(base_config, options)
         context = context_length(config)
         check_sequence_parallel(config, context, options.sequence_parallel_size)
-        name = f"{Path(model_path).name}-{context}"
+        name = f"{Path(options.gguf_file or model_path).name.removesuffix('.gguf')}-{context}"
         chosen = settings(options, args)
         folder, checkpoint = claim(args, name, chosen)
     with one_clear_error(f"the tokenizer of {model_path}: "):
@@ -122,7 +123,7 @@ def main(argv: Sequence[str]) -> None:
         begin(folder, checkpoint, chosen, describe(argv, options, text, args, config, checkpoint, chosen))
     with one_clear_error(f"--model_name_or_path {model_path}: "):
         if options.gguf_file:
-            model_path = convert_gguf(model_path, options.gguf_file, folder / "base_model", dtype)
+            model_path = convert_gguf(model_path, options.gguf_file, folder / MADE_BASE, dtype)
         set_seed(args.seed)
         quantised: dict[str, Any] = {"quantization_config": four_bits(dtype)} if options.load_in_4bit else {}
         base = load_base(model_path, config=config, dtype=dtype, attn_implementation="s2attn", **quantised)

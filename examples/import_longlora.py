@@ -47,6 +47,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--base_model",
+        type=os.path.expanduser,
         metavar="MODEL",
         help="a folder or hub name of the base model, in place of the one that adapter_config.json names",
     )

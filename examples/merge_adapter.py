@@ -52,6 +52,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--base_model",
+        type=os.path.expanduser,
         metavar="MODEL",
         help="where the base model is now, if it is no longer where it was in training",
     )

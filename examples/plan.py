@@ -25,6 +25,7 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
 from longlora_ext.context import context_length, settle_context
 from models.folders import check_model_folder
+from models.source import GGUF_HELP, find_model
 from models.suitable import check_attention, check_context
 from planning.planner import MOST, Plan, Run, Way
 from runs.command_line import Parser, as_program, one_clear_error
@@ -59,8 +60,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--model",
         required=True,
-        help=f"a folder, a hub name, a config.json, or one that is known here: {', '.join(PRESETS)}",
+        help=f"a folder, a hub name, a GGUF file, a config.json, or one that is known here: {', '.join(PRESETS)}",
     )
+    parser.add_argument("--gguf_file", help=GGUF_HELP)
     parser.add_argument("--context", type=int, help="tokens of a sequence (default: four times the model's)")
     parser.add_argument(
         "--present_context_length",
@@ -100,8 +102,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def read_config(model: str) -> PreTrainedConfig:
-    """The config of what `--model` names."""
+def read_config(model: str, gguf_file: str | None = None) -> PreTrainedConfig:
+    """The config of what `--model` names, and perhaps `--gguf_file` in it."""
     if model.lower() in PRESETS and not Path(model).exists():
         hidden, intermediate, layers, heads, rest = PRESETS[model.lower()]
         return LlamaConfig(
@@ -111,15 +113,17 @@ def read_config(model: str) -> PreTrainedConfig:
             num_attention_heads=heads,
             **rest,
         )
-    check_model_folder(model)
-    config = AutoConfig.from_pretrained(model)
+    if not model.endswith(".json"):
+        model, gguf_file = find_model(model, gguf_file)
+        check_model_folder(model)
+    config = AutoConfig.from_pretrained(model, **({"gguf_file": gguf_file} if gguf_file else {}))
     check_attention(config)
     return config
 
 
 def figures(options: argparse.Namespace) -> dict[str, Any]:
     """All that is printed, in bytes, operations and tokens."""
-    config = settle_context(read_config(options.model), options.present_context_length)
+    config = settle_context(read_config(options.model, options.gguf_file), options.present_context_length)
     own = context_length(config)
     context = options.context or 4 * own
     check_context("--context", context, own)

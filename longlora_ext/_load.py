@@ -27,6 +27,7 @@ from longlora_ext._record import (
 from longlora_ext._tying import is_tied, settle_tying
 from longlora_ext.attention import NAME
 
+MADE_BASE = "base_model"  # the folder of a base model that a run makes of another kind of file
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token", "trust_remote_code")
 
 
@@ -162,12 +163,18 @@ def naming(what: str) -> Iterator[None]:
 
 
 def base_of(folder: Path, base_model: str | None) -> str:
-    """The base model of an adapter folder, or where the caller says that it is now."""
+    """The base model of an adapter folder, or where the caller says that it is now.
+
+    One that the run has made itself lies beside the adapter, and may have been moved with it.
+    """
     with naming(str(folder / "adapter_config.json")):
         base = base_model or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     if not base or not isinstance(base, str):
         raise ValueError(f"{folder} does not say which base model it was trained on: pass base_model")
     if os.path.isabs(base) and not os.path.isdir(base):
+        beside = folder.resolve().parent / MADE_BASE
+        if base_model is None and os.path.basename(base) == MADE_BASE and beside.is_dir():
+            return str(beside)
         raise FileNotFoundError(f"the base model is no longer at {base}: pass base_model with where it is now")
     return base
 

@@ -25,7 +25,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, M
 from longlora_ext.adapter import load, lora_config, prepare_model, save_adapter
 from longlora_ext.loss import tile_loss
 from tiny_models import VOCABULARY, tokens
-from tiny_training import extended_model, save_base
+from tiny_training import extended_model
 
 LENGTHS = (20, 60)  # tokens of the two processes' rows: tiles of 20 are one and three
 

@@ -1,15 +1,45 @@
-"""A model in a GGUF file as an ordinary model folder, which everything after the training can load."""
+"""A model in a GGUF file: to use as it is, or as an ordinary model folder, which everything after a training loads."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from accelerate import PartialState
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+from longlora_ext.adapter import load_base
+
+
+def load_gguf(
+    source: str, gguf_file: str, config: PreTrainedConfig, dtype: torch.dtype, **from_config_kwargs: Any
+) -> PreTrainedModel:
+    """
+    The model of a GGUF file, its weights expanded.
+
+    Args:
+        source: The folder (or hub repository) with the file.
+        gguf_file: The file's name in it.
+        config: The file's, or what was made of it.
+        dtype: The dtype of the weights.
+        from_config_kwargs: For `AutoModelForCausalLM.from_config`.
+
+    Raises:
+        ValueError: The file cannot be read, or lacks weights.
+    """
+    # Newer versions of transformers must be told to expand the weights; older ones do nothing else.
+    kind = getattr(transformers, "GgufConfig", None)
+    expand = {"quantization_config": kind(dequantize=True)} if kind else {}
+    packed = load_base(source, what=f"{gguf_file} in", gguf_file=gguf_file, dtype=dtype, **expand)
+    # A model out of a GGUF file counts as quantized and cannot be saved; its weights in a new model can.
+    plain: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, **from_config_kwargs)
+    plain.load_state_dict(packed.state_dict())
+    plain.generation_config = packed.generation_config
+    return plain
 
 
 def convert_gguf(source: str, gguf_file: str, folder: Path, dtype: torch.dtype) -> str:
@@ -23,19 +53,16 @@ def convert_gguf(source: str, gguf_file: str, folder: Path, dtype: torch.dtype) 
 
     Returns:
         The folder's absolute path.
+
+    Raises:
+        ValueError: The file cannot be read, or lacks weights.
     """
     state = PartialState()
     if state.is_main_process and not folder.exists():
         scratch = folder.with_name(f".{folder.name}.unfinished")
         shutil.rmtree(scratch, ignore_errors=True)
-        # Newer versions of transformers must be told to expand the weights; older ones do nothing else.
-        config = getattr(transformers, "GgufConfig", None)
-        expand = {"quantization_config": config(dequantize=True)} if config else {}
-        packed = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, dtype=dtype, **expand)
-        # A model out of a GGUF file counts as quantized and cannot be saved; its weights in a new model can.
-        plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, gguf_file=gguf_file), dtype=dtype)
-        plain.load_state_dict(packed.state_dict())
-        plain.save_pretrained(scratch)
+        config = AutoConfig.from_pretrained(source, gguf_file=gguf_file)
+        load_gguf(source, gguf_file, config, dtype).save_pretrained(scratch)
         AutoTokenizer.from_pretrained(source, gguf_file=gguf_file).save_pretrained(scratch)
         os.replace(scratch, folder)
     state.wait_for_everyone()

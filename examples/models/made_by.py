@@ -13,9 +13,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig
 from transformers import AutoConfig
 
+from longlora_ext._load import base_of
 from models.fingerprint import fingerprint
 from runs import launch
 from runs.checkpoints import write_json
@@ -31,7 +31,7 @@ def write_made_by(path: Path, adapter: Path, options: Mapping[str, Any]) -> None
         adapter: The folder, ours or the original's, which was read and is whole.
         options: All of the program's options by name, `base_model` among them.
     """
-    base = str(options["base_model"] or PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path)
+    base = base_of(adapter, options["base_model"])
     base = os.path.abspath(base) if os.path.isdir(base) else base
     given = [f"--{name}={value}" for name, value in {**options, "base_model": base}.items()]
     arguments = [str(adapter.resolve()), "OUTPUT_FOLDER", *given]

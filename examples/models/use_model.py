@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -23,11 +23,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from longlora_ext._load import base_of
 from longlora_ext.adapter import load, load_base
 from longlora_ext.attention import NAME, group_size
 from longlora_ext.context import context_length, extend_config, settle_context
+from models.convert_gguf import load_gguf
 from models.folders import check_run_folder, is_adapter
 from models.four_bits import check_bitsandbytes, four_bits
+from models.source import GGUF_HELP, find_model
 from models.suitable import check_attention, check_kernels, check_tokenizer
 from runs.command_line import TINY_LLAMA, Parser, one_clear_error
 from runs.launch import WORLD_SIZE
@@ -82,9 +85,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model",
         default=str(TINY_LLAMA),
-        help="a base model or a merged one (a folder or a hub name), or the folder of an adapter",
+        help="a base model or a merged one (a folder, a hub name or a GGUF file), or the folder of an adapter",
     )
-    group.add_argument("--base_model", help="where the base model of an adapter is now, if it was moved")
+    group.add_argument("--gguf_file", help=GGUF_HELP)
+    group.add_argument(
+        "--base_model", type=os.path.expanduser, help="where the base model of an adapter is now, if it was moved"
+    )
     group.add_argument(
         "--present_context_length",
         type=int,
@@ -136,7 +142,14 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 def check_model_options(parser: Parser, options: argparse.Namespace) -> None:
-    """Refuse what is wrong by itself, of both groups of options."""
+    """Refuse what is wrong by itself, of both groups of options, and find the model that they name."""
+    with one_clear_error(f"--model {options.model}: "):
+        options.model, options.gguf_file = find_model(options.model, options.gguf_file)
+    if options.gguf_file and is_adapter(options.model):
+        parser.error("--gguf_file is for a base model, and --model is an adapter")
+    if options.gguf_file and (options.load_in_4bit or options.device_map):
+        option = "--load_in_4bit" if options.load_in_4bit else "--device_map"
+        parser.error(f"{option} is for a model folder, and {options.gguf_file} is a GGUF file")
     if options.device_map and WORLD_SIZE > 1:
         parser.error("--device_map auto gives one process all GPUs: start it with python")
     if options.device_map and not torch.cuda.is_available():
@@ -161,7 +174,8 @@ def open_model(options: argparse.Namespace, attention: str = "dense", groups: in
         ValueError, OSError: There is no such model, or it cannot be used so.
         SystemExit: Its RoPE cannot be scaled as the options say, which is said.
     """
-    path, scaled = options.model, getattr(options, "context_length", None)
+    path, gguf_file, scaled = options.model, options.gguf_file, getattr(options, "context_length", None)
+    source = {"gguf_file": gguf_file} if gguf_file else {}
     check_run_folder(path)
     if options.base_model and not is_adapter(path):
         raise ValueError("--base_model is for adapters, and this is none: it has no adapter_config.json")
@@ -171,7 +185,7 @@ def open_model(options: argparse.Namespace, attention: str = "dense", groups: in
     # Straight to where they are used: in 4 bits they stay there. On a CPU, PEFT would take a map for offloading.
     if options.device_map:
         keywords["device_map"] = options.device_map
-    elif options.load_in_4bit or device.type == "cuda":
+    elif options.load_in_4bit or (device.type == "cuda" and not gguf_file):
         keywords["device_map"] = {"": device}
     if options.load_in_4bit:
         check_bitsandbytes()
@@ -179,13 +193,16 @@ def open_model(options: argparse.Namespace, attention: str = "dense", groups: in
     if is_adapter(path):
         model: Any = load(path, base_model=options.base_model, **keywords)
     else:
-        config = settle_context(AutoConfig.from_pretrained(path), options.present_context_length)
+        config = settle_context(AutoConfig.from_pretrained(path, **source), options.present_context_length)
         if scaled is not None:
             with one_clear_error(f"--context_length {scaled} --rope_type {options.rope_type}: "):
                 given = options.rope_parameters
                 config = extend_config(config, scaled, rope_type=options.rope_type, rope_parameters=given)
         context_length(config)  # or an error, before anything is loaded
-        model = load_base(path, what="the model", config=config, **keywords)
+        if gguf_file:
+            model = load_gguf(path, gguf_file, config, **keywords)
+        else:
+            model = load_base(path, what="the model", config=config, **keywords)
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if any(weight.is_meta for weight in base.parameters()):
         raise ValueError("the GPUs have no room for all of it; --load_in_4bit would take about a quarter")
@@ -198,11 +215,11 @@ def open_model(options: argparse.Namespace, attention: str = "dense", groups: in
         if groups is not None:
             base_config.s2attn_group_size = groups
         described = {"attention": "S2-Attn", "group_size": group_size(base_config)}
-    tokenizer = AutoTokenizer.from_pretrained(_tokenizer_source(path, options.base_model))
+    tokenizer = AutoTokenizer.from_pretrained(_tokenizer_source(path, options.base_model), **source)
     check_tokenizer(tokenizer)
     model = (model if options.load_in_4bit or options.device_map else model.to(device)).eval()
     description = {
-        "model": os.path.abspath(path) if os.path.isdir(path) else path,
+        "model": os.path.join(os.path.abspath(path) if os.path.isdir(path) else path, gguf_file or "").rstrip("/"),
         "kind": "adapter" if isinstance(model, PeftModel) else "model",
         "weights": _fingerprint(model),
         "dtype": str(dtype).removeprefix("torch.") + (", base model in 4 bits" if options.load_in_4bit else ""),
@@ -233,7 +250,7 @@ def _device() -> torch.device:
 def _tokenizer_source(path: str, base_model: str | None) -> str:
     if not is_adapter(path) or (Path(path) / "tokenizer_config.json").is_file():
         return path
-    return base_model or str(PeftConfig.from_pretrained(path).base_model_name_or_path)
+    return base_of(Path(path), base_model)
 
 
 def _fingerprint(model: torch.nn.Module) -> str:

@@ -14,6 +14,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, TrainingArguments
 
+from models.source import find_model
 from runs.command_line import EXAMPLES, HelpFormatter, Parser, is_given, one_clear_error
 from runs.launch import USE_CONFIGURED_STATE, WORLD_SIZE, by_deepspeed, fail, prepare_deepspeed, prepare_fsdp
 from training.fsdp import compute_in, fsdp_config
@@ -176,6 +177,8 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingArgum
         )
     if (getattr(training, f"{CHECKPOINTING}_kwargs") or {}).get("offload"):
         _check_offload()
+    with one_clear_error(f"--model_name_or_path {model.model_name_or_path}: "):
+        model.model_name_or_path, model.gguf_file = find_model(model.model_name_or_path, model.gguf_file)
     if os.path.isdir(model.model_name_or_path):
         model.model_name_or_path = os.path.abspath(model.model_name_or_path)
     return model, data, training

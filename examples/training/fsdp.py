@@ -19,7 +19,6 @@ from packaging.version import Version
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel, TrainingArguments
 
-
 #: What may stand behind --fsdp, and what it says in terms of --fsdp_config.
 WORDS: dict[str, dict[str, bool]] = {
     "full_shard": {"reshard_after_forward": True},

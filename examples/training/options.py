@@ -8,6 +8,7 @@ from typing import Literal
 from transformers import TrainingArguments
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from models.source import GGUF_HELP
 from runs.command_line import TINY_LLAMA
 
 
@@ -19,11 +20,9 @@ class ModelOptions:
 
     model_name_or_path: str = field(
         default=str(TINY_LLAMA),
-        metadata={"help": "Model to extend: a folder or a hub name."},
+        metadata={"help": "Model to extend: a folder, a hub name or a GGUF file."},
     )
-    gguf_file: str | None = field(
-        default=None, metadata={"help": "The GGUF file to load, where the model is a folder that holds one."}
-    )
+    gguf_file: str | None = field(default=None, metadata={"help": GGUF_HELP})
     context_length: int | None = field(
         default=None,
         metadata={"help": "Tokens of the new context, and of a training sequence. Default: four times the model's."},

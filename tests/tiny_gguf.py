@@ -1,0 +1,75 @@
+"""A model folder as a GGUF file, as llama.cpp's converter writes a Llama."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter, TokenType
+from gguf.quants import quantize
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+TENSORS = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+}  # fmt: skip
+OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+def save_gguf(model: Path, file: Path, leave_out: str | None = None, quantised: bool = False) -> Path:
+    """Write the model of a folder.
+
+    Args:
+        model: The folder.
+        file: The file to write.
+        leave_out: A tensor's name in the file, for one that is broken.
+        quantised: Keep matrices in 8 bits (Q8_0), otherwise all is float32.
+    """
+    loaded, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    config = loaded.config
+    writer = GGUFWriter(file, "llama")
+    writer.add_name(model.name)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    tokens = tokenizer.convert_ids_to_tokens(range(config.vocab_size))
+    special = set(tokenizer.all_special_tokens)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types([TokenType.CONTROL if token in special else TokenType.NORMAL for token in tokens])
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_bos_token_id(config.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    for name, weight in loaded.state_dict().items():
+        array = weight.float().numpy()
+        if name.startswith("model.layers."):
+            _, _, layer, rest = name.split(".", 3)
+            module, _, kind = rest.rpartition(".")
+            target = f"blk.{layer}.{TENSORS[module]}.{kind}"
+            if module in ("self_attn.q_proj", "self_attn.k_proj"):
+                heads = config.num_attention_heads if "q_proj" in module else config.num_key_value_heads
+                # llama.cpp rotates neighbours, transformers the two halves of a head.
+                array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+        else:
+            target = f"{OUTSIDE[name.removesuffix('.weight')]}.weight"
+            if target == "output.weight" and config.tie_word_embeddings:
+                continue
+        if target != leave_out:
+            kind = GGMLQuantizationType.Q8_0 if quantised and array.ndim == 2 else GGMLQuantizationType.F32
+            writer.add_tensor(target, quantize(np.ascontiguousarray(array), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
