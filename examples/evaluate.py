@@ -16,19 +16,19 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from runs import launch
+from app.runs import launch
 
-from runs.launch import RANK, WORLD_SIZE, fail, launcher, say  # isort: skip  (first: it prepares what the libraries below look at)
+from app.runs.launch import RANK, WORLD_SIZE, fail, launcher, say  # isort: skip  (first: it prepares what the libraries below look at)
 from tqdm import tqdm
 
-from evaluation.evaluation_folder import check_folder, claim, finish, finished, keep, kept
-from evaluation.perplexity_task import SCORES, PerplexityTask
-from evaluation.prompts import ADJECTIVES, NOUNS
-from evaluation.retrieval_task import RetrievalTask
-from models.use_model import add_model_options, add_scaling_options, check_model_options, open_model
-from runs.command_line import HelpFormatter, Parser, as_program, one_clear_error
-from runs.processes import be_quiet, decided_by_first, gathered, together
-from runs.provenance import commit, versions
+from app.evaluation.evaluation_folder import check_folder, claim, finish, finished, keep, kept
+from app.evaluation.perplexity_task import SCORES, PerplexityTask
+from app.evaluation.prompts import ADJECTIVES, NOUNS
+from app.evaluation.retrieval_task import RetrievalTask
+from app.models.use_model import add_model_options, add_scaling_options, check_model_options, open_model
+from app.runs.command_line import HelpFormatter, Parser, as_program, one_clear_error
+from app.runs.processes import be_quiet, decided_by_first, gathered, together
+from app.runs.provenance import commit, versions
 
 DESCRIPTION = """\
 Evaluate a base model, a merged model or an adapter on long texts.

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from runs.launch import fail, leave_group, say  # isort: skip  (first: it prepares what the libraries below look at)
+from app.runs.launch import fail, leave_group, say  # isort: skip  (first: it prepares what the libraries below look at)
 import torch
 from accelerate import PartialState
 from peft import PeftModel
@@ -36,21 +36,16 @@ from transformers import (
 )
 
 import longlora_ext.attention  # noqa: F401  (registers attn_implementation="s2attn")
-from inputs.chat import give_template
-from inputs.corpus import stdlib_documents
-from inputs.files import load_documents
-from inputs.packed import PackedSequences
-from inputs.samples import SampleRows, Samples, hold_out_samples, pad_rows, read_samples
-from inputs.tokens import Tokenised, hold_out, tokenise
-from longlora_ext._load import MADE_BASE
-from longlora_ext.adapter import is_tied, load_base, lora_config, prepare_model, save_adapter, stop_at
-from longlora_ext.attention import DEFAULT_GROUP_RATIO, even_group_size
-from longlora_ext.context import context_length, extend_config, rope_type_of, settle_context
-from longlora_ext.loss import refusal, tile_loss
-from models.convert_gguf import convert_gguf
-from models.folders import check_model_folder
-from models.four_bits import four_bits
-from models.suitable import (
+from app.inputs.chat import give_template
+from app.inputs.corpus import stdlib_documents
+from app.inputs.files import load_documents
+from app.inputs.packed import PackedSequences
+from app.inputs.samples import SampleRows, Samples, hold_out_samples, pad_rows, read_samples
+from app.inputs.tokens import Tokenised, hold_out, tokenise
+from app.models.convert_gguf import convert_gguf
+from app.models.folders import check_model_folder
+from app.models.four_bits import four_bits
+from app.models.suitable import (
     check_attention,
     check_context,
     check_kernels,
@@ -58,24 +53,29 @@ from models.suitable import (
     check_tokens,
     padding_token,
 )
-from runs.checkpoints import CompletionMarker, step_of
-from runs.command_line import as_program, one_clear_error
-from runs.full_disk import writing_to
-from runs.processes import be_quiet
-from runs.run_folder import begin, claim, read_marker
-from training.arguments import compute_dtype, parse
-from training.dense_tail import DenseTail
-from training.fsdp import choose_layers
-from training.manifest import check_repeats, describe, finish, repeated
-from training.measure import AFTER, Measurement, choose_documents, choose_samples
-from training.options import DataOptions, ModelOptions
-from training.plot import loss_curve
-from training.report import banner, results
-from training.run_settings import settings
-from training.stop_at_nan import StopAtNaN
-from training.suitable import check_documents, check_training
-from training.template_date import SETTING, template_date
-from training.ulysses import UlyssesTrainer, check_sequence_parallel
+from app.runs.checkpoints import CompletionMarker, step_of
+from app.runs.command_line import as_program, one_clear_error
+from app.runs.full_disk import writing_to
+from app.runs.processes import be_quiet
+from app.runs.run_folder import begin, claim, read_marker
+from app.training.arguments import compute_dtype, parse
+from app.training.dense_tail import DenseTail
+from app.training.fsdp import choose_layers
+from app.training.manifest import check_repeats, describe, finish, repeated
+from app.training.measure import AFTER, Measurement, choose_documents, choose_samples
+from app.training.options import DataOptions, ModelOptions
+from app.training.plot import loss_curve
+from app.training.report import banner, results
+from app.training.run_settings import settings
+from app.training.stop_at_nan import StopAtNaN
+from app.training.suitable import check_documents, check_training
+from app.training.template_date import SETTING, template_date
+from app.training.ulysses import UlyssesTrainer, check_sequence_parallel
+from longlora_ext.adapter import is_tied, load_base, lora_config, prepare_model, save_adapter, stop_at
+from longlora_ext.adapter._load import MADE_BASE
+from longlora_ext.attention import DEFAULT_GROUP_RATIO, even_group_size
+from longlora_ext.config import context_length, extend_config, rope_type_of, settle_context
+from longlora_ext.loss import refusal, tile_loss
 
 
 @as_program("finetune_llama.py", stopped="stopped; --resume_from_checkpoint latest goes on from the last checkpoint")

@@ -12,21 +12,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from runs import launch
+from app.runs import launch
 
-from runs.launch import WORLD_SIZE, fail  # isort: skip  (first: it prepares what the libraries below look at)
+from app.runs.launch import WORLD_SIZE, fail  # isort: skip  (first: it prepares what the libraries below look at)
 import torch
 from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer, set_seed
 
-from inputs.chat import LLAMA_2, answer_ends
-from inputs.prompt import prompt_ids
-from inputs.reading import decoded
+from app.inputs.chat import LLAMA_2, answer_ends
+from app.inputs.prompt import prompt_ids
+from app.inputs.reading import decoded
+from app.models.suitable import check_largest_token
+from app.models.use_model import OpenedModel, add_model_options, add_scaling_options, check_model_options, open_model
+from app.runs.command_line import HelpFormatter, Parser, as_program, one_clear_error
+from app.runs.processes import be_quiet
 from longlora_ext.adapter import stops
-from models.suitable import check_largest_token
-from models.use_model import OpenedModel, add_model_options, add_scaling_options, check_model_options, open_model
-from runs.command_line import HelpFormatter, Parser, as_program, one_clear_error
-from runs.processes import be_quiet
 
 DESCRIPTION = """\
 Answer a question about a long text with a base model, a merged model or an adapter.

@@ -19,10 +19,10 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from runs.launch import WORLD_SIZE, fail  # isort: skip  (first: it prepares what the libraries below look at)
+from app.runs.launch import WORLD_SIZE, fail  # isort: skip  (first: it prepares what the libraries below look at)
+from app.models.made_by import write_made_by
+from app.runs.command_line import Parser, as_program, one_clear_error
 from longlora_ext.adapter import import_longlora
-from models.made_by import write_made_by
-from runs.command_line import Parser, as_program, one_clear_error
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -24,12 +24,12 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from runs.launch import WORLD_SIZE, fail  # isort: skip  (first: it prepares what the libraries below look at)
+from app.runs.launch import WORLD_SIZE, fail  # isort: skip  (first: it prepares what the libraries below look at)
+from app.models.folders import check_run_folder
+from app.models.made_by import write_made_by
+from app.models.use_model import DTYPES
+from app.runs.command_line import Parser, as_program, one_clear_error
 from longlora_ext.adapter import merge
-from models.folders import check_run_folder
-from models.made_by import write_made_by
-from models.use_model import DTYPES
-from runs.command_line import Parser, as_program, one_clear_error
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

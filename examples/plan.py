@@ -23,15 +23,15 @@ from typing import Any
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where installed, says that it found no GPU
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
-from longlora_ext.context import context_length, settle_context
-from models.folders import check_model_folder
-from models.source import GGUF_HELP, find_model
-from models.suitable import check_attention, check_context
-from planning.planner import MOST, Plan, Run, Way
-from runs.command_line import Parser, as_program, one_clear_error
-from runs.wording import counted
-from training.recipe import accumulation
-from training.ulysses import check_sequence_parallel
+from app.models.folders import check_model_folder
+from app.models.source import GGUF_HELP, find_model
+from app.models.suitable import check_attention, check_context
+from app.planning.planner import MOST, Plan, Run, Way
+from app.runs.command_line import Parser, as_program, one_clear_error
+from app.runs.wording import counted
+from app.training.recipe import accumulation
+from app.training.ulysses import check_sequence_parallel
+from longlora_ext.config import context_length, settle_context
 
 WAYS = {
     "default": Way(),

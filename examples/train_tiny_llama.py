@@ -39,10 +39,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from inputs.corpus import fingerprint, stdlib_documents
-from runs.checkpoints import CompletionMarker, find_resumable, remove_incomplete, write_json
-from runs.command_line import as_program
-from runs.launch import fail
+from app.inputs.corpus import fingerprint, stdlib_documents
+from app.runs.checkpoints import CompletionMarker, find_resumable, remove_incomplete, write_json
+from app.runs.command_line import as_program
+from app.runs.launch import fail
 
 CONTEXT_LENGTH = 256
 EVAL_LENGTHS = (256, 512, 1024)
@@ -55,7 +55,7 @@ CARD = """\
 
 {parameters:,} parameters, context {context} tokens, trained from nothing by `examples/train_tiny_llama.py`
 on the standard library of CPython {python} ({train_tokens:,} tokens of source code and of the language
-reference; one part in twelve, chosen by the modules' names, is held out: see `examples/inputs/corpus.py`). It has
+reference; one part in twelve, chosen by the modules' names, is held out: see `examples/app/inputs/corpus.py`). It has
 learned what Python source looks like, and nothing else. It exists so that the examples and tests of this
 project run everywhere in minutes, without a download and without a GPU; it is not fit for any other use.
 

@@ -1,22 +1,18 @@
 """Two tiers: `pytest` covers every feature, `pytest --full` adds what is slow (old versions, sweeps, long shapes)."""
 
 import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 # Nothing here may reach for a hub, and two test processes must not fight over the cores.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin for work keep other processes from it
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import pytest
 import torch
 
+from app.runs import launch
 from longlora_ext.ops import has_cuda_kernels
-from runs import launch
 
 HAS_CUDA = torch.cuda.is_available() and has_cuda_kernels()
 
@@ -38,8 +34,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     only = metafunc.definition.get_closest_marker("only")
     devices: list = [only.args[0]] if only else ["cpu", *(["cuda"] if HAS_CUDA else [])]
-    if devices == ["cuda"] and not HAS_CUDA:
-        devices = [pytest.param("cuda", marks=pytest.mark.skip(reason="no GPU, or no CUDA kernels in this build"))]
+    if "cuda" in devices:
+        skip = [] if HAS_CUDA else [pytest.mark.skip(reason="no GPU, or no CUDA kernels in this build")]
+        devices[-1] = pytest.param("cuda", marks=[pytest.mark.gpu, *skip])
     metafunc.parametrize("device", devices, indirect=True)
 
 

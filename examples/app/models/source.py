@@ -1,0 +1,65 @@
+"""What a user types for a model: a folder, a name on a hub, or a GGUF file, by its path or by `--gguf_file`."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from app.models.folders import is_adapter
+from longlora_ext.adapter._checkpoint import listed, refuse_pointer
+
+GGUF_HELP = "The GGUF file to load, where the model is a folder (or hub repository) that holds one."
+
+
+def find_model(name: str, gguf_file: str | None = None) -> tuple[str, str | None]:
+    """
+    The folder or hub name, and the name of the GGUF file in it if that is what is meant.
+
+    Args:
+        name: What was typed; `~` is the user's home.
+        gguf_file: The file's name, where `name` is its folder.
+
+    Returns:
+        What `from_pretrained` takes, and what it takes as its `gguf_file`.
+
+    Raises:
+        ValueError, OSError: There is no such folder or file, it is not said which file, or it is no GGUF file.
+    """
+    name = os.path.expanduser(name)
+    if name.lower().endswith(".gguf") and not os.path.isdir(name):
+        if gguf_file is not None:
+            raise ValueError("this is a file already: --gguf_file goes with the folder that it is in")
+        folder, gguf_file = os.path.split(name)
+        name = folder or "."
+        if not (Path(name) / gguf_file).is_file():
+            raise FileNotFoundError("there is no such file")
+    elif os.path.isfile(name):
+        raise ValueError("this is a file: give the folder that it is in")
+    if os.path.isdir(name):
+        _check_gguf(Path(name), gguf_file)
+    elif _is_path(name):
+        raise FileNotFoundError("there is no such folder")
+    return name, gguf_file
+
+
+def _is_path(name: str) -> bool:
+    """Whether that cannot be a name on a hub, which is NAME or OWNER/NAME."""
+    return name.startswith((".", "/")) or name.rstrip("/").count("/") > 1
+
+
+def _check_gguf(folder: Path, gguf_file: str | None) -> None:
+    held = sorted(path.name for path in folder.glob("*.gguf"))
+    if gguf_file is None:
+        if held and not (folder / "config.json").is_file() and not is_adapter(str(folder)):
+            raise ValueError(f"there is no config.json in it, but {listed(held)}: say which by --gguf_file")
+        return
+    file = folder / gguf_file
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no {gguf_file} in it{f', but {listed(held)}' if held else ''}")
+    refuse_pointer(file)
+    with open(file, "rb") as opened:
+        if opened.read(4) != b"GGUF":
+            raise ValueError(f"{gguf_file} is no GGUF file")
+    if re.search(r"-\d{5}-of-\d{5}\.gguf$", gguf_file) and not gguf_file.endswith("-00001-of-00001.gguf"):
+        raise ValueError(f"{gguf_file} is one of several parts: llama-gguf-split --merge makes one file of them")

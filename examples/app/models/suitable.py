@@ -1,0 +1,118 @@
+"""Whether a model can be used with S2-Attn, with its tokenizer and with a text: refused here, or not at all."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from app.inputs.tokens import Tokenised
+from longlora_ext import s2attn
+from longlora_ext.attention import attention_window
+from longlora_ext.config import context_length
+
+MAX_HEAD_DIM = 256
+#: Models of several layer types that are the same but for the window, so that all of them can have full attention. In
+#: others the layers have different RoPE parameters, or those with full attention no RoPE at all.
+DIFFER_IN_THE_WINDOW_ALONE = ("ministral", "olmo3", "phimoe", "qwen2", "qwen2_moe", "qwen3")
+#: Models that have a mask made for a window whether or not a layer has one.
+NEEDS_A_WINDOW = ("afmoe", "cohere2", "ministral", "olmo3")
+
+
+def head_dim_of(config: PreTrainedConfig) -> int:
+    """Dimensions of a head."""
+    heads = getattr(config, "num_attention_heads", None)
+    return getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else MAX_HEAD_DIM)
+
+
+def check_attention(config: PreTrainedConfig, context: int | None = None) -> None:
+    """Raise `ValueError` if S2-Attn cannot express the model's attention.
+
+    Args:
+        config: The model's config.
+        context: Tokens that it is to be trained with, which a window may hold. Default: four times its own.
+    """
+    heads = getattr(config, "num_attention_heads", None)
+    head_dim = head_dim_of(config)
+    if getattr(config, "attn_logit_softcapping", None):
+        raise ValueError("its attention caps its logits (attn_logit_softcapping), which S2-Attn cannot express")
+    if getattr(config, "use_bidirectional_attention", None):
+        raise ValueError("its attention is bidirectional, and S2-Attn is causal")
+    _check_window(config, context)
+    if getattr(config, "attention_dropout", 0):
+        raise ValueError(
+            f'its attention has dropout ({config.attention_dropout}), which S2-Attn has not: set "attention_dropout": '
+            "0.0 in its config.json"
+        )
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    if heads and heads % kv_heads:
+        raise ValueError(f"its {heads} query heads are no multiple of its {kv_heads} key and value heads")
+    if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"its heads have {head_dim} dimensions, and S2-Attn takes multiples of 8 up to {MAX_HEAD_DIM}")
+
+
+def _check_window(config: PreTrainedConfig, context: int | None) -> None:
+    window, layers, kind = attention_window(config), getattr(config, "layer_types", None), config.model_type
+    if layers and window is None and getattr(config, "sliding_window", 0) is None and kind in NEEDS_A_WINDOW:
+        raise ValueError(
+            'its config has no "sliding_window", and though no layer uses one, its code in transformers asks for it: '
+            'set "sliding_window": 4096, or any number, in its config.json'
+        )
+    if window is None or window >= (context or 4 * context_length(config)):
+        return
+    advice = ""
+    if not layers:
+        advice = '. To train it with full attention, set "sliding_window": null in its config.json'
+    elif kind in DIFFER_IN_THE_WINDOW_ALONE:
+        full = ", ".join(['"full_attention"'] * 2)
+        advice = (
+            f'. To train it with full attention, set "layer_types": [{full}, ...], {len(layers)} times, in its '
+            'config.json, and leave "sliding_window" as it is'
+        )
+    raise ValueError(
+        f"its attention has a sliding window, or chunks, of {window} tokens, which S2-Attn cannot express{advice}"
+    )
+
+
+def check_context(option: str, tokens: int, own: int) -> None:
+    """Raise `ValueError` if `option` asks for a context that is shorter than the model's own."""
+    if tokens < own:
+        raise ValueError(
+            f"{option} {tokens} is less than the model's own {own}: give more to extend it, or {own} to train it as it "
+            "is"
+        )
+
+
+def check_kernels(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise `ValueError` if S2-Attn does not run there: it is tried, and says best itself what it lacks."""
+    shape = (3, 1, 8, 1, head_dim_of(config))  # q, k, v of eight tokens
+    q, k, v = torch.zeros(shape, dtype=dtype, device=device, requires_grad=True).unbind()
+    try:
+        s2attn(q, k, v, group_size=8).sum().backward()
+    except RuntimeError as error:
+        raise ValueError(f"S2-Attn does not run here, on {device.type} in {dtype}: {error}") from error
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `ValueError` if it knows no words, which is what some transformers make of a folder without its files."""
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        raise ValueError("it has special tokens alone: its files are missing")
+
+
+def check_tokens(config: PreTrainedConfig, *texts: Tokenised) -> None:
+    """Raise `ValueError` if the tokenizer made tokens that the model does not know."""
+    check_largest_token(config, max(text.largest_id for text in texts))
+
+
+def check_largest_token(config: PreTrainedConfig, largest: int) -> None:
+    """Raise `ValueError` if the model does not know the largest of a text's token ids."""
+    if largest >= config.vocab_size:
+        raise ValueError(
+            f"the text has the token id {largest}, but the model's vocabulary has {config.vocab_size} tokens: this is "
+            "not the model's own tokenizer"
+        )
+
+
+def padding_token(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int:
+    """A token to fill a sequence up with. Nothing is learned from it, so any does that the model knows."""
+    known = (token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None)
+    return next((token for token in known if token < config.vocab_size), 0)

@@ -1,0 +1,221 @@
+"""The command line of `finetune_llama.py`: its help, and its options with their defaults filled in."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+from collections.abc import Sequence
+from inspect import signature
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel, TrainingArguments
+
+from app.models.source import find_model
+from app.runs.command_line import EXAMPLES, HelpFormatter, Parser, is_given, one_clear_error
+from app.runs.launch import USE_CONFIGURED_STATE, WORLD_SIZE, by_deepspeed, fail, prepare_deepspeed, prepare_fsdp
+from app.training.fsdp import compute_in, fsdp_config
+from app.training.options import DataOptions, ModelOptions, TrainingOptions
+from app.training.recipe import (
+    CHECKPOINTING,
+    CHECKPOINTING_NAMES,
+    GLOBAL_BATCH,
+    RECIPE,
+    SFT_RECIPE,
+    TINY_RECIPE,
+    accumulation,
+)
+from app.training.refusals import check_options
+from app.training.ulysses import parallelism
+
+DESCRIPTION = """\
+Extend the context of a Llama-like model with shifted short attention (LongLoRA).
+
+Without arguments it extends the tiny Llama that ships with the project fourfold, on the text of Python's
+standard library, and shows what that changed; a few minutes on two CPU cores. Started by `deepspeed`, it
+trains under ZeRO-2 unless --deepspeed names another configuration (examples/ds_configs/: zero2, zero3,
+zero3_offload).
+
+Below are all options: first this program's own, then those of transformers' TrainingArguments, then examples. The
+defaults are those for the tiny Llama; with --model_name_or_path MODEL, --help shows those for a model of your own.
+"""
+
+#: What options of TrainingArguments mean here, where its own text says something else, or not enough.
+HELP = {
+    "output_dir": "Folder to write. Default: finetuned/MODEL-CONTEXT, with a number after it where there is one "
+    "already. A folder that holds something is never written to, but to go on with its run.",
+    "resume_from_checkpoint": "latest: go on from the newest complete checkpoint in --output_dir, or begin where there "
+    "is none. Or the folder of a checkpoint.",
+    "deepspeed": "DeepSpeed's configuration, a JSON file. Default: examples/ds_configs/zero2.json if deepspeed starts "
+    "the program, else none.",
+    "use_cpu": "Train on the CPU. Default: where there is no GPU.",
+    "do_train": argparse.SUPPRESS,  # these three are for scripts that look at them
+    "do_eval": argparse.SUPPRESS,
+    "do_predict": argparse.SUPPRESS,
+}
+ACCUMULATION_HELP = f"Batches that make a step together. Default: what makes {GLOBAL_BATCH} sequences."
+
+EXAMPLE_COMMANDS = """\
+examples:
+  see it work, no download, no GPU:
+    deepspeed examples/finetune_llama.py
+
+  a model and a text of your own, to four times the model's context:
+    deepspeed examples/finetune_llama.py --model_name_or_path my/llama --train_file books/
+
+  to 32768 tokens under ZeRO-3, YaRN instead of linear scaling, attention in groups of 4096:
+    deepspeed examples/finetune_llama.py --model_name_or_path my/llama --train_file 'data/*.jsonl' \\
+        --context_length 32768 --rope_type yarn --group_size 4096 --deepspeed examples/ds_configs/zero3.json
+
+  to answer questions (LongAlpaca's JSON, or JSON Lines of chat messages), with the loss on the answers alone:
+    deepspeed examples/finetune_llama.py --task sft --train_file examples/data/questions.jsonl --max_steps 12
+
+  do a run again, the very same: its arguments are in run.json, and so is this command
+    deepspeed examples/finetune_llama.py --from_manifest finetuned/llama-32768/run.json
+
+  with less memory: activations in the host's, frozen weights in 4 bits; or sequences shared by two GPUs each
+    ... --activation_checkpointing_kwargs '{"use_reentrant": false, "offload": true}' --load_in_4bit
+    ... --deepspeed examples/ds_configs/zero3.json --sequence_parallel_size 2
+
+  go on after an interruption: the same command again, with the same --output_dir, and
+    --resume_from_checkpoint latest
+
+the output folder (default: finetuned/MODEL-CONTEXT) holds adapter/ (what was trained), perplexity.txt and .json,
+loss.png, checkpoint-*/ and run.json (what made it: arguments, text, versions); if there is one of that name already,
+a number is added to it
+"""
+
+
+def compute_dtype(args: TrainingArguments) -> torch.dtype:
+    """The dtype to compute in, and that of the weights that are not trained."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+
+
+def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingArguments]:
+    """Read the command line, on every process alike.
+
+    Args:
+        argv: The arguments, without the program's name.
+
+    Returns:
+        The options with their defaults filled in, and checked as far as that goes without looking at model
+        and text. `TrainingArguments` brings the process group up.
+
+    Raises:
+        SystemExit: On a mistake, after saying what it is; and after --help.
+    """
+    kinds: Any = (ModelOptions, DataOptions, TrainingOptions)
+    parser = Parser(
+        kinds,
+        prog="finetune_llama.py",
+        usage="deepspeed examples/finetune_llama.py [OPTIONS]   (or python, or torchrun, in place of deepspeed)",
+        description=DESCRIPTION,
+        epilog=EXAMPLE_COMMANDS,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(  # read by `manifest.repeated`, before
+        "--from_manifest",
+        metavar="RUN_JSON",
+        default=argparse.SUPPRESS,
+        help="Do the run again that wrote this run.json. It stops if it would be another one: other text or settings.",
+    )
+    probe = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    probe.add_argument("--model_name_or_path", "--model-name-or-path")
+    probe.add_argument("--task")
+    probed = probe.parse_known_args(argv)[0]
+    named = probed.model_name_or_path
+    _take_both_names(parser)
+    recipe = TINY_RECIPE if named is None else SFT_RECIPE if probed.task == "sft" else RECIPE
+    parser.set_defaults(**recipe, **_machine_defaults())
+    for action in parser._actions:
+        action.help = HELP.get(action.dest, action.help)
+        if action.dest == "gradient_accumulation_steps" and named is not None:
+            action.help = ACCUMULATION_HELP
+
+    asked, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(f"unknown argument: {' '.join(unknown)}")
+    if is_given(argv, "num_train_epochs") and not is_given(argv, "max_steps"):
+        parser.set_defaults(max_steps=-1)
+    if named is not None and not is_given(argv, "gradient_accumulation_steps"):
+        batch = asked.per_device_train_batch_size * WORLD_SIZE // max(1, asked.sequence_parallel_size)
+        parser.set_defaults(gradient_accumulation_steps=accumulation(batch))
+    if asked.fp16 and not is_given(argv, "bf16"):
+        parser.set_defaults(bf16=False)
+    if not asked.deepspeed and not torch.accelerator.is_available():
+        # Or accelerate brings no process group up, and each of several processes takes itself for the only one.
+        parser.set_defaults(use_cpu=True)
+    if asked.output_dir is None:
+        parser.set_defaults(output_dir="")  # named after model and context, later
+    check_options(parser, argv, asked)
+
+    with one_clear_error():
+        if asked.deepspeed:
+            prepare_deepspeed()
+            parser.set_defaults(accelerator_config=USE_CONFIGURED_STATE)
+        if asked.fsdp:
+            backend = prepare_fsdp()
+            # Or each process holds the gradients of all weights until the last batch of a step.
+            every_batch = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+            parser.set_defaults(accelerator_config=USE_CONFIGURED_STATE | every_batch, ddp_backend=backend)
+            # It advises FSDP's own activation checkpointing, in whose layers PEFT finds no adapter to save.
+            logging.getLogger("transformers.training_args").setLevel(logging.ERROR)
+            argv = [*argv, "--fsdp", "--fsdp_config", json.dumps(fsdp_config(asked))]
+        model, data, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        if model.sequence_parallel_size > 1:
+            training.parallelism_config = parallelism(model.sequence_parallel_size)
+    if training.fsdp:
+        compute_in(training, compute_dtype(training))
+    if training.n_gpu > 1:
+        fail(
+            f"one process sees {training.n_gpu} GPUs: start it with deepspeed to use them all, or set "
+            "CUDA_VISIBLE_DEVICES=0 to use one"
+        )
+    if (getattr(training, f"{CHECKPOINTING}_kwargs") or {}).get("offload"):
+        _check_offload()
+    with one_clear_error(f"--model_name_or_path {model.model_name_or_path}: "):
+        model.model_name_or_path, model.gguf_file = find_model(model.model_name_or_path, model.gguf_file)
+    if os.path.isdir(model.model_name_or_path):
+        model.model_name_or_path = os.path.abspath(model.model_name_or_path)
+    return model, data, training
+
+
+def _check_offload() -> None:
+    option = f'--{CHECKPOINTING}_kwargs "offload"'
+    if not torch.accelerator.is_available():
+        fail(f"{option} needs a GPU: on a CPU activations are in host memory already")
+    if "offload" not in signature(getattr(PreTrainedModel, f"{CHECKPOINTING}_enable")).parameters:
+        fail(f"{option} needs a newer transformers than {transformers.__version__}")
+
+
+def _take_both_names(parser: Parser) -> None:
+    """Let activation checkpointing be asked for by its current name and by its former one, which says the same.
+
+    Where transformers has both, it takes no notice of the former if the current one has a value, as in our recipes.
+    """
+    options = parser._option_string_actions
+    for suffix in ("", "_kwargs"):
+        action = options[f"--{CHECKPOINTING}{suffix}"]
+        for name in CHECKPOINTING_NAMES:
+            option = f"--{name}{suffix}"
+            if options.get(option, action) is not action:
+                options[option].help = argparse.SUPPRESS
+            options[option] = options[option.replace("_", "-")] = action
+
+
+def _machine_defaults() -> dict[str, Any]:
+    """Defaults that depend on what the program runs on and how it was started."""
+    gpu = torch.cuda.is_available()
+    defaults = {
+        "bf16": gpu and torch.cuda.is_bf16_supported(),
+        "dataloader_pin_memory": gpu,
+        "ddp_find_unused_parameters": False,  # all that is trained is used in every step
+        "ddp_timeout": 6 * 3600,  # seconds that the others wait while the first process tokenises a large text
+    }
+    if by_deepspeed():
+        defaults["deepspeed"] = str(EXAMPLES / "ds_configs" / "zero2.json")
+    return defaults

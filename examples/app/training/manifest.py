@@ -1,0 +1,169 @@
+"""run.json: what made an output folder, so that one command makes it again.
+
+    deepspeed examples/finetune_llama.py --from_manifest finetuned/x/run.json --output_dir again
+
+takes the arguments of that run, and stops before it trains if this would not be the same run: another text, other
+settings, another number of processes. Versions of libraries that differ are said. What was given then and what took
+effect, the settings that the losses depend on, the text's fingerprint, attention and RoPE, versions, the commit and the
+literal command are all in the file, which lies beside what the run wrote and in the adapter's folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import json
+import os
+import platform
+import shlex
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, TrainingArguments
+
+from app.runs.checkpoints import read_json, write_json
+from app.runs.command_line import EXAMPLES
+from app.runs.launch import fail, launcher, say
+from app.runs.provenance import commit, versions
+from app.runs.run_folder import RUN_FILE, differences
+from app.training.options import DataOptions, ModelOptions
+from longlora_ext.config import context_length
+
+#: Arguments of one call, not of the run: where it wrote, what it went on from, what a launcher or a person added.
+NOT_REPEATED = ("from_manifest", "output_dir", "resume_from_checkpoint", "local_rank", "hub_token")
+
+#: Options whose values may be paths.
+PATHS = ("model_name_or_path", "train_file", "eval_file", "deepspeed", "fsdp_config")
+
+
+def repeated(argv: Sequence[str]) -> tuple[list[str], dict[str, Any] | None]:
+    """The arguments of a run, with those of an earlier run before them where `--from_manifest` names one.
+
+    Returns:
+        The arguments, and the earlier run's manifest or None.
+
+    Raises:
+        SystemExit: There is no such file, or it is none of ours.
+    """
+    given, rest = _split(argv)
+    path = given.from_manifest
+    if path is None:
+        return list(argv), None
+    try:
+        manifest = json.loads(Path(path).read_text())
+        arguments, command = manifest["arguments"], manifest["command"]
+        known = isinstance(manifest["settings"], dict) and isinstance(manifest["versions"], dict)
+        if not known or not all(isinstance(word, str) for word in [command, *arguments]) or isinstance(arguments, str):
+            raise TypeError
+    except OSError as error:
+        fail(f"--from_manifest {path}: {error.strerror}")
+    except (ValueError, KeyError, TypeError):
+        fail(f"--from_manifest {path}: not the {RUN_FILE} of a run of this program")
+    kept = (f"--{name}={value}" for name, value in vars(given).items() if value is not None and name != "from_manifest")
+    return [*arguments, *rest, *kept], manifest
+
+
+def check_repeats(manifest: dict[str, Any] | None, settings: dict[str, Any]) -> None:
+    """Raise `ValueError` if this is not the run of the manifest; say which versions are others."""
+    if manifest is None:
+        return
+    if others := differences(manifest["settings"], settings):
+        raise ValueError(
+            f"this is not the run that --from_manifest names: {'; '.join(others)}. It was: {manifest['command']}"
+        )
+    if others := differences(manifest["versions"], versions()):
+        say(f"note: the same run with other versions: {'; '.join(others)}")
+
+
+def describe(
+    argv: Sequence[str],
+    options: ModelOptions,
+    text: DataOptions,
+    args: TrainingArguments,
+    config: PreTrainedConfig,
+    checkpoint: Path | None,
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """The manifest of a run that is about to begin, or to go on from a checkpoint.
+
+    Args:
+        argv: The arguments, as `repeated` returned them.
+        options, text, args: What they came to.
+        config: The extended config.
+        checkpoint: What the run goes on from.
+        settings: What its losses depend on, text included.
+    """
+    heads: int = config.num_attention_heads
+    group: int = config.s2attn_group_size
+    return {
+        "command": _command(Path(str(args.output_dir)).resolve() / RUN_FILE),
+        "arguments": _absolute(_split(argv)[1]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "from": str(checkpoint) if checkpoint else None,
+        "commit": commit(),
+        "versions": versions(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
+        "model": {
+            "name": options.model_name_or_path,
+            "type": config.model_type,
+            "revision": getattr(config, "_commit_hash", None),  # on the hub
+        },
+        "context": context_length(config),
+        "rope": config.rope_parameters,
+        "attention": {
+            "training": "s2attn",
+            "group_size": group,
+            "shift": group // 2,
+            "shifted_heads": list(range(heads // 2, heads)),
+            "dense_steps": options.dense_steps,
+            "evaluation": "dense",
+        },
+        "settings": settings,
+        "effective": {**asdict(options), **asdict(text), **args.to_dict()},
+        **_earlier(checkpoint),
+    }
+
+
+def finish(folder: Path, result: Path, outcome: dict[str, Any]) -> None:
+    """Note in a run's manifest how it ended, and put a copy into what it made. On one process."""
+    path = folder / RUN_FILE
+    write_json(path, {**read_json(path), "outcome": outcome})
+    shutil.copy(path, result / RUN_FILE)
+
+
+def _split(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The arguments of the call alone, and the others."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in NOT_REPEATED:
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
+    return parser.parse_known_args(argv)
+
+
+def _absolute(arguments: Sequence[str]) -> list[str]:
+    """The same with the paths of files that are there made absolute: they mean the same in every folder."""
+    words, option = [], ""
+    for word in arguments:
+        name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        option = name.lstrip("-").replace("-", "_") or option
+        if option in PATHS and value and glob.glob(value, recursive=True):
+            value = os.path.abspath(value)
+        words.append(name + equals + value)
+    return words
+
+
+def _command(manifest: Path) -> str:
+    program = EXAMPLES / "finetune_llama.py"
+    return f"{launcher()} {shlex.join([str(program), '--from_manifest', str(manifest)])}"
+
+
+def _earlier(checkpoint: Path | None) -> dict[str, Any]:
+    """The calls that a run has behind it when it goes on from a checkpoint, the first one first."""
+    path = checkpoint.parent / RUN_FILE if checkpoint else None
+    before = read_json(path) if path and path.is_file() else {}
+    call = {name: before[name] for name in ("date", "from", "commit", "versions", "device") if name in before}
+    return {"earlier": [*before.get("earlier", []), call]} if call else {}

@@ -1,0 +1,191 @@
+"""What the training changed: the perplexity of held-out text at the old context and beyond, in three rows.
+
+`before` is the model as it came, `scaling only` the same weights with the new RoPE, `after` the trained
+model; all with dense attention, as the model is used later. All rows are measured on the one model that is
+trained: for the first, its rotary embedding is exchanged for that of the old config meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from app.evaluation.perplexity import fingerprint, sliding_window_perplexity
+from app.inputs.samples import Samples
+from app.inputs.tokens import Tokenised
+from app.runs.checkpoints import write_json
+from app.runs.launch import say
+from app.runs.wording import counted
+from longlora_ext.config import context_length
+
+BEFORE, SCALED, AFTER = "before", "scaling only", "after"
+
+
+def lengths_to_measure(base: int, context: int) -> list[int]:
+    """The old context, doubled until the new one, which is always the last; the new one alone if it is not
+    longer."""
+    doublings = []
+    while base < context:
+        doublings.append(base)
+        base *= 2
+    return [*doublings, context]
+
+
+def choose_documents(held_out: Tokenised, tokens: int, longest: int) -> list[np.ndarray]:
+    """Held-out documents to measure on.
+
+    Args:
+        held_out: The documents there are.
+        tokens: How many tokens to take in all.
+        longest: The longest context to measure. Documents of that many tokens come first, in their order.
+
+    Returns:
+        Token ids of each document, cut so that there are about eight of them, as many as have `longest` tokens, or
+        all there are.
+    """
+    lengths: list[int] = held_out.lengths.tolist()
+    order = sorted(range(len(lengths)), key=lambda document: (-min(lengths[document], longest), document))
+    share = max(longest, tokens // min(8, max(1, len(order))))
+    chosen: list[np.ndarray] = []
+    for document in order:
+        take = min(share, lengths[document], tokens)
+        if take < 2:
+            break
+        chosen.append(held_out.ids(document)[:take])
+        tokens -= take
+    if not chosen and tokens:
+        say("no held-out document is long enough to measure perplexity on")
+    elif chosen and len(chosen[0]) < longest:
+        say(f"note: no held-out document of {longest:,} tokens is measured: the longest context is not put to the test")
+    return chosen
+
+
+def choose_samples(held_out: Samples, tokens: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Held-out samples to measure the answers of, in their order and whole.
+
+    Args:
+        held_out: The samples there are.
+        tokens: How many tokens to take at most.
+
+    Returns:
+        Token ids of each sample, and its labels.
+    """
+    fit = np.cumsum(held_out.lengths) <= tokens
+    if tokens and not fit.any():
+        say("no held-out sample is there, or short enough for --eval_tokens, to measure perplexity on")
+    chosen = range(int(fit.sum()))
+    return [held_out.ids(sample) for sample in chosen], [held_out.labels(sample) for sample in chosen]
+
+
+class Measurement(TrainerCallback):
+    """Measures before the first step and after the last, and keeps the results in `perplexity.json`.
+
+    Args:
+        folder: The run's output folder.
+        base_config: The config before the extension.
+        config: The extended config.
+        documents: Token ids to measure on.
+        before: The `record` of the run up to the checkpoint that this one goes on from, if it does. Its rows are kept
+            if they were measured likewise.
+        labels: What to score of them, as for `sliding_window_perplexity`; None: all.
+
+    Attributes:
+        record: How it was measured, and the rows so far: what the file holds.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        base_config: PreTrainedConfig,
+        config: PreTrainedConfig,
+        documents: list[np.ndarray],
+        before: dict[str, Any] | None = None,
+        labels: list[np.ndarray] | None = None,
+    ) -> None:
+        self.file = folder / "perplexity.json"
+        self.base_config = base_config
+        self.lengths = lengths_to_measure(context_length(base_config), context_length(config))
+        self.documents = documents
+        self.labels = labels
+        self.rows: dict[str, dict[str, float]] = {}
+        self.record: dict[str, Any] = {
+            "tokens": sum(map(len, documents)),
+            "documents": len(documents),
+            "sha256": fingerprint(documents),
+            "scored": "all" if labels is None else "answers",
+            "attention": "dense",
+            "stride": "half the context",
+            "lengths": self.lengths,
+            "perplexity": self.rows,
+        }
+        if before and {**before, "perplexity": self.rows} == self.record:
+            self.rows |= {
+                row: {length: float(value) for length, value in values.items()}
+                for row, values in before["perplexity"].items()
+            }
+        elif before:
+            say("note: the perplexities before training were measured on other text: the table will be without them")
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Called on every process when the model is ready for its first step, or its next one after an
+        interruption."""
+        assert model is not None
+        if state.global_step == 0:
+            with old_rotary_embedding(model, self.base_config):
+                self.measure(model, args, BEFORE)
+            if len(self.lengths) > 1:
+                self.measure(model, args, SCALED)
+
+    def measure(self, model: torch.nn.Module, args: TrainingArguments, row: str) -> None:
+        """Measure one row. Collective."""
+        say(f"measuring perplexity: {row}")
+        self.rows[row] = {
+            str(length): sliding_window_perplexity(
+                model, self.documents, length, stride=length // 2, labels=self.labels, device=args.device
+            )
+            for length in self.lengths
+        }
+        if PartialState().is_main_process:
+            write_json(self.file, self.record)
+
+    def table(self) -> str:
+        """The results as text."""
+        tokens, documents = self.record["tokens"], self.record["documents"]
+        what = f"{tokens:,} held-out tokens in {counted(documents, 'document')}"
+        if self.labels is not None:
+            what = f"the answers in {counted(documents, 'held-out sample')} of {tokens:,} tokens"
+        title = f"perplexity of {what} ({{attention}} attention, sliding window, stride {{stride}})"
+        header = f"{'context':<14}" + "".join(f"{length:>10,}" for length in self.lengths)
+        lines = [title.format(**self.record), "", header]
+        for row in (BEFORE, SCALED, AFTER):
+            if row in self.rows:
+                values = (self.rows[row][str(length)] for length in self.lengths)
+                lines.append(f"{row:<14}" + "".join(f"{value:>10.2f}" for value in values))
+        return "\n".join(lines) + "\n"
+
+
+@contextmanager
+def old_rotary_embedding(model: torch.nn.Module, base_config: PreTrainedConfig) -> Iterator[None]:
+    """Let a model count positions as its old config says, for as long as the context lasts."""
+    path, new = next((path, module) for path, module in model.named_modules() if path.endswith("rotary_emb"))
+    parent, name = model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
+    old = type(new)(base_config).to(next(new.buffers()).device)
+    setattr(parent, name, old)
+    try:
+        yield
+    finally:
+        setattr(parent, name, new)

@@ -1,0 +1,162 @@
+"""Which options of `finetune_llama.py` are refused, before any model or text is looked at."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import is_liger_kernel_available
+
+from app.models.four_bits import check_bitsandbytes
+from app.runs.command_line import EXAMPLES, is_given, one_clear_error
+from app.runs.launch import WORLD_SIZE
+from app.training.fsdp import check_fsdp
+
+
+def check_options(parser: argparse.ArgumentParser, argv: Sequence[str], asked: argparse.Namespace) -> None:
+    """Refuse what is wrong by itself, whatever the model and the text are.
+
+    Args:
+        parser: Says what is wrong, and ends the program.
+        argv: What was typed.
+        asked: What `parser` made of it.
+    """
+    if not asked.model_name_or_path:
+        parser.error("--model_name_or_path is empty")
+    _check_idle(parser, argv, asked)
+    _check_numbers(parser, asked)
+    _check_text(parser, asked)
+    if asked.rope_parameters is not None:
+        try:
+            parsed = json.loads(asked.rope_parameters)
+        except ValueError:
+            parsed = None
+        if not isinstance(parsed, dict):
+            parser.error(f"--rope_parameters must be a JSON object, got {asked.rope_parameters!r}")
+    if asked.resume_from_checkpoint == "latest" and asked.output_dir is None:
+        parser.error("--resume_from_checkpoint latest needs the --output_dir of the run to go on with")
+    if isinstance(asked.deepspeed, str):
+        _check_deepspeed(parser, asked.deepspeed)
+    check_fsdp(parser, asked)
+    _check_sequence_parallel(parser, asked)
+    if asked.load_in_4bit:
+        _check_4bit(parser, asked)
+    if asked.use_liger_kernel:
+        _check_liger(parser)
+
+
+def _check_idle(parser: argparse.ArgumentParser, argv: Sequence[str], asked: argparse.Namespace) -> None:
+    """Options that would do nothing, as another one says otherwise."""
+    if asked.group_ratio is not None and asked.group_size is not None:
+        parser.error("--group_ratio and --group_size say the same thing: give one of them")
+    for option in ("lora_r", "lora_alpha"):
+        if asked.full_finetune and is_given(argv, option):
+            parser.error(f"--{option} says nothing with --full_finetune, which trains no adapter")
+    if asked.task != "text" and is_given(argv, "text_column"):
+        parser.error(f"--text_column says nothing with --task {asked.task}")
+
+
+def _check_numbers(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None:
+    if asked.context_length is not None and asked.context_length < 2:
+        parser.error(f"--context_length must be 2 or more, got {asked.context_length}")
+    if asked.group_ratio is not None and not 0 < asked.group_ratio <= 1:
+        parser.error(f"--group_ratio must be above 0 and at most 1, got {asked.group_ratio}")
+    if asked.group_size is not None and (asked.group_size < 2 or asked.group_size % 2):
+        parser.error(f"--group_size must be even and at least 2, got {asked.group_size}")
+    if not (0 <= asked.dense_steps < 1 or (asked.dense_steps >= 1 and asked.dense_steps % 1 == 0)):
+        parser.error(
+            f"--dense_steps must be a share of the steps, from 0 to below 1, or a whole number, got {asked.dense_steps}"
+        )
+    if 0 < asked.max_steps < asked.dense_steps:
+        parser.error(f"--dense_steps {asked.dense_steps:g} is more than the {asked.max_steps} steps there are")
+    for option in (
+        "lora_r",
+        "lora_alpha",
+        "gradient_accumulation_steps",
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+    ):
+        if getattr(asked, option) < 1:
+            parser.error(f"--{option} must be 1 or more, got {getattr(asked, option)}")
+    if asked.eval_tokens < 0:
+        parser.error(f"--eval_tokens must be 0 or more, got {asked.eval_tokens}")
+    if not asked.learning_rate > 0:
+        parser.error(f"--learning_rate must be above 0, got {asked.learning_rate}")
+    for option in ("weight_decay", "adam_epsilon", "warmup_steps"):
+        if not getattr(asked, option) >= 0:
+            parser.error(f"--{option} must be 0 or more, got {getattr(asked, option)}")
+    for option in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(asked, option) < 1:
+            parser.error(f"--{option} must be at least 0 and below 1, got {getattr(asked, option)}")
+    for option, value in vars(asked).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            parser.error(f"--{option} must be finite, got {value}")
+    if not 0 <= asked.seed < 2**32:
+        parser.error(f"--seed must be at least 0 and below 2^32, got {asked.seed}")
+    if asked.max_steps <= 0 and asked.num_train_epochs <= 0:
+        parser.error("nothing to train: give --max_steps or --num_train_epochs above 0")
+
+
+def _check_text(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None:
+    if asked.eval_file is not None and asked.train_file is None:
+        parser.error("--eval_file needs --train_file")
+    if asked.task == "sft" and asked.train_file is None:
+        parser.error(
+            "--task sft needs --train_file with questions and answers; examples/data/questions.jsonl is one to try"
+        )
+
+
+def _check_sequence_parallel(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None:
+    size = asked.sequence_parallel_size
+    option = f"--sequence_parallel_size {size}"
+    if size < 1:
+        parser.error(f"--sequence_parallel_size must be 1 or more, got {size}")
+    if size == 1:
+        return
+    if not asked.deepspeed:
+        parser.error(f"{option} needs DeepSpeed: start the program with deepspeed, or give --deepspeed")
+    if WORLD_SIZE % size:
+        parser.error(f"{option} does not divide the number of processes, {WORLD_SIZE}")
+    if asked.task != "text" or asked.rows != "packed":
+        parser.error(f"{option} is for --task text with --rows packed, whose sequences all have one length")
+    if asked.resume_from_checkpoint:
+        parser.error(f"{option} cannot go on from a checkpoint: the Trainer cannot skip what its data loader has read")
+
+
+def _check_4bit(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None:
+    with one_clear_error():
+        check_bitsandbytes()
+    if asked.full_finetune:
+        parser.error("--load_in_4bit is for weights that do not train, and --full_finetune trains all")
+    if asked.deepspeed and _read_deepspeed(asked.deepspeed).get("zero_optimization", {}).get("stage") == 3:
+        parser.error("--load_in_4bit cannot be had with ZeRO-3, which cuts weights up: take ds_configs/zero2.json")
+
+
+def _check_liger(parser: argparse.ArgumentParser) -> None:
+    missing = [] if torch.cuda.is_available() else ["a GPU"]
+    if not is_liger_kernel_available():
+        missing.append("the package liger-kernel (pip install 'longlora-ext[liger]')")
+    if missing:
+        parser.error(
+            f"--use_liger_kernel needs {' and '.join(missing)}; without it the loss is computed in tiles, on any device"
+        )
+
+
+def _check_deepspeed(parser: argparse.ArgumentParser, config: str) -> None:
+    if not config.startswith("{") and not Path(config).is_file():
+        parser.error(f"--deepspeed {config}: no such file; ours are in {EXAMPLES / 'ds_configs'}")
+    try:
+        parsed = _read_deepspeed(config)
+    except ValueError as error:
+        parser.error(f"--deepspeed {config}: no JSON: {error}")
+    if not isinstance(parsed, dict):
+        parser.error(f"--deepspeed {config}: no JSON object")
+
+
+def _read_deepspeed(config: str) -> Any:
+    return json.loads(config if config.startswith("{") else Path(config).read_text())

@@ -1,0 +1,118 @@
+"""What a run says: at its start what it is going to do, at its end what came of it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig, TrainingArguments
+
+from app.inputs.packed import PackedSequences
+from app.inputs.samples import SampleRows, Samples
+from app.inputs.tokens import Tokenised
+from app.runs.command_line import EXAMPLES
+from app.runs.launch import WORLD_SIZE
+from app.runs.wording import counted
+from app.training.arguments import compute_dtype
+from app.training.dense_tail import dense_count
+from app.training.measure import Measurement
+from app.training.options import ModelOptions
+from longlora_ext.adapter._norms import norms_of
+from longlora_ext.config import context_length
+
+
+def banner(
+    options: ModelOptions,
+    args: TrainingArguments,
+    base_config: PreTrainedConfig,
+    model: torch.nn.Module,
+    train: Tokenised,
+    sequences: PackedSequences | SampleRows,
+    checkpoint: Path | None,
+) -> str:
+    """What is about to be done, a line for each thing worth checking before waiting for it."""
+    config: PreTrainedConfig = model.config  # type: ignore[assignment]
+    old, new = context_length(base_config), context_length(config)
+    rope = {key: value for key, value in config.rope_parameters.items() if key != "rope_theta"}
+    weights = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    trainable, total = sum(n for n, trained in weights if trained), sum(n for n, _ in weights)
+    norms = "and norms" if norms_of(model) else "(its norms have no weights)"
+    trained = "all weights" if options.full_finetune else f"LoRA r={options.lora_r}, embedding {norms}"
+    shared = options.sequence_parallel_size
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * WORLD_SIZE // shared
+    steps = counted(args.max_steps, "step") if args.max_steps > 0 else f"{args.num_train_epochs:g} passes over the text"
+    dtype = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[compute_dtype(args)]
+    tail = ""
+    if options.dense_steps:
+        known = args.max_steps > 0 or options.dense_steps >= 1
+        dense = dense_count(options.dense_steps, args.max_steps)
+        tail = f"dense in the last {counted(dense, 'step') if known else format(options.dense_steps, '.0%')}, "
+    zero = (
+        f"ZeRO-{args.deepspeed_plugin.zero_stage}" if args.deepspeed_plugin else "FSDP" if args.fsdp else "no DeepSpeed"
+    )
+    rows = {
+        "model": f"{options.model_name_or_path} ({type(config).__name__.removesuffix('Config')})",
+        "context": f"{old:,} -> {new:,} tokens" if new > old else f"{new:,} tokens, the model's own",
+        "RoPE": ", ".join(f"{key}={value}" for key, value in rope.items()) if new > old else "as it is",
+        "attention": f"groups of {config.s2attn_group_size:,} tokens in training, {tail}dense in use",
+        "training": f"{trained}: {trainable:,} of {total:,} weights, {dtype}",
+        **_material(train, sequences),
+        "steps": f"{steps}, {counted(batch, 'sequence')} in each, learning rate {args.learning_rate:g}",
+        "processes": f"{WORLD_SIZE}, {zero}{f', {shared} for each sequence' if shared > 1 else ''}",
+        "output": f"{args.output_dir}{f', going on from {checkpoint.name}' if checkpoint else ''}",
+    }
+    return "\n".join(["", *(f"{key + ':':<11}{value}" for key, value in rows.items()), ""])
+
+
+def _material(train: Tokenised, sequences: PackedSequences | SampleRows) -> dict[str, str]:
+    """What is trained on, and what of it is not."""
+    length = sequences.context_length
+    if not isinstance(train, Samples) or not isinstance(sequences, SampleRows):
+        return {
+            "text": f"{train.tokens:,} tokens in {counted(len(train.lengths), 'document')}"
+            + (f"; {counted(train.empty, 'empty document')} dropped" if train.empty else ""),
+            "sequences": _sequences(sequences, train.tokens - sequences.tokens),
+        }
+    lost = train.column("lost")
+    rows = f"{len(sequences):,} of {length:,} tokens, {sequences.padding:,} of them padding, samples packed whole"
+    return {
+        "samples": f"{len(lost):,} with {train.tokens:,} tokens, {sequences.targets:,} of them in answers",
+        "too long": f"{(lost > 0).sum():,} truncated to {length:,} tokens, {lost.sum():,} tokens lost; "
+        f"{train.dropped:,} dropped, their answers begin beyond that",
+        "rows": rows if sequences.packed else f"{len(sequences):,}, one for each sample",
+        **({"not read": f"columns {', '.join(train.unread)}"} if train.unread else {}),
+    }
+
+
+def _sequences(sequences: PackedSequences | SampleRows, left_out: int) -> str:
+    """The rows that text is trained in."""
+    count, length = len(sequences), sequences.context_length
+    if isinstance(sequences, PackedSequences) and sequences.own_rows:
+        alone = f"; {counted(left_out, 'token')} that would be alone in a row left out" if left_out else ""
+        return f"{count:,} of up to {length:,} tokens, a document or a piece of one in each{alone}"
+    last = "; the last token of the text is left out" if left_out else ""
+    return f"{count:,} of {length:,} tokens, {sequences.padding:,} of them padding{last}"
+
+
+def results(folder: Path, adapter: Path, measurement: Measurement | None, full_finetune: bool) -> str:
+    """What came of it, and the next commands to type."""
+    lines = ["", measurement.table()] if measurement else [""]
+    lines += [f"loss curve: {folder / 'loss.png'}", f"{adapter.name + ':':<12}{adapter}"]
+    if not full_finetune:
+        merged = str(folder / "merged")
+        lines += [
+            "",
+            "next: see whether it finds what is hidden in a long text, ask it about a file, or make it a model folder",
+            "that transformers loads without this project",
+            _command("evaluate.py", "passkey", "--model", str(adapter)),
+            _command("generate.py", "--model", str(adapter), "--file", "FILE", "--question", "QUESTION"),
+            _command("merge_adapter.py", str(adapter), merged),
+        ]
+    return "\n".join(lines)
+
+
+def _command(program: str, *words: str) -> str:
+    path = str(EXAMPLES / program)
+    return "    " + shlex.join(["python", min(path, os.path.relpath(path), key=len), *words])

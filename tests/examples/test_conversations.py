@@ -1,0 +1,364 @@
+"""Rows of conversations in all their spellings: what a model is shown of them, what it learns, and what is an error."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+from test_chat import byte_tokenizer
+
+from app.inputs.chat import LLAMA_2, encode
+from app.inputs.conversations import conversation
+from app.inputs.template import ChatTemplate
+from chat_templates import CHATML, DEEPSEEK, GEMMA, LLAMA_3_1, QWEN_3, tokenizer_of
+from finetune_runs import ROOT
+
+ASKED, ANSWER = {"role": "user", "content": "of Italy?"}, {"role": "assistant", "content": "Rome"}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+TOOL = {"type": "function", "function": {"name": "weather", "description": "of a city", "parameters": {}}}
+
+
+def shown(row: dict[str, Any], template: str = QWEN_3) -> str:
+    """What the model sees of a row; of several samples the last."""
+    tokenizer = byte_tokenizer(template, eos_token="</s>") if template == LLAMA_2 else tokenizer_of(template)
+    return tokenizer.decode(encode(conversation(row), ChatTemplate(tokenizer))[-1].input_ids)
+
+
+def learned(row: dict[str, Any], template: str = QWEN_3) -> list[str]:
+    """The texts that are learned of a row, piece by piece, of all its samples."""
+    tokenizer = tokenizer_of(template)
+    pieces: list[list[int]] = []
+    for _, labels in encode(conversation(row), ChatTemplate(tokenizer)):
+        begins = [n for n, label in enumerate(labels) if label != -100 and (n == 0 or labels[n - 1] == -100)]
+        for begin in begins:
+            ids = labels[begin:]
+            pieces.append(ids[: ids.index(-100)] if -100 in ids else ids)
+    return [tokenizer.decode(piece).strip() for piece in pieces]
+
+
+def error(row: dict[str, Any], template: str = QWEN_3) -> str:
+    with pytest.raises(ValueError) as raised:
+        shown(row, template)
+    return str(raised.value)
+
+
+def chat(*messages: dict[str, Any], **columns: Any) -> dict[str, Any]:
+    return {"messages": list(messages), **columns}
+
+
+# --- what is learned --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"training": False}, {"loss": 0}])
+@pytest.mark.parametrize("template", [QWEN_3, CHATML, LLAMA_3_1])
+def test_an_answer_that_is_not_to_be_learned_is_context(mark: dict[str, Any], template: str) -> None:
+    sure = {"role": "user", "content": "sure?"}
+    row = chat({**ASKED, "weight": 0}, {**ANSWER, "content": "Milan", **mark}, sure, {**ANSWER, "weight": 1})
+    assert "Milan" in shown(row, template)
+    (piece,) = learned(row, template)
+    assert piece.startswith("Rome") and "Milan" not in piece
+
+
+def test_marks_within_marked_templates() -> None:
+    marked = CHATML.replace(
+        "{{ message.content }}<|im_end|>",
+        "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}<|im_end|>{% endgeneration %}"
+        "{% else %}{{ message.content }}<|im_end|>{% endif %}",
+    )
+    tokenizer = tokenizer_of(CHATML)
+    tokenizer.chat_template = marked
+    row = chat(ASKED, {**ANSWER, "weight": 0}, ASKED, {**ANSWER, "content": "a"}, ASKED, {**ANSWER, "content": "b"})
+    ((_, labels),) = encode(conversation(row), ChatTemplate(tokenizer))
+    assert tokenizer.decode([label for label in labels if label != -100]) == "a<|im_end|>b<|im_end|>"
+
+
+def test_what_follows_the_last_answer_to_learn_is_left_out() -> None:
+    row = chat(ASKED, ANSWER, ASKED, {**ANSWER, "content": "Milan", "weight": 0})
+    assert "Milan" not in shown(row)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (chat(ASKED, {**ANSWER, "weight": 0.5}), "weight of message 2 is 0.5; known are 1"),
+        (chat(ASKED, {**ANSWER, "weight": "0"}), "weight of message 2 is '0'; known are 1"),
+        (chat(ASKED, {**ANSWER, "weight": 2}), "weight of message 2 is 2; known are 1"),
+        (chat({**ASKED, "weight": 1}, ANSWER), "weight of message 1, of the role user, says to learn it"),
+        (chat({**ASKED, "train": True}, ANSWER), "train of message 1, of the role user, says to learn it"),
+        (chat(ASKED, {**ANSWER, "weight": 1, "train": False}), "weight and train of message 2 contradict each other"),
+        (chat(ASKED, {**ANSWER, "weight": 0}), "none of its answers is to be learned"),
+        (chat(ASKED, {**ANSWER, "mask": 1}), "leaves out mask of message 2"),
+        (chat(ASKED, {**ANSWER, "loss_scale": 2}), "leaves out loss_scale of message 2"),
+        (chat(ASKED, {**ANSWER, "train_detail": [{"begin_offset": 0}]}), "leaves out train_detail of message 2"),
+        (chat(ASKED, ANSWER, weight=0.5), "weight of the row is 0.5"),
+        (chat(ASKED, ANSWER, weight=0), "its column 'weight' says not to learn it"),
+    ],
+)
+def test_marks_that_cannot_be_honoured(row: dict[str, Any], message: str) -> None:
+    assert message in error(row)
+
+
+# --- other forms ------------------------------------------------------------------------------------------------
+
+
+def test_alpaca_with_system_and_history() -> None:
+    """The answers in a history are learned, as LLaMA-Factory does."""
+    row = {"instruction": "of Italy?", "output": "Rome", "system": "Be brief.", "history": [["of France?", "Paris"]]}
+    same = chat(
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "of France?"},
+        {"role": "assistant", "content": "Paris"},
+        ASKED,
+        ANSWER,
+    )
+    assert shown(row) == shown(same) and learned(row) == learned(same) == ["Paris<|im_end|>", "Rome<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": [{"from": "human", "value": "of Italy?"}, {"from": "gpt", "value": "Rome"}]},
+        {"conversation": [{"from": "user", "value": "of Italy?"}, {"from": "assistant", "value": "Rome"}]},
+        {"conversations": [{"role": "user", "content": "of Italy?"}, {"role": "assistant", "content": "Rome"}]},
+        {"messages": json.dumps([ASKED, ANSWER])},
+        {"messages": [{**part, "content": [{"type": "text", "text": part["content"]}]} for part in (ASKED, ANSWER)]},
+        {"instruction": "of Italy?", "input": None, "output": "Rome", "history": None, "system": ""},
+        {"question": "of Italy?", "response": "Rome"},
+        {"query": "of Italy?", "answer": "Rome"},
+        {"prompt": "of Italy?", "completion": "Rome"},
+        {"prompt": [ASKED], "completion": [ANSWER]},
+        {"Instruction": "of Italy?", "Output": "Rome"},
+        chat(ASKED, ANSWER, prompt="of Italy?"),
+        chat(ASKED, ANSWER, text="### User: of Italy? ### Bot: Rome"),
+    ],
+)
+def test_spellings_of_one_conversation(row: dict[str, Any]) -> None:
+    assert shown(row) == shown(chat(ASKED, ANSWER))
+
+
+def test_answers_in_a_prompt_of_messages_are_context() -> None:
+    row = {"prompt": [ASKED, {**ANSWER, "content": "Milan"}, ASKED], "completion": [ANSWER]}
+    assert "Milan" in shown(row) and learned(row) == ["Rome<|im_end|>"]
+
+
+def test_text_in_parts_begins_lines() -> None:
+    parts = [{"type": "text", "text": "of Italy?", "image_url": None}, {"type": "text", "text": "Or of France?"}]
+    assert "user\nof Italy?\nOr of France?<|im_end|>" in shown(chat({**ASKED, "content": parts}, ANSWER))
+
+
+def test_tools_of_llama_factory() -> None:
+    """ShareGPT with calls and observations, and tools as JSON in a column."""
+    row = {
+        "conversations": [
+            {"from": "human", "value": "in Rome?"},
+            {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Rome"}}'},
+            {"from": "observation", "value": "sunny"},
+            {"from": "gpt", "value": "It is sunny."},
+        ],
+        "system": "Be brief.",
+        "tools": json.dumps([TOOL["function"]]),
+    }
+    same = chat(
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "in Rome?"},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "a", **CALL}]},
+        {"role": "tool", "tool_call_id": "a", "name": "weather", "content": "sunny"},
+        {"role": "assistant", "content": "It is sunny."},
+        tools=[TOOL],
+    )
+    assert shown(row) == shown(same)
+    assert '<tools>{"type": "function", "function": {"name": "weather"' in shown(row)
+    call = '<tool_call>{"name": "weather", "arguments": {"city": "Rome"}}</tool_call><|im_end|>'
+    assert learned(row) == [call, "It is sunny.<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        {"tool_calls": [CALL]},
+        {"tool_calls": [CALL["function"]]},
+        {"tool_calls": json.dumps([CALL])},
+        {"tool_calls": [{"function": {"name": "weather", "arguments": '{"city": "Rome"}'}}]},
+        {"tool_calls": [{"function": {"name": "weather", "arguments": {"city": "Rome", "unit": None}}}]},
+        {"function_call": {"name": "weather", "arguments": '{"city": "Rome"}'}},
+    ],
+)
+def test_spellings_of_a_call(calls: dict[str, Any]) -> None:
+    row = chat(ASKED, {"role": "assistant", "content": "I look.", **calls})
+    assert learned(row) == [
+        'I look.<tool_call>{"name": "weather", "arguments": {"city": "Rome"}}</tool_call><|im_end|>'
+    ]
+
+
+def test_functions_are_tools() -> None:
+    assert shown(chat(ASKED, ANSWER, functions=[TOOL["function"]])) == shown(chat(ASKED, ANSWER, tools=[TOOL]))
+
+
+def test_a_template_that_puts_calls_together_from_text() -> None:
+    row = chat(ASKED, {"role": "assistant", "content": "I look.", "tool_calls": [CALL]})
+    assert learned(row, DEEPSEEK) == ['I look.<call>weather\n{"city": "Rome"}<|endoftext|>']
+    printing = DEEPSEEK.replace("'\\n' + call.function.arguments", "'\\n' ~ call.function.arguments")
+    assert printing != DEEPSEEK
+    tokenizer = tokenizer_of(DEEPSEEK)
+    tokenizer.chat_template = printing
+    ((ids, _),) = encode(conversation(row), ChatTemplate(tokenizer))
+    assert '<call>weather\n{"city": "Rome"}' in tokenizer.decode(ids)
+
+
+def test_thoughts_are_learned_where_the_template_writes_them() -> None:
+    """Each answer with its own, though the template leaves earlier ones out of the whole."""
+    row = chat(ASKED, {**ANSWER, "thinking": "hm"}, ASKED, {**ANSWER, "reasoning_content": "well"})
+    assert learned(row) == ["<think>\nhm\n</think>\nRome<|im_end|>", "<think>\nwell\n</think>\nRome<|im_end|>"]
+    alone = {"instruction": "of Italy?", "output": "Rome", "reasoning": "well"}
+    assert learned(alone) == ["<think>\nwell\n</think>\nRome<|im_end|>"]
+
+
+# --- what a template leaves out ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "message"),
+    [
+        (CHATML, chat(ASKED, {**ANSWER, "tool_calls": [CALL]}), "leaves out tool_calls, call 1, of message 2"),
+        (LLAMA_2, chat(ASKED, {**ANSWER, "tool_calls": [CALL]}), "leaves out tool_calls, call 1, of message 2"),
+        (LLAMA_3_1, chat(ASKED, {**ANSWER, "tool_calls": [CALL]}), "leaves out the content of message 2"),
+        (LLAMA_3_1, chat(ASKED, {"role": "assistant", "tool_calls": [CALL, CALL]}), "only single tool-calls at once!"),
+        (CHATML, chat(ASKED, ANSWER, tools=[TOOL]), "leaves its tools out"),
+        (QWEN_3, chat(ASKED, ANSWER, documents=[{"title": "a", "text": "b"}]), "leaves its documents out"),
+        (CHATML, chat(ASKED, {**ANSWER, "reasoning_content": "hm"}), "leaves out reasoning_content of message 2"),
+        (CHATML, chat(ASKED, {**ANSWER, "thinking": "hm"}), "leaves out reasoning_content of message 2"),
+        (CHATML, chat(ASKED, {**ANSWER, "prefix": True}), "leaves out prefix of message 2"),
+        (QWEN_3, chat({**ASKED, "role": "developer"}, ASKED, ANSWER), "leaves out the content of message 1, of"),
+        (GEMMA, chat({**ASKED, "role": "system"}, ASKED, ANSWER), "System role not supported"),
+        (GEMMA, chat(ASKED, ASKED, ANSWER), "roles must alternate"),
+        (LLAMA_2, chat(ASKED, {**ANSWER, "role": "tool"}, ASKED, ANSWER), "messages have the roles system, user and"),
+        (CHATML, chat({**ASKED, "name": "A"}, ANSWER, {**ASKED, "name": "B"}, ANSWER), "leaves out name, which tells"),
+        (QWEN_3, chat(ASKED, ANSWER, chat_template_kwargs={"mood": 1}), "has no variable 'mood'"),
+        (QWEN_3, chat(ASKED, ANSWER, enable_thinking=False), "its column 'enable_thinking' is called like a variable"),
+        ("{% for m in messages %}{% if m.role == 'user' %}Q{% else %}A{% endif %}{{ m.content }}{% endfor %}",
+         chat({**ASKED, "role": "system"}, ASKED, ANSWER), "writes message 1, of the role system, as one of the"),
+    ],
+)  # fmt: skip
+def test_what_the_template_leaves_out_is_an_error(template: str, row: dict[str, Any], message: str) -> None:
+    tokenizer = tokenizer_of(template if template in (CHATML, QWEN_3, LLAMA_3_1, GEMMA) else CHATML)
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=re.escape(message)):
+        encode(conversation(row), ChatTemplate(tokenizer))
+
+
+def test_a_field_that_only_the_template_knows_is_shown() -> None:
+    tokenizer = tokenizer_of(CHATML)
+    tokenizer.chat_template = CHATML.replace("{{ message.role }}", "{{ message.role }} {{ message.mood or '' }}")
+    ((ids, _),) = encode(conversation(chat({**ASKED, "mood": "curious"}, ANSWER)), ChatTemplate(tokenizer))
+    assert "<|im_start|>user curious\n" in tokenizer.decode(ids)
+
+
+def test_variables_of_the_template() -> None:
+    row = chat(ASKED, ANSWER, chat_template_kwargs='{"date_string": "1 May 1999"}')
+    assert "Today Date: 1 May 1999" in shown(row, LLAMA_3_1)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (chat(ASKED, ANSWER, chosen="x"), "its column 'chosen' is for learning from preferences"),
+        ({"prompt": "x", "completion": "y", "label": False}, "its column 'label' is for learning from preferences"),
+        (chat(ASKED, ANSWER, images=["a.png"]), "its column 'images' holds what is no text"),
+        (chat(ASKED, ANSWER, input_ids=[1]), "its column 'input_ids' holds tokens"),
+        (chat(ASKED, ANSWER, loss_mask=[0, 1]), "its column 'loss_mask' says what is learned"),
+        ({"question": "x", "choices": ["a"], "answer": "a"}, "its column 'choices' would change what the model sees"),
+        (chat(ASKED, ANSWER, history=[["a", "b"]]), "its column 'history' goes with an instruction"),
+        (chat(ASKED, ANSWER, input="more"), "its column 'input' says something that its conversation does not"),
+        ({"instruction": "x", "question": "y", "answer": "z"}, "it has both instruction and question"),
+        ({"instruction": "x", "output": "y", "answer": "z"}, "it has both output and answer"),
+        ({**chat(ASKED, ANSWER), "conversations": [ASKED, ANSWER]}, "it has both messages and conversations"),
+        (chat({**ASKED, "role": "system"}, ASKED, ANSWER, system="x"), "and the first of its messages differ"),
+        ({"instruction": "x", "output": "y", "history": [["a"]]}, "round 1 of its history is ['a']; expected is"),
+        ({"instruction": "x", "output": "y", "history": "a"}, "its history is 'a', which is no JSON"),
+        (chat(ASKED, ANSWER, tools="weather"), "its tools is 'weather', which is no JSON"),
+        (chat(ASKED, ANSWER, tools=[{"weather": 1}]), "tool 1 is {'weather': 1}; expected is"),
+        (chat({**ASKED, "content": [{"type": "image_url"}]}, ANSWER), "part 1 of message 1 is of the type 'image_url'"),
+        (chat({**ASKED, "from": "human"}, ANSWER), "message 1 has both role and from"),
+        (chat(ASKED, {"role": "assistant", "content": None, "refusal": "no"}), "message 2, an answer of the assistant"),
+        (chat(ASKED, {**ANSWER, "refusal": "no"}), "leaves out refusal of message 2"),
+        (chat(ASKED, {**ANSWER, "audio": {"id": "x"}}), "leaves out audio of message 2"),
+        (chat(ASKED, {**ANSWER, "tool_calls": [{"arguments": {}}]}), "call 1 in message 2 is {'arguments': {}}"),
+        (chat(ASKED, {**ANSWER, "function_call": {"name": "f", "arguments": "x"}}), "2 is 'x', which is no JSON"),
+        (chat(ASKED, {**ANSWER, "tool_calls": [{**CALL, "result": 1}]}), "call 1 in message 2 has result; known are"),
+        ({"conversations": [{"from": "gpt", "value": "hi"}, ASKED, ANSWER]}, 'no message with the role "user" before'),
+    ],
+)  # fmt: skip
+def test_a_row_that_cannot_be_honoured_says_why(row: dict[str, Any], message: str) -> None:
+    assert message in error(row)
+
+
+# --- the guide --------------------------------------------------------------------------------------------------
+
+TABLE = re.findall(
+    r"^\| (`.+?) \| (.*?) \| (read|error|passes)\b(.*) \|$", (ROOT / "docs" / "instruct.md").read_text(), re.M
+)
+HAS = chat({"role": "user", "content": "old?"}, {"role": "assistant", "content": "new"}, ASKED, ANSWER)
+OTHER = {"role": "assistant", "content": "Milan"}
+#: What each of the guide's names is given for a value; those without get a text.
+VALUES: dict[str, Any] = {
+    **dict.fromkeys(("weight", "train", "training", "trainable", "learn", "loss"), 0),
+    "tool_calls": [CALL],
+    "function_call": CALL["function"],
+    "tools": [TOOL],
+    "functions": [TOOL["function"]],
+    "history": [["old?", "new"]],
+    "documents": [{"title": "a", "text": "b"}],
+    "chat_template_kwargs": {"enable_thinking": True},
+    "content": [{"type": "text", "text": "in parts"}],
+    "value": "in ShareGPT's words",
+    "role": "system",
+    "from": "tool",
+    **{name: [ASKED, OTHER] for name in ("messages", "conversations", "conversation")},
+}
+#: A template that writes whatever it is given.
+ALL = CHATML.replace(
+    "{{ message.content }}",
+    "{{ message.content }}{{ message.reasoning_content }}{{ message.tool_calls }}{{ message.name }}",
+) + ("{{ tools }}{{ documents }}{{ enable_thinking }}")
+
+
+def with_field(name: str, where: str) -> dict[str, Any]:
+    """A row with one more column, or one more field in its second message."""
+    value = VALUES.get(name, "something")
+    if where == "message":
+        twin = {"from": "role", "value": "content"}.get(name)
+        second = {field: each for field, each in HAS["messages"][1].items() if field != twin}
+        return chat(HAS["messages"][0], {**second, name: value}, *HAS["messages"][2:])
+    if where == "row":
+        return {**HAS, name: value}
+    if where == "both":
+        return {name: value}
+    row = {"instruction": "of Italy?", "output": "Rome"}
+    twins = next((names for names in TWINS if name in names), ())
+    return {**{each: text for each, text in row.items() if each not in twins}, name: value}
+
+
+TWINS = (("instruction", "question", "query", "prompt"), ("output", "response", "answer", "completion"))
+
+
+@pytest.mark.parametrize(("names", "where", "verdict"), [(n, w, v) for n, w, v, _ in TABLE])
+def test_the_table_of_the_guide(names: str, where: str, verdict: str) -> None:
+    tokenizer = tokenizer_of(CHATML)
+    tokenizer.chat_template = ALL
+    plain = HAS if where != "pair" else {"instruction": "of Italy?", "output": "Rome"}
+    before = encode(conversation(plain), ChatTemplate(tokenizer))
+    for name in re.findall(r"`(\w+)`", names):
+        row = with_field(name, where)
+        if verdict == "error":
+            with pytest.raises(ValueError, match=rf"\b{name}\b"):
+                encode(conversation(row), ChatTemplate(tokenizer))
+        else:
+            found = conversation(row)
+            assert (encode(found, ChatTemplate(tokenizer)) == before) == (verdict == "passes"), name
+            assert found.unread == ((name,) if verdict == "passes" and where == "row" else ()), name
+
+
+def test_the_table_is_there() -> None:
+    assert {verdict for _, _, verdict, _ in TABLE} == {"read", "error", "passes"} and len(TABLE) > 15

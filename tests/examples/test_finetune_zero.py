@@ -1,0 +1,114 @@
+"""examples/finetune_llama.py on several processes, under every configuration of examples/ds_configs, against one."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from test_finetune_resume import assert_same_run
+
+from app.runs.checkpoints import complete_checkpoints
+from finetune_runs import ROOT, SCRIPT, deepspeed, environment, losses, make_model, make_text, run, small_run, torchrun
+from longlora_ext.adapter import load
+
+CONFIGS = sorted(path.stem for path in (ROOT / "examples" / "ds_configs").glob("*.json"))
+FULL = pytest.mark.full
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], list[str]]:
+    """The command line of a run of six steps, four sequences each, to an output folder."""
+    folder = tmp_path_factory.mktemp("inputs")
+    inputs = make_model(folder / "model"), make_text(folder / "text.jsonl")
+    return lambda output: small_run(*inputs, output)
+
+
+@pytest.fixture(scope="module")
+def alone(arguments: Callable[[Path], list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process trains, without DeepSpeed."""
+    output = tmp_path_factory.mktemp("alone") / "out"
+    done = run(*arguments(output))
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def under(config: str) -> list[str]:
+    """What is added to the command line for two processes: half the accumulation makes the same steps."""
+    zero = [] if config == "torchrun" else ["--deepspeed", str(ROOT / "examples" / "ds_configs" / f"{config}.json")]
+    return ["--gradient_accumulation_steps", "1", *zero]
+
+
+@pytest.fixture(scope="module")
+def together(arguments: Callable[[Path], list[str]], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """What two processes train under a configuration, undisturbed."""
+    made: dict[str, Path] = {}
+
+    def outcome(config: str) -> Path:
+        if config not in made:
+            output = tmp_path_factory.mktemp(config) / "out"
+            launcher = torchrun(2) if config == "torchrun" else deepspeed(2)
+            done = run(*arguments(output), *under(config), launcher=launcher)
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert done.stdout.count("measuring perplexity: before") == 1
+            stage = re.fullmatch(r"zero(\d).*", config)
+            assert f"2, ZeRO-{stage[1]}" in done.stdout if stage else "2, no DeepSpeed" in done.stdout
+            made[config] = output
+        return made[config]
+
+    return outcome
+
+
+def perplexities(output: Path) -> dict[str, dict[str, float]]:
+    return json.loads((output / "perplexity.json").read_text())["perplexity"]
+
+
+def test_there_are_the_configurations_that_are_tested() -> None:
+    assert CONFIGS == ["zero2", "zero3", "zero3_offload"]
+
+
+@pytest.mark.parametrize("config", ["zero3", *(pytest.param(c, marks=FULL) for c in ("zero2", "zero3_offload"))])
+def test_two_processes_train_what_one_process_trains(alone: Path, together: Callable[[str], Path], config: str) -> None:
+    output = together(config)
+    assert list(losses(output)) == [1, 2, 3, 4, 5, 6]
+    assert losses(output) == pytest.approx(losses(alone), abs=1e-3)
+    ours, theirs = perplexities(output), perplexities(alone)
+    for row, tolerance in (("before", 1e-4), ("scaling only", 1e-4), ("after", 1e-2)):
+        assert ours[row] == pytest.approx(theirs[row], rel=tolerance)
+    load(output / "adapter")
+
+
+@FULL
+def test_two_processes_without_deepspeed(alone: Path, together: Callable[[str], Path]) -> None:
+    assert losses(together("torchrun")) == pytest.approx(losses(alone), abs=1e-3)
+
+
+@FULL
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_killed_run_goes_on(
+    arguments: Callable[[Path], list[str]], together: Callable[[str], Path], tmp_path: Path, config: str
+) -> None:
+    """The kill takes all processes, launcher included, as the end of a machine's lease does."""
+    given = [*arguments(tmp_path / "out"), *under(config), "--resume_from_checkpoint", "latest"]
+    process = subprocess.Popen(
+        [*deepspeed(2), str(SCRIPT), *given],
+        env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 500
+    while not (tmp_path / "out" / "checkpoint-4").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+    assert set(complete_checkpoints(tmp_path / "out")) <= {2, 4}
+    done = run(*given, launcher=deepspeed(2))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "going on from checkpoint-" in done.stdout
+    assert_same_run(tmp_path / "out", together(config))

@@ -1,0 +1,95 @@
+"""What a step of a small model takes on a CPU, as its allocator saw it: the measure of the planner.
+
+    torchrun --nproc_per_node 2 tests/measured_peak.py FOLDER
+
+measures that of a sequence that the processes share. The first one writes FOLDER/peak.json.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, PreTrainedConfig
+
+TOKENS = 1024
+TILE = 2**18  # elements of the loss's tiles, of a small model's size
+
+
+def small(layers: int = 6) -> PreTrainedConfig:
+    return LlamaConfig(
+        vocab_size=3000, hidden_size=64, intermediate_size=160, num_hidden_layers=layers, num_attention_heads=8,
+        num_key_value_heads=2, max_position_embeddings=256, attention_dropout=0.0,
+    )  # fmt: skip
+
+
+def with_numbers(model: Any) -> Any:
+    """A model of the meta device, on the CPU."""
+    model = model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    for module in model.modules():
+        if hasattr(module, "inv_freq"):
+            module.inv_freq.fill_(0.1)
+    return model
+
+
+def peak_of_a_step(model: torch.nn.Module, ids: torch.Tensor, folder: Path, **inputs: Any) -> int:
+    """Bytes that the CPU's allocator had given out at most, beyond those at the start."""
+    inputs |= {"input_ids": ids, "labels": ids, "use_cache": False}
+    model(**inputs).loss.backward()  # what is made once
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        loss = model(**inputs).loss
+        loss.backward()
+    trace = folder / "trace.json"
+    profile.export_chrome_trace(str(trace))
+    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event["ts"]):
+        live += event["args"]["Bytes"]
+        peak = max(peak, live)
+    return peak
+
+
+def main() -> None:
+    import torch.distributed as dist
+    from deepspeed import comm, init_distributed
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+
+    from app.planning.planner import Plan, Run, Way
+    from app.runs.launch import leave_group, prepare_deepspeed
+    from longlora_ext.loss import tile_loss
+
+    prepare_deepspeed()
+    init_distributed()
+    rank, ranks, exchange = dist.get_rank(), dist.get_world_size(), comm.all_to_all_single
+
+    def exchange_and_wait(*tensors: Any, **options: Any) -> None:
+        exchange(*tensors, **options)
+        time.sleep(0.05)  # gloo's threads hold what they have sent a little longer: 0.9 of 4.9 MB at the peak
+
+    comm.all_to_all_single = exchange_and_wait
+    tile_loss.__defaults__ = (TILE,)
+    found = {}
+    for name, way in {"default": Way(), "no checkpoints": Way(checkpointing=False)}.items():
+        model = with_numbers(Plan(small(), TOKENS, Run(dtype=torch.float32)).model(way))
+        if not found:
+            UlyssesSPAttentionHF.register_with_transformers(
+                model.get_base_model(), "s2attn", sequence_parallel_size=ranks, micro_batch_size=1
+            )
+        ids = torch.randint(0, 3000, (1, TOKENS // ranks))
+        positions = torch.arange(TOKENS)[None].chunk(ranks, dim=1)[rank]
+        folder = Path(sys.argv[1]) / str(rank)
+        folder.mkdir(exist_ok=True)
+        found[name] = peak_of_a_step(model, ids, folder, position_ids=positions, shift_labels=ids)
+    if rank == 0:
+        (Path(sys.argv[1]) / "peak.json").write_text(json.dumps(found))
+    leave_group()
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+    main()

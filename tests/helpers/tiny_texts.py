@@ -1,0 +1,27 @@
+"""Texts of a few tokens, and a tokenizer of letters."""
+
+from __future__ import annotations
+
+import datasets
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import longlora_ext.attention  # noqa: F401
+from app.inputs.tokens import Tokenised
+
+FEATURES = datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32"))})
+PAD = 1
+
+
+def tokenised(documents: list[list[int]], chunks: int = 1) -> Tokenised:
+    """Documents in `chunks` Arrow chunks, as a large corpus has."""
+    parts = [documents[i::chunks] for i in range(chunks)]
+    rows = [datasets.Dataset.from_dict({"input_ids": part}, features=FEATURES) for part in parts]
+    return Tokenised(datasets.concatenate_datasets(rows))
+
+
+def character_tokenizer(add_eos: bool = False) -> PreTrainedTokenizerFast:
+    vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2} | {chr(97 + i): 3 + i for i in range(26)} | {" ": 29}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
