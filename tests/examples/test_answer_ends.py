@@ -11,8 +11,6 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from test_chat import BEGINNINGS, ENDLESS, byte_tokenizer
-from test_conversations import ANSWER, ASKED, CALL, chat
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import finetune_llama
@@ -21,7 +19,9 @@ from app.inputs.chat import LLAMA_2, answer_ends, encode, ends
 from app.inputs.conversations import conversation
 from app.inputs.samples import read_samples
 from app.inputs.template import ChatTemplate, prints_date
+from byte_tokens import BEGINNINGS, ENDLESS, byte_tokenizer
 from chat_templates import CHATML, DEEPSEEK, GEMMA, LLAMA_3_1, PHI_3, QWEN_3, tokenizer_of
+from conversation_rows import ANSWER, ASKED, CALL, chat
 from finetune_runs import small_run
 from longlora_ext.adapter import lora_config, prepare_model, stop_at, stops
 from tiny_models import tiny_model

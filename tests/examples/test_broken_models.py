@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_merge import assert_same_logits, fp32_base, save_random_adapter
 from transformers import AutoModelForCausalLM
 
 import import_longlora
@@ -22,6 +21,7 @@ import merge_adapter
 from longlora_ext._folders import appearing
 from longlora_ext.adapter import load, merge, save_adapter
 from longlora_ext.adapter._load import load_base
+from merged_models import assert_same_logits, fp32_base, save_random_adapter
 from tiny_training import save_base
 
 ADAPTER, BASE = "adapter_model.safetensors", "model.safetensors"

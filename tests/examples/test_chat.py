@@ -5,19 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from app.inputs.chat import LLAMA_2, Encoded, give_template
 from app.inputs.chat import encode as encode_conversation
 from app.inputs.conversations import Conversation, conversation
 from app.inputs.template import ChatTemplate
+from byte_tokens import ASKED, BEGINNINGS, ENDLESS, FORGETFUL, MARK, PLAIN, byte_tokenizer
 from finetune_runs import ROOT
-
-#: A turn is <|role|>content<|end|> and a line break; answers are not marked.
-PLAIN = """\
-{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>
-{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
 
 MARKED = """\
 {% for message in messages %}<|{{ message.role }}|>{% if message.role == 'assistant' %}\
@@ -27,11 +22,6 @@ MARKED = """\
 #: The end of an answer is outside of the mark.
 MARKED_SHORT = MARKED.replace("<|end|>{% endgeneration %}", "{% endgeneration %}<|end|>")
 
-#: Only the last answer is written with its thoughts, as Qwen's and others' templates have it.
-FORGETFUL = """\
-{% for message in messages %}<|{{ message.role }}|>{% if message.role == 'assistant' and not loop.last %}\
-{{ message.content.split('#')[-1] }}{% else %}{{ message.content }}{% endif %}<|end|>
-{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
 
 #: The same with marks, which find each answer, and of the first one not all.
 FORGETFUL_MARKED = MARKED.replace(
@@ -41,36 +31,6 @@ FORGETFUL_MARKED = MARKED.replace(
 
 #: The prompt to answer says more than the conversation has there.
 THINKING = PLAIN.replace("<|assistant|>{% endif %}", "<|assistant|>think: {% endif %}")
-
-#: Nothing ends an answer.
-ENDLESS = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
-
-#: The answer alone is marked.
-MARK = """\
-{% if message.role == 'assistant' %}{% generation %}{{ message.content }}{% endgeneration %}\
-{% else %}{{ message.content }}{% endif %}"""
-
-#: A special token begins each message, and nothing ends one.
-BEGINNINGS = f"{{% for message in messages %}}<|end|>{MARK}{{% endfor %}}"
-
-ASKED = [
-    {"role": "system", "content": "be brief"},
-    {"role": "user", "content": "one?"},
-    {"role": "assistant", "content": "a#yes"},
-    {"role": "user", "content": "two?"},
-    {"role": "assistant", "content": "b#no"},
-]
-
-
-def byte_tokenizer(template: str | None, trim_offsets: bool = False, **special: str) -> PreTrainedTokenizerFast:
-    """One token a byte and one for each special token."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **special)
 
 
 def encode(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast) -> list[Encoded]:

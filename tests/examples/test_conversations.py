@@ -7,16 +7,15 @@ import re
 from typing import Any
 
 import pytest
-from test_chat import byte_tokenizer
 
 from app.inputs.chat import LLAMA_2, encode
 from app.inputs.conversations import conversation
 from app.inputs.template import ChatTemplate
+from byte_tokens import byte_tokenizer
 from chat_templates import CHATML, DEEPSEEK, GEMMA, LLAMA_3_1, QWEN_3, tokenizer_of
+from conversation_rows import ANSWER, ASKED, CALL, chat
 from finetune_runs import ROOT
 
-ASKED, ANSWER = {"role": "user", "content": "of Italy?"}, {"role": "assistant", "content": "Rome"}
-CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
 TOOL = {"type": "function", "function": {"name": "weather", "description": "of a city", "parameters": {}}}
 
 
@@ -42,10 +41,6 @@ def error(row: dict[str, Any], template: str = QWEN_3) -> str:
     with pytest.raises(ValueError) as raised:
         shown(row, template)
     return str(raised.value)
-
-
-def chat(*messages: dict[str, Any], **columns: Any) -> dict[str, Any]:
-    return {"messages": list(messages), **columns}
 
 
 # --- what is learned --------------------------------------------------------------------------------------------

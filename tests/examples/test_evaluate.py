@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from test_perplexity import brute_force
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import evaluate
@@ -24,6 +23,7 @@ from evaluate_runs import make_books, refusal, run
 from finetune_runs import CONTEXT, ROOT, deepspeed, environment, make_model, torchrun
 from longlora_ext.adapter import lora_config, merge, prepare_model, save_adapter
 from longlora_ext.config import extend_config
+from plain_perplexity import brute_force
 
 LONGER = 4 * CONTEXT
 

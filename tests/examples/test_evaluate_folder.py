@@ -8,7 +8,6 @@ from pathlib import Path
 
 import datasets
 import pytest
-from test_run_folder import held
 
 import evaluate
 from app.evaluation import evaluation_folder
@@ -16,6 +15,7 @@ from app.evaluation.perplexity_task import PerplexityTask
 from app.evaluation.retrieval_task import RetrievalTask
 from evaluate_runs import make_books, refusal, run
 from finetune_runs import make_model
+from held_folder import held
 
 
 @pytest.fixture(autouse=True)

@@ -22,6 +22,7 @@ import finetune_runs
 import merge_adapter
 from app.runs.checkpoints import MARKER, CompletionMarker, complete_checkpoints, find_resumable, mark, remove_incomplete
 from finetune_runs import environment, losses, make_model, make_text, run, small_run
+from same_run import assert_same_run
 
 HELPER = Path(__file__).with_name("killed_run.py")
 FILES = ("adapter_model.safetensors", "optimizer.pt", "trainer_state.json")
@@ -182,21 +183,6 @@ def killed(point: int, arguments: list[str]) -> str | None:
         return None
     assert done.returncode == -signal.SIGKILL, done.stderr
     return re.search("killed at .*", done.stderr)[0]  # type: ignore[index]
-
-
-def assert_same_run(output: Path, undisturbed: Path) -> None:
-    ours, theirs = losses(output), losses(undisturbed)
-    assert list(ours) == list(theirs) == list(range(1, len(theirs) + 1))
-    assert ours == pytest.approx(theirs, abs=1e-4)
-    weights = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (output, undisturbed)]
-    for name, weight in weights[1].items():
-        assert (weights[0][name] - weight).abs().max() <= 1e-4, name
-    tables = [json.loads((folder / "perplexity.json").read_text())["perplexity"] for folder in (output, undisturbed)]
-    assert list(tables[0]) == ["before", "scaling only", "after"]
-    for row in ("before", "scaling only", "after"):
-        assert tables[0][row] == pytest.approx(tables[1][row], rel=1e-4)
-    assert list(complete_checkpoints(output)) == list(complete_checkpoints(undisturbed))
-    assert [path.name for path in output.iterdir() if path.name.startswith(".")] == [".lock"]
 
 
 def test_undisturbed_run_learns(undisturbed: Path) -> None:

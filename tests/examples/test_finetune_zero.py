@@ -12,11 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_finetune_resume import assert_same_run
 
 from app.runs.checkpoints import complete_checkpoints
 from finetune_runs import ROOT, SCRIPT, deepspeed, environment, losses, make_model, make_text, run, small_run, torchrun
 from longlora_ext.adapter import load
+from same_run import assert_same_run
 
 CONFIGS = sorted(path.stem for path in (ROOT / "examples" / "ds_configs").glob("*.json"))
 FULL = pytest.mark.full

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from accelerate import dispatch_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_loss import LiveBytes, cohere, prepared
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -25,6 +24,8 @@ from app.runs.checkpoints import write_json
 from app.training import measure
 from app.training.measure import choose_documents, lengths_to_measure, old_rotary_embedding
 from longlora_ext.config import extend_config
+from loss_models import LiveBytes, cohere, prepared
+from plain_perplexity import brute_force
 from tiny_models import tiny_config, tiny_model
 from tiny_texts import tokenised
 
@@ -42,20 +43,6 @@ def make_model(config: LlamaConfig = CONFIG) -> LlamaForCausalLM:
 def make_documents(*lengths: int) -> list[np.ndarray]:
     generator = np.random.default_rng(0)
     return [generator.integers(0, CONFIG.vocab_size, n) for n in lengths]
-
-
-def brute_force(model: LlamaForCausalLM, documents: list[np.ndarray], window: int, stride: int) -> float:
-    """Each token by itself, from the context that the first window to reach it gives it."""
-    losses = []
-    for document in documents:
-        for token in range(1, len(document)):
-            begin = 0
-            while begin + window <= token:
-                begin += stride
-            context = torch.tensor(document[None, begin:token])
-            logits = model(input_ids=context, use_cache=False).logits[0, -1].double()
-            losses.append(-torch.log_softmax(logits, -1)[document[token]].item())
-    return math.exp(sum(losses) / len(losses))
 
 
 @pytest.mark.parametrize(("window", "stride"), [(8, 3), (8, 4), (8, 7), (64, 16), (2, 1)])

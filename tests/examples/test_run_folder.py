@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from transformers import TrainingArguments
 
 from app.runs import run_folder
-
-HOLDER = """
-import fcntl, sys, time
-file = open(sys.argv[1], "a")
-fcntl.lockf(file, fcntl.LOCK_EX)
-print("locked", flush=True)
-time.sleep(600)
-"""
+from held_folder import held
 
 
 def claim(folder: Path | str, resume: str | None = None, settings: dict | None = None) -> tuple[Path, Path | None]:
@@ -94,19 +83,6 @@ def test_leftovers_of_a_kill_are_removed(tmp_path: Path) -> None:
     (tmp_path / "run.json").rename(tmp_path / "run.json.tmp")  # killed when it was about to be renamed
     assert claim(tmp_path, "latest") == (tmp_path, None)
     assert {path.name for path in tmp_path.iterdir()} == {"run.json", ".lock"}
-
-
-@contextmanager
-def held(lock: Path) -> Iterator[None]:
-    """A lock in a new folder, held by another process."""
-    lock.parent.mkdir(parents=True)
-    command = [sys.executable, "-c", HOLDER, str(lock)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stdout.readline() == "locked\n"
-        try:
-            yield
-        finally:
-            process.kill()
 
 
 def test_a_folder_belongs_to_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,12 +16,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_chat import ASKED, FORGETFUL, LLAMA_2, PLAIN, byte_tokenizer
 from transformers import AutoTokenizer
 
 import finetune_llama
 from app.evaluation.perplexity import sliding_window_perplexity
+from app.inputs.chat import LLAMA_2
 from app.inputs.samples import FEATURES, SampleRows, Samples, hold_out_samples, pack, pad_rows, read_samples
+from byte_tokens import ASKED, FORGETFUL, PLAIN, byte_tokenizer
 from finetune_runs import ROOT, losses, make_model, small_run
 from tiny_models import tiny_model
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from test_chat import byte_tokenizer
 from transformers import PreTrainedTokenizerFast
+
+from byte_tokens import byte_tokenizer
 
 #: Of many a base model: it knows roles and contents, and nothing else.
 CHATML = """\

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from transformers import DataCollatorWithFlattening, LlamaConfig, PreTrainedModel
+from transformers import LlamaConfig, PreTrainedModel
 
 import longlora_ext.attention as attention
+from packed_rows import packed, pad, positions_of
 from tiny_models import CONFIGS, assert_close, deterministic, mask_of, op_dtype, tiny_model, tokens
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -67,14 +68,6 @@ def test_packed_training_is_eager_attention_with_the_s2_mask(family: str, cache:
     assert_close(ours, exact["logits"], plain=plain["logits"])
 
 
-def packed(lengths: list[int], **options: object) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-    documents = [tokens(1, length, seed=length) for length in lengths]
-    features = [{"input_ids": document[0].tolist()} for document in documents]
-    batch = DataCollatorWithFlattening(return_tensors="pt", **options)(features)
-    batch.pop("labels")
-    return batch, documents
-
-
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
     "options",
@@ -114,21 +107,6 @@ def test_padding_and_packing_together(training: bool) -> None:
     model = tiny_model().train(training)
     together = model(ids, attention_mask=mask, position_ids=positions).logits[0, :17]
     assert_close(together, torch.cat([model(d).logits[0] for d in documents]))
-
-
-def pad(rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
-    longest = max(row.shape[1] for row in rows)
-    ids, masks = [], []
-    for row in rows:
-        missing = longest - row.shape[1]
-        widths = (missing, 0) if side == "left" else (0, missing)
-        ids.append(torch.nn.functional.pad(row, widths))
-        masks.append(torch.nn.functional.pad(torch.ones_like(row), widths))
-    return torch.cat(ids), torch.cat(masks)
-
-
-def positions_of(mask: torch.Tensor) -> torch.Tensor:
-    return (mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-1-head"])

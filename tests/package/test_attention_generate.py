@@ -4,11 +4,11 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from test_attention import packed, pad, positions_of
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import longlora_ext.attention as attention
 from op_checks import default_dtype
+from packed_rows import packed, pad, positions_of
 from tiny_models import CONFIGS, assert_close, tiny_model, tokens
 
 pytestmark = pytest.mark.usefixtures("device")

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_merge import files_up_to
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import import_longlora as example
 from longlora_ext.adapter import import_longlora, load, merge
 from longlora_ext.config import extend_config
+from merged_models import files_up_to
 from tiny_models import VOCABULARY, tokens
 from tiny_training import CONTEXT, save_base
 

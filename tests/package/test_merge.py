@@ -2,11 +2,8 @@
 
 import itertools
 import json
-import resource
 import shlex
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,43 +17,12 @@ import longlora_ext.adapter._merge
 import merge_adapter
 from app.models.fingerprint import fingerprint
 from app.training.options import ModelOptions
-from longlora_ext.adapter import load, lora_config, merge, prepare_model, save_adapter
+from longlora_ext.adapter import lora_config, merge, prepare_model, save_adapter
 from longlora_ext.config import context_length, extend_config, rope_type_of
-from tiny_models import tokens
+from merged_models import assert_same_logits, files_up_to, fp32_base, peak_while, save_random_adapter
 from tiny_training import CONTEXT, extended_model, save_base
 
 EVERYWHERE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def fp32_base(folder: Path, family: str = "llama", **changes: object) -> Path:
-    """A base model in fp32, so that equal is equal, in several files."""
-    save_base(folder, family, **changes)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    (folder / "model.safetensors").unlink()
-    model.save_pretrained(folder, max_shard_size="10KB")
-    return folder
-
-
-def save_random_adapter(base: Path, folder: Path, **overrides: object) -> Path:
-    """An adapter that changes everything that it can, without a training."""
-    model = extended_model(base, torch.float32)
-    model = prepare_model(model, lora_config(model, **overrides))
-    torch.manual_seed(1)
-    for weight in model.parameters():
-        if weight.requires_grad:
-            weight.data.add_(torch.randn_like(weight), alpha=0.1)
-    save_adapter(model, folder)
-    return folder
-
-
-def assert_same_logits(adapter: Path, merged: Path, base: Path) -> None:
-    with torch.no_grad():
-        ids = tokens(2, 150)
-        want = load(adapter, dtype=torch.float32)(ids).logits
-        have = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)(ids).logits
-        before = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)(ids).logits
-    torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)
-    assert (have - before).abs().max() > 0.1
 
 
 @pytest.mark.parametrize(
@@ -231,30 +197,6 @@ def test_one_shard_is_in_memory_at_a_time(tmp_path: Path) -> None:
              for shard in ("8MB", "1GB")}  # fmt: skip
     assert len(list((tmp_path / "8MB").glob("*.safetensors"))) > 10
     assert peaks["8MB"] < size / 2 < size < peaks["1GB"], peaks
-
-
-def peak_while(action) -> int:  # type: ignore[no-untyped-def]
-    """Bytes by which the process grows at most."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is the present size
-    before = peak()
-    action()
-    return peak() - before
-
-
-def peak() -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return 1024 * int(line.split()[1])
-
-
-@contextmanager
-def files_up_to(size: int) -> Iterator[None]:
-    """No file can grow beyond that: a weight file finds the disk full."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_disk_that_is_full_leaves_nothing(tmp_path: Path, monkeypatch) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_merge import fp32_base, peak_while, save_random_adapter
 from transformers import (
     AutoModelForCausalLM,
     GraniteMoeConfig,
@@ -18,6 +17,7 @@ from transformers import (
 )
 
 from longlora_ext.adapter import load, merge
+from merged_models import fp32_base, peak_while, save_random_adapter
 from tiny_models import CONFIGS, tokens
 from tiny_training import save_base
 

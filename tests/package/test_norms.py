@@ -7,7 +7,6 @@ import torch
 import transformers
 from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file
-from test_merge import fp32_base, save_random_adapter
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -15,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from longlora_ext.adapter import load, lora_config, merge, prepare_model
 from longlora_ext.adapter._norms import names_for_peft, norms_of
+from merged_models import fp32_base, save_random_adapter
 from tiny_models import CONFIGS, tiny_model
 
 FULL = ["full_attention"] * 2

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from test_merge import fp32_base
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from longlora_ext.adapter import lora_config, merge, prepare_model, save_adapter
 from longlora_ext.config import context_length, extend_config
+from merged_models import fp32_base
 from tiny_models import CONFIGS, tokens
 
 OLDER = "4.57.*"

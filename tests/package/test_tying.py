@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_merge import save_random_adapter
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from finetune_runs import make_model, make_text, run, small_run
 from longlora_ext.adapter import load, load_base, merge, prepare_model, save_adapter
 from longlora_ext.config import extend_config
+from merged_models import save_random_adapter
 from tiny_models import tokens
 from tiny_training import CONTEXT, extended_model, save_base, train
 

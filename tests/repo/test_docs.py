@@ -19,11 +19,11 @@ from pathlib import Path
 
 import datasets
 import pytest
-from test_readme import README
 
 from app.runs import launch
 from finetune_runs import ROOT, environment
 
+README = (ROOT / "README.md").read_text()
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 TEXTS = {page.name: page.read_text() for page in PAGES}
