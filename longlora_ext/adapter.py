@@ -26,8 +26,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from longlora_ext._checkpoint import listed
-from longlora_ext._folders import appearing, on_first_process, refuse_to_overwrite
 from longlora_ext._config_file import complete_config
+from longlora_ext._folders import appearing, on_first_process, refuse_to_overwrite
 from longlora_ext._generation import keep_generation_config, save_generation_config
 from longlora_ext._load import load, load_base
 from longlora_ext._merge import merge

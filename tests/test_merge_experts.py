@@ -61,7 +61,9 @@ def test_experts_are_merged_by_shards_as_peft_merges_them(family: str, tmp_path:
     assert merged.keys() == before.keys() and len(list((tmp_path / "merged").glob("*.safetensors"))) > 3
     changed = {name for name, weight in merged.items() if not weight.equal(before[name])}
     trained = ("_proj.weight", "norm.weight", "embed_tokens.weight")
-    assert changed == {name for name in merged if name.endswith(trained) and ".mlp." not in name and ".shared" not in name}
+    assert changed == {
+        name for name in merged if name.endswith(trained) and ".mlp." not in name and ".shared" not in name
+    }
     by_peft = load(adapter, attn_implementation="sdpa").merge_and_unload()
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     for name, weight in by_peft.state_dict().items():

@@ -139,7 +139,9 @@ def test_a_run_of_all_weights_goes_on(tmp_path: Path) -> None:
     first = run(*arguments)
     assert first.returncode == 0, first.stderr
     saved = load_file(tmp_path / "run/model/model.safetensors")
-    assert not saved[OUTPUT].equal(load_file(base / "model.safetensors")[OUTPUT]) and not says_tied(tmp_path / "run/model")
+    assert not saved[OUTPUT].equal(load_file(base / "model.safetensors")[OUTPUT]) and not says_tied(
+        tmp_path / "run/model"
+    )
     arguments[arguments.index("--max_steps") + 1] = "4"
     further = run(*arguments, "--resume_from_checkpoint", "latest")
     assert further.returncode == 0, further.stderr
