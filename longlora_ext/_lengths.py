@@ -1,13 +1,87 @@
-"""The lengths that a config can mean. Each RoPE type has its own way to say how far a scaled model reads."""
+"""How long a context a config means: each RoPE type has its own way to say how far a scaled model reads."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 #: The length that a model was first trained at: a field of the config, or one of its RoPE parameters.
 ORIGINAL = "original_max_position_embeddings"
+
+
+def context_length(config: PreTrainedConfig) -> int:
+    """
+    The number of tokens that a model of this config is made for.
+
+    An extended config says it in `s2attn_context_length`. For any other it is `max_position_embeddings`, or, where that
+    is the length from before RoPE was scaled, as many times that length as the factor says: always for `"dynamic"`,
+    beyond whose `max_position_embeddings` transformers scales, and for types that name the original length, such as
+    `"yarn"`, where `max_position_embeddings` does not go beyond it. A config with linear scaling may leave that open.
+
+    Args:
+        config ([`~transformers.PreTrainedConfig`]):
+            An extended config or any other.
+
+    Raises:
+        `ValueError`: it has none, as models without positions, or with positions of another kind; or it can be read in
+            two ways, which the error names: [`settle_context`] chooses one.
+    """
+    found = possible_lengths(config)
+    if len(found) == 1:
+        return found[0]
+    longer, shorter = found
+    raise ValueError(
+        f"the model's RoPE is scaled by a factor of {config.rope_parameters['factor']:g} ({rope_type_of(config)}), and "
+        f"its config does not say whether max_position_embeddings, {config.max_position_embeddings}, is the length "
+        f"before that, so that it reads {longer} tokens, or after it, so that it reads {shorter}: pass "
+        f"present_context_length (--present_context_length) {longer} or {shorter}"
+    )
+
+
+def settle_context(config: PreTrainedConfig, present_context_length: int | None) -> PreTrainedConfig:
+    """
+    A config whose context is known.
+
+    Args:
+        config ([`~transformers.PreTrainedConfig`]):
+            Any config; it is not changed.
+        present_context_length (`int`, *optional*):
+            The tokens that a model of this config reads, where the config can be read in two ways (see
+            [`context_length`]). If it cannot, this must be what it says.
+
+    Returns:
+        [`~transformers.PreTrainedConfig`]: the config itself if nothing is given, or else a copy that says it.
+
+    Raises:
+        `ValueError`: that is no way to read the config.
+    """
+    if present_context_length is None:
+        return config
+    possible = possible_lengths(config)
+    if present_context_length not in possible:
+        raise ValueError(
+            f"present_context_length must be {' or '.join(map(str, possible))}, which is how the model's config can be "
+            f"read, but it is {present_context_length!r}"
+        )
+    settled = copy.deepcopy(config)
+    settled.s2attn_context_length = present_context_length
+    return settled
+
+
+def rope_type_of(config: PreTrainedConfig) -> str:
+    """
+    How the positions of a model of this config are scaled: `"default"` where they are not.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    types = [parameters.get("rope_type", "default") for parameters in (of_layer_types(rope) or {"all": rope}).values()]
+    return next((rope_type for rope_type in types if rope_type != "default"), "default")
+
+
+def of_layer_types(rope_parameters: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The RoPE parameters of each layer type, where a config has such: none if they are those of all layers."""
+    return {name: value for name, value in rope_parameters.items() if isinstance(value, dict)}
 
 
 def is_int(value: Any) -> bool:

@@ -16,8 +16,18 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from longlora_ext._lengths import ORIGINAL, is_int, named_original, possible_lengths
+from longlora_ext._lengths import (
+    ORIGINAL,
+    context_length,
+    is_int,
+    named_original,
+    of_layer_types,
+    rope_type_of,
+    settle_context,
+)
 from longlora_ext.attention import DEFAULT_GROUP_RATIO, even_group_size
+
+__all__ = ["CONFIG_FIELDS", "context_length", "extend_config", "fill_in_head_dim", "rope_type_of", "settle_context"]
 
 # The fields of ours on a config. A model without them is a plain transformers model.
 CONFIG_FIELDS = ("s2attn_group_size", "s2attn_mode", "s2attn_context_length")
@@ -30,79 +40,11 @@ _DEFAULTS: dict[str, dict[str, Any]] = {"llama3": {"low_freq_factor": 1.0, "high
 _STALE = ("attention_factor", "type")
 
 
-def context_length(config: PreTrainedConfig) -> int:
-    """
-    The number of tokens that a model of this config is made for.
-
-    An extended config says it in `s2attn_context_length`. For any other it is `max_position_embeddings`, or, where that
-    is the length from before RoPE was scaled, as many times that length as the factor says: always for `"dynamic"`,
-    beyond whose `max_position_embeddings` transformers scales, and for types that name the original length, such as
-    `"yarn"`, where `max_position_embeddings` does not go beyond it. A config with linear scaling may leave that open.
-
-    Args:
-        config ([`~transformers.PreTrainedConfig`]):
-            An extended config or any other.
-
-    Raises:
-        `ValueError`: it has none, as models without positions, or with positions of another kind; or it can be read in
-            two ways, which the error names: [`settle_context`] chooses one.
-    """
-    found = possible_lengths(config)
-    if len(found) == 1:
-        return found[0]
-    longer, shorter = found
-    raise ValueError(
-        f"the model's RoPE is scaled by a factor of {config.rope_parameters['factor']:g} ({rope_type_of(config)}), and "
-        f"its config does not say whether max_position_embeddings, {config.max_position_embeddings}, is the length "
-        f"before that, so that it reads {longer} tokens, or after it, so that it reads {shorter}: pass "
-        f"present_context_length (--present_context_length) {longer} or {shorter}"
-    )
-
-
-def settle_context(config: PreTrainedConfig, present_context_length: int | None) -> PreTrainedConfig:
-    """
-    A config whose context is known.
-
-    Args:
-        config ([`~transformers.PreTrainedConfig`]):
-            Any config; it is not changed.
-        present_context_length (`int`, *optional*):
-            The tokens that a model of this config reads, where the config can be read in two ways (see
-            [`context_length`]). If it cannot, this must be what it says.
-
-    Returns:
-        [`~transformers.PreTrainedConfig`]: the config itself if nothing is given, or else a copy that says it.
-
-    Raises:
-        `ValueError`: that is no way to read the config.
-    """
-    if present_context_length is None:
-        return config
-    possible = possible_lengths(config)
-    if present_context_length not in possible:
-        raise ValueError(
-            f"present_context_length must be {' or '.join(map(str, possible))}, which is how the model's config can be "
-            f"read, but it is {present_context_length!r}"
-        )
-    settled = copy.deepcopy(config)
-    settled.s2attn_context_length = present_context_length
-    return settled
-
-
 def fill_in_head_dim(config: PreTrainedConfig) -> None:
     """Give a config that leaves `head_dim` open the one that its model has. transformers computes the frequencies of a
     scaled RoPE with the field as it is."""
     if getattr(config, "head_dim", 0) is None:
         config.head_dim = config.hidden_size // config.num_attention_heads
-
-
-def rope_type_of(config: PreTrainedConfig) -> str:
-    """
-    How the positions of a model of this config are scaled: `"default"` where they are not.
-    """
-    rope = getattr(config, "rope_parameters", None) or {}
-    types = [parameters.get("rope_type", "default") for parameters in (_of_layer_types(rope) or {"all": rope}).values()]
-    return next((rope_type for rope_type in types if rope_type != "default"), "default")
 
 
 def extend_config(
@@ -151,7 +93,7 @@ def extend_config(
     Raises:
         `ValueError`: an argument is out of its range, or the config's RoPE cannot be extended as asked.
     """
-    layer_types = _of_layer_types(getattr(config, "rope_parameters", None) or {})
+    layer_types = of_layer_types(getattr(config, "rope_parameters", None) or {})
     if layer_types:
         config = _with_one_rope(config, layer_types)
     config = settle_context(config, present_context_length)
@@ -175,11 +117,6 @@ def extend_config(
     if layer_types:
         extended.rope_parameters = {layer_type: dict(extended.rope_parameters) for layer_type in layer_types}
     return extended
-
-
-def _of_layer_types(rope_parameters: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The RoPE parameters of each layer type, where a config has such: none if they are those of all layers."""
-    return {name: value for name, value in rope_parameters.items() if isinstance(value, dict)}
 
 
 def _with_one_rope(config: PreTrainedConfig, layer_types: dict[str, dict[str, Any]]) -> PreTrainedConfig:

@@ -31,9 +31,11 @@ def complete_config(folder: Path, **changes: Any) -> None:
 
 
 def _older_names(rope: dict[str, Any]) -> dict[str, Any]:
-    """The same RoPE as transformers 4 names it. Where layers differ, each model has names of its own."""
-    if any(isinstance(value, dict) for value in rope.values()):
+    """The same RoPE as transformers 4 names it. Where kinds of layers differ, each model has names of its own."""
+    kinds = [value for value in rope.values() if isinstance(value, dict)]
+    if any(kind != kinds[0] for kind in kinds):
         return {}
+    rope = kinds[0] if kinds else rope
     older = {name: rope[name] for name in _BESIDE if name in rope}
     scaled = rope.get("rope_type", "default") != "default"
     older["rope_scaling"] = {name: rope[name] for name in rope if name not in _BESIDE} if scaled else None

@@ -100,7 +100,7 @@ def import_longlora(
         ensure_weight_tying=bool(stored.is_tied and trained),
     )
     frozen = {name: stored.get(name) for name in shapes if len(shapes[name]) == 2 and name not in trained}
-    if parts := [name for name, weight in frozen.items() if weight is None]:
+    if parts := [name for name in frozen if name not in stored]:
         raise ValueError(f"cannot load the base model {base}: its files hold {min(parts)} in parts")
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     tied = {  # PEFT looks for a tied weight under all of its names

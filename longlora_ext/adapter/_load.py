@@ -51,8 +51,8 @@ def load(
 
     Raises:
         `FileNotFoundError`: the folder is not one of `save_adapter`, or lacks a file.
-        `ValueError`: the folder holds a model as well as an adapter, the base model is not the one that the adapter was trained on or does not fit into the GPUs of
-            `device_map`, weights are missing, or something cannot be read.
+        `ValueError`: the folder holds a model as well as an adapter, the base model is not the one that the adapter was
+            trained on or does not fit into the GPUs of `device_map`, weights are missing, or something cannot be read.
     """
     folder = Path(folder)
     from_pretrained_kwargs.setdefault("attn_implementation", NAME)
@@ -127,13 +127,14 @@ def check_one_model(folder: str | os.PathLike[str]) -> None:
     PEFT takes the other alone."""
     if all((Path(folder) / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ValueError(
-            f"{folder} holds a model (config.json) and an adapter (adapter_config.json), and which is meant cannot be "
-            "told: give each a folder of its own"
+            f"{folder} holds a model (config.json) and an adapter (adapter_config.json), and which is meant "
+            "is not clear: give each a folder of its own"
         )
 
 
 def weights_of_base(base: str, **hub_arguments: Any) -> Checkpoint:
     """The base model's weights, to be read one by one."""
+    check_one_model(base)
     with naming(f"the base model {base}"):
         files = weight_files(base, **hub_arguments)
         if not files:

@@ -66,8 +66,8 @@ def merge(
             The adapter folder.
         output_folder (`str` or `os.PathLike`):
             Must not exist, or be empty; it appears when it is complete. The tokenizer and `generation_config.json`
-            come along, from the adapter folder or else from the base model, and what says how the adapter was made (`run.json`,
-            `import.json`), if it is there.
+            come along, from the adapter folder or else from the base model, and what says how the adapter was made
+            (`run.json`, `import.json`), if it is there.
         base_model (`str`, *optional*):
             Where the base model is now, if not where it was in training.
         dtype (`torch.dtype` or `str`, *optional*):
@@ -148,9 +148,9 @@ def _tokenizer_folder(folder: Path, base: str) -> str | None:
 
 
 def _forget_ours(config: PreTrainedConfig) -> None:
-    """Leave a plain config, whose context is `max_position_embeddings`. Where that is another length, as for RoPE of the
-    type "dynamic", beyond whose old one transformers scales, or could be taken for another, the context stays in our
-    field, which others pass over."""
+    """Leave a plain config, whose context is `max_position_embeddings`. RoPE of the type "dynamic" needs the old length
+    there, beyond which transformers scales. Then, and where a config could be taken for one of another length, the
+    context stays in our field, which others pass over."""
     length = context_length(config)
     for name in CONFIG_FIELDS:
         if hasattr(config, name):
@@ -194,7 +194,7 @@ def _by_shards(
     weights = weights_of_base(base, **{name: hub[name] for name in hub if name != "trust_remote_code"})
     apply_record(config, record)
     stored = StoredModel(config, weights, base, hub.get("trust_remote_code", False))
-    if absent := [name for name in record["base_weights"] if stored.get(name) is None]:
+    if absent := [name for name in record["base_weights"] if name not in stored]:
         raise NeedsWholeModel(f"the base model's files have {min(absent)} in parts")
     check_weights(stored.get, record, base)
     check_tying(adapter.config, stored.is_tied, base)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -63,8 +64,12 @@ class StoredModel:
         """All names of a weight that is tied, or the one of any other."""
         return self._names_of.get(name, ())
 
-    def get(self, name: str) -> torch.Tensor | None:
-        """The weight of that name in the model, if a tensor of the files is it."""
+    def __contains__(self, name: str) -> bool:
+        """Whether a tensor of the files is the model's weight of that name."""
+        return any(to is not None and to in self.names_of(name) for to in self.becomes.values())
+
+    def get(self, name: str) -> Any:
+        """The weight of that name in the model, or `None` if no tensor of the files is it."""
         return next((self._weights.get(file) for file, to in self.becomes.items() if to in self.names_of(name)), None)
 
     def _check_complete(self, model: PreTrainedModel) -> None:

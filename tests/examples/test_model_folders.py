@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+from test_merge import save_random_adapter
+from transformers import AutoModelForCausalLM
 
 import evaluate
 import finetune_llama
 import generate
 import merge_adapter
 import plan
+from longlora_ext.adapter import load, load_base, lora_config, merge, prepare_model
+from tiny_training import save_base
 
 
 @pytest.fixture
@@ -49,6 +54,40 @@ def test_a_checkpoint_is_no_adapter(command, run_folder: Path, capsys) -> None:
         command(str(checkpoint))
     said = f"--resume_from_checkpoint {checkpoint} --max_steps 500 --output_dir NEW_FOLDER"
     assert said in capsys.readouterr().err
+
+
+@EVERYWHERE
+def test_a_folder_of_a_model_and_an_adapter_is_neither(command, run_folder: Path, capsys) -> None:
+    """transformers would put the adapter on the model, PEFT take the model's own base."""
+    both = run_folder / "adapter"
+    (both / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(SystemExit, match="2"):
+        command(str(both))
+    said = capsys.readouterr().err
+    assert "holds a model (config.json) and an adapter (adapter_config.json)" in said and "folder of its own" in said
+
+
+def test_nor_is_it_for_the_package(run_folder: Path, tmp_path: Path) -> None:
+    both = run_folder / "adapter"
+    (both / "config.json").write_text('{"model_type": "llama"}')
+    for use in (load, lambda folder: load_base(str(folder)), lambda folder: merge(folder, tmp_path / "merged")):
+        with pytest.raises(ValueError, match=r"adapter holds a model \(config.json\) and an adapter"):
+            use(both)
+
+
+def test_an_adapter_that_transformers_has_put_on_a_model_is_no_base(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    adapter = save_random_adapter(base, tmp_path / "adapter")
+    shutil.copytree(base, tmp_path / "both")
+    for path in adapter.iterdir():
+        shutil.copy(path, tmp_path / "both")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "both")
+    with pytest.raises(ValueError, match="the model has an adapter already: pass the base model"):
+        prepare_model(model, lora_config(model, modules_to_save=None))
+    with pytest.raises(ValueError, match="both holds a model"):
+        load(adapter, base_model=str(tmp_path / "both"))
+    with pytest.raises(ValueError, match="both holds a model"):
+        merge(adapter, tmp_path / "merged", base_model=str(tmp_path / "both"))
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,10 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from longlora_ext.adapter import lora_config, merge, prepare_model, save_adapter
+from longlora_ext.adapter._config_file import complete_config
 from longlora_ext.config import context_length, extend_config
 from merged_models import fp32_base
-from tiny_models import CONFIGS, tokens
+from tiny_models import CONFIGS, SIZES, tokens
 
 OLDER = "4.57.*"
 LONGROPE = {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 3.0, 4.0]}
@@ -81,6 +82,22 @@ def test_a_part_of_a_head_that_is_rotated_is_said_too(tmp_path: Path) -> None:
     written = json.loads((folder / "config.json").read_text())
     assert written["partial_rotary_factor"] == 0.5 and "partial_rotary_factor" not in written["rope_scaling"]
     assert AutoConfig.from_pretrained(folder).rope_parameters == written["rope_parameters"]
+
+
+def test_kinds_of_layers_that_are_scaled_alike(tmp_path: Path) -> None:
+    """As OLMo 3 has them; where they differ, as in Gemma 3, one name cannot say it."""
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+    kinds = {"full_attention": rope, "sliding_attention": dict(rope)}
+    sizes = {**SIZES, "layer_types": ["full_attention"] * 2, "sliding_window": None, "max_position_embeddings": 256}
+    transformers.Olmo3Config(**sizes, rope_parameters=kinds).save_pretrained(tmp_path)
+    before = AutoConfig.from_pretrained(tmp_path)
+    complete_config(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert (written["rope_theta"], written["rope_scaling"]["factor"]) == (1e4, 4.0)
+    assert AutoConfig.from_pretrained(tmp_path).rope_parameters == before.rope_parameters
+    transformers.Gemma3TextConfig().save_pretrained(tmp_path)
+    complete_config(tmp_path)
+    assert "rope_scaling" not in json.loads((tmp_path / "config.json").read_text())
 
 
 def test_head_dim_is_filled_in(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Models whose RoPE is scaled already: how far they read, and that extending them never takes anything back."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,10 @@ import torch
 from transformers import AutoConfig, HunYuanDenseV1Config, MixtralConfig, NemotronConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+import evaluate
 import finetune_llama
+import generate
+import plan
 from app.training.options import ModelOptions
 from longlora_ext.attention import group_size
 from longlora_ext.config import context_length, extend_config, settle_context
@@ -41,7 +45,7 @@ def test_linear_scaling_that_can_be_read_in_two_ways_is_asked_about(spelling: st
     for asking in (lambda: context_length(config), lambda: extend_config(config, 1024)):
         with pytest.raises(ValueError, match=both):
             asking()
-    with pytest.raises(ValueError, match="present_context_length must be 512 or 128, .* but it is 256"):
+    with pytest.raises(ValueError, match=r"present_context_length must be 512 or 128, .* but it is 256"):
         settle_context(config, 256)
     assert (context_length(settle_context(config, 512)), context_length(settle_context(config, 128))) == (512, 128)
     with pytest.raises(ValueError, match="reads 512 tokens, or after"):  # it was not changed
@@ -70,6 +74,42 @@ def test_the_trainer_asks_and_goes_on(tmp_path: Path) -> None:
     assert own.rope_parameters["factor"] == 4.0 and context_length(own) == 512 and group_size(own) == 128
     with pytest.raises(ValueError, match="--context_length 256 is less than the model's own 512"):
         finetune_llama.new_context(settle_context(config, 512), ModelOptions(context_length=256))
+
+
+PROGRAMS = pytest.mark.parametrize(
+    "program",
+    [
+        lambda *words: plan.main(["--model", *words]),
+        lambda *words: evaluate.main(["passkey", "--model", *words]),
+        lambda *words: generate.main(["--file", __file__, "--model", *words]),
+        lambda *words: finetune_llama.main(["--model_name_or_path", *words]),
+    ],
+    ids=["plan", "evaluate", "generate", "finetune_llama"],
+)
+
+
+@PROGRAMS
+def test_every_program_asks(program, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vicuna(tmp_path)
+    both = "reads 512 tokens, or after it, so that it reads 128: pass present_context_length (--present_context_length)"
+    with pytest.raises(SystemExit, match="2"):
+        program(str(tmp_path))
+    assert both in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        program(str(tmp_path), "--present_context_length", "64")
+    assert "present_context_length must be 512 or 128" in capsys.readouterr().err
+
+
+def test_the_programs_go_on_from_the_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vicuna(tmp_path)
+    plan.main(["--model", str(tmp_path), "--context", "1024", "--present_context_length", "512", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["model_context"], found["context"]) == (512, 1024)
+    words = ["--file", __file__, "--model", str(tmp_path), "--present_context_length", "512"]
+    for context, message in (("512", "above the model's present context of 512"), ("1024", "has no weights|no file")):
+        with pytest.raises(SystemExit, match="2"):
+            generate.main([*words, "--context_length", context])
+        assert re.search(message, capsys.readouterr().err)
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}

@@ -17,8 +17,8 @@ def check_run_folder(path: str) -> None:
     with a model and an adapter, of which one is meant."""
     if is_adapter(path) and (Path(path) / "config.json").is_file():
         raise ValueError(
-            "this folder holds a model (config.json) and an adapter (adapter_config.json), and which is meant cannot be "
-            "told: give each a folder of its own"
+            "this folder holds a model (config.json) and an adapter (adapter_config.json), and which is meant "
+            "is not clear: give each a folder of its own"
         )
     if is_adapter(path) and (Path(path) / MARKER).is_file():
         raise ValueError(

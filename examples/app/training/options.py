@@ -31,7 +31,7 @@ class ModelOptions:
         default=None,
         metadata={
             "help": "Tokens that the model reads as it is. To be given where its config can be read in two ways, which "
-            "an error says: its RoPE is scaled linearly, and max_position_embeddings is the length before or after that."
+            "an error says: RoPE is scaled linearly, and max_position_embeddings is the length before or after that."
         },
     )
     rope_type: str = field(
