@@ -82,16 +82,13 @@ step environment 30 bash -c environment
 step library 400 bash -c library
 
 if [[ $device == cpu ]]; then
-  step tests 100 python3 -m pytest -q -p no:cacheprovider tests/test_documents.py tests/test_op_errors.py
+  step tests 100 python3 -m pytest -q -p no:cacheprovider tests/op/test_documents.py tests/op/test_op_errors.py
   step finetune 150 bash -c 'finetune finetuned python3'
   step benchmark 100 python3 benchmarks/attention.py --device cpu --seqlen 256 512 --head_dim 64 --rounds 3 \
     --dtype float32 --output "$out/attention_cpu.json"
 else
   # Is it right? No time is taken here, so all of it runs beside each other.
-  step tests 150 python3 -m pytest -q -n 6 --maxfail=20 -p no:cacheprovider -k cuda tests/test_op_cuda.py \
-    tests/test_op_numerics.py tests/test_op_errors.py tests/test_op_torch.py tests/test_documents.py \
-    tests/test_attention.py tests/test_attention_refusals.py tests/test_checkpointing.py tests/test_loss.py \
-    tests/test_attention_generate.py &
+  step tests 150 python3 -m pytest -q -n 6 --maxfail=20 -p no:cacheprovider -m gpu tests/op tests/package &
   # Without torch's caching each tensor is an allocation of its own, so that reading past one shows.
   sanitize memcheck 150 PYTORCH_NO_CUDA_MEMORY_CACHING=1 &
   sanitize initcheck 150 PYTORCH_NO_CUDA_MEMORY_CACHING=1 &

@@ -1,5 +1,5 @@
-"""Passkey and multi-key retrieval (retrieval_task.py, prompts.py, heat_map.py in examples/app/evaluation), asked of models
-whose answers are known."""
+"""Passkey and multi-key retrieval (retrieval_task.py, prompts.py, heat_map.py in examples/app/evaluation), asked of
+models whose answers are known."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder of a run (run_folder.py in examples/app/runs): nothing is overwritten, and it belongs to one run at a time."""
+"""The folder of a run (examples/app/runs/run_folder.py): nothing is overwritten, and one run at a time has it."""
 
 from __future__ import annotations
 

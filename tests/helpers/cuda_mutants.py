@@ -64,7 +64,7 @@ def run_tests(tree: Path, expression: str, mutant: int = 0, *options: str) -> su
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", expression, *options]
     environment = {**os.environ, CHOSEN: str(mutant)}
     return subprocess.run(
-        [*command, "tests/test_cuda_emulated.py"], cwd=tree, env=environment, capture_output=True, text=True
+        [*command, "tests/kernels/test_cuda_emulated.py"], cwd=tree, env=environment, capture_output=True, text=True
     )
 
 
@@ -73,4 +73,8 @@ def build_kernels(tree: Path, kernels: Sequence[Kernel], sanitizer: str) -> Path
     wanted = ", ".join(f"simt_build.Kernel{tuple(kernel)}" for kernel in kernels)
     build = f"import simt_build; print(simt_build.build_kernels([{wanted}], {sanitizer!r}))"
     command = [sys.executable, "-c", build]
-    return Path(subprocess.run(command, cwd=tree / "tests", capture_output=True, text=True, check=True).stdout.strip())
+    return Path(
+        subprocess.run(
+            command, cwd=tree / "tests" / "helpers", capture_output=True, text=True, check=True
+        ).stdout.strip()
+    )

@@ -135,7 +135,7 @@ def test_no_mutant_no_failure(tree: Path) -> None:
 def test_mutants_are_found(tree: Path, number: int, name: str) -> None:
     test = MUTANTS[name].found_by
     result = run_tests(tree, f"{CONFIG} and {test}", number)
-    failed = re.search(f"FAILED tests/test_cuda_emulated.py::.*{test}", result.stdout)
+    failed = re.search(f"FAILED tests/kernels/test_cuda_emulated.py::.*{test}", result.stdout)
     crashed = re.search(rf"Fatal Python error: [\s\S]* in {test}", result.stderr)
     assert failed or crashed, result.stdout + result.stderr
 
@@ -149,5 +149,5 @@ def test_other_swizzle_is_found(tmp_path: Path) -> None:
     assert text.count("Swizzle<3, 3, 3>") == 1
     layouts.write_text(text.replace("Swizzle<3, 3, 3>", "Swizzle<2, 3, 3>"))
     result = run_tests(tree, f"{CONFIG} and {SHAPES}")
-    assert "FAILED tests/test_cuda_emulated.py" in result.stdout
+    assert "FAILED tests/kernels/test_cuda_emulated.py" in result.stdout
     assert re.search(r"assert \[[\d, ]*[1-9]", result.stdout), result.stdout
