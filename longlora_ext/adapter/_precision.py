@@ -78,7 +78,8 @@ def plain_name(name: str) -> str:
 def fp32_weight(parameter: torch.Tensor) -> torch.Tensor:
     """The whole weight in fp32: DeepSpeed's master if it keeps one, as the weight may be a rounding of it."""
     if isinstance(parameter, DTensor):  # where it is in the host's memory, the processes may only meet on their GPUs
-        return parameter.detach().to(parameter.device_mesh.device_type).full_tensor().float()
+        shard: Any = parameter.detach().to(parameter.device_mesh.device_type)
+        return shard.full_tensor().float()
     is_zero3 = hasattr(parameter, "ds_id")
     if not is_zero3 and not hasattr(parameter, "_hp_mapping"):
         return parameter.detach().float()

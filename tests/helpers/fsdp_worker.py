@@ -88,7 +88,8 @@ def gradients(folder: Path) -> None:
                     assert found[name] is not None, what
                     error = (found[name].full_tensor() - weight.grad).norm()
                     assert error <= 1e-4 * weight.grad.norm() + 1e-8, (what, error, weight.grad.norm())
-            alone.zero_grad(), shared.zero_grad()
+            alone.zero_grad()
+            shared.zero_grad()
 
 
 def checkpointed(model: nn.Module, **options: Any) -> nn.Module:
@@ -123,8 +124,9 @@ def from_above(model: nn.Module, **options: Any) -> nn.Module:
 
 def saving(folder: Path) -> None:
     """What is saved behind a step and a look at the result is the sharded fp32 weights, and no rounding of them."""
-    shardings = (by_layers, by_ends, checkpointed, offloaded, replicated, hybrid, from_above)
-    for tied, full, shard in product((True, False), (True, False), shardings):
+    cases = [*product((True, False), (True, False), (by_ends, checkpointed))]
+    cases += [(True, False, shard) for shard in (by_layers, offloaded, replicated, hybrid, from_above)]
+    for tied, full, shard in cases:
         output = folder / f"tied {tied}, full {full}, {shard.__name__}"
         model = prepared(folder / ("tied" if tied else "untied"), full, torch.bfloat16)
         computing_in_bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

@@ -130,21 +130,21 @@ def prepare_deepspeed() -> None:
         _join_on_cpu()
 
 
-def prepare_fsdp() -> str | None:
+def prepare_fsdp(on_cpu: bool, load_once: bool) -> None:
     """Make sure that the processes can share a model by FSDP.
 
-    Left to itself accelerate takes no notice of FSDP on a CPU, and each process keeps the whole model. So there the
-    process group is brought up here, for accelerate to take as it finds it (`USE_CONFIGURED_STATE`).
-
-    Returns:
-        The backend for processes that are to meet on their GPUs: what is offloaded to the host is added up there.
+    Args:
+        on_cpu: Bring the process group up here, for accelerate to take as it finds it (`use_configured_state`). Left to
+            itself accelerate takes no notice of FSDP on a CPU, and each process keeps the whole model.
+        load_once: Let transformers read the weights on the first process of a machine alone. It looks at the
+            environment for that, where accelerate's launcher would say so.
     """
-    if torch.accelerator.is_available():
-        return "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else None
-    from accelerate import DistributedType, PartialState
+    if load_once:
+        os.environ["ACCELERATE_USE_FSDP"] = "true"
+    if on_cpu:
+        from accelerate import DistributedType, PartialState
 
-    PartialState(cpu=True, backend="gloo").distributed_type = DistributedType.MULTI_GPU
-    return None
+        PartialState(cpu=True, backend="gloo").distributed_type = DistributedType.MULTI_GPU
 
 
 def _join_on_cpu() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.utils import parse_flag_from_env
 from transformers import PreTrainedModel, TrainingArguments
 
 from app.models.source import find_model
@@ -158,13 +159,7 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingArgum
             prepare_deepspeed()
             parser.set_defaults(accelerator_config=USE_CONFIGURED_STATE)
         if asked.fsdp:
-            backend = prepare_fsdp()
-            # Or each process holds the gradients of all weights until the last batch of a step.
-            every_batch = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
-            parser.set_defaults(accelerator_config=USE_CONFIGURED_STATE | every_batch, ddp_backend=backend)
-            # It advises FSDP's own activation checkpointing, in whose layers PEFT finds no adapter to save.
-            logging.getLogger("transformers.training_args").setLevel(logging.ERROR)
-            argv = [*argv, "--fsdp", "--fsdp_config", json.dumps(fsdp_config(asked))]
+            argv = [*argv, *_prepare_fsdp(parser, asked)]
         model, data, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
         if model.sequence_parallel_size > 1:
             training.parallelism_config = parallelism(model.sequence_parallel_size)
@@ -182,6 +177,25 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingArgum
     if os.path.isdir(model.model_name_or_path):
         model.model_name_or_path = os.path.abspath(model.model_name_or_path)
     return model, data, training
+
+
+def _prepare_fsdp(parser: Parser, asked: argparse.Namespace) -> list[str]:
+    """Get ready for FSDP; returns arguments for the Trainer that take the place of those that were given."""
+    config = fsdp_config(asked)
+    on_cpu = bool(asked.use_cpu) or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    prepare_fsdp(on_cpu, load_once=config["cpu_ram_efficient_loading"])
+    parser.set_defaults(
+        # Or each process holds the gradients of all weights until the last batch of a step.
+        accelerator_config={
+            "use_configured_state": on_cpu,
+            "gradient_accumulation_kwargs": {"sync_each_batch": True},
+        },
+        # What is offloaded to the host is added up there.
+        ddp_backend="cuda:nccl,cpu:gloo" if config["cpu_offload"] else None,
+    )
+    # It advises FSDP's own activation checkpointing, in whose layers PEFT finds no adapter to save.
+    logging.getLogger("transformers.training_args").setLevel(logging.ERROR)
+    return ["--fsdp", "--fsdp_config", json.dumps(config)]
 
 
 def _check_offload() -> None:

@@ -16,11 +16,13 @@ import accelerate
 import torch
 import transformers
 from packaging.version import Version
+from peft import PeftModel
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel, TrainingArguments
 
 #: What may stand behind --fsdp, and what it says in terms of --fsdp_config.
 WORDS: dict[str, dict[str, bool]] = {
+    "true": {},  # or nothing at all
     "full_shard": {"reshard_after_forward": True},
     "shard_grad_op": {"reshard_after_forward": False},
     "offload": {"cpu_offload": True},
@@ -34,6 +36,7 @@ FIELDS: dict[str, tuple[Any, ...]] = {
     "reshard_after_forward": (True, False),
     "cpu_offload": (True, False),
     "activation_checkpointing": (False,),
+    "cpu_ram_efficient_loading": (True, False),
     "state_dict_type": ("SHARDED_STATE_DICT", "FULL_STATE_DICT"),
     "auto_wrap_policy": ("TRANSFORMER_BASED_WRAP",),
     "transformer_layer_cls_to_wrap": (),  # names of classes of the model
@@ -50,13 +53,14 @@ def check_fsdp(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> No
         parser: Says what is wrong, and ends the program.
         asked: What `parser` made of it.
     """
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
+        parser.error(
+            "accelerate is configured for FSDP, and the Trainer would take half of it from there: take it out of that "
+            "configuration, and give --fsdp full_shard"
+        )
     if not asked.fsdp:
         if asked.fsdp_config:
             parser.error("--fsdp_config says nothing without --fsdp")
-        if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
-            parser.error(
-                "accelerate is configured for FSDP: take that out of its configuration, and give --fsdp full_shard"
-            )
         return
     for library, version in NEEDED.items():
         if Version(library.__version__).release < Version(version).release:
@@ -68,12 +72,13 @@ def check_fsdp(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> No
     instead = {
         "deepspeed": "DeepSpeed shards the same weights. Start the program with torchrun, without --deepspeed",
         "load_in_4bit": "weights in 4 bits go with ZeRO-2, or with torchrun alone",
-        "fp16": "it computes in bf16 or fp32: give --bf16",
+        "fp16": "it computes in bf16 or fp32. Give --bf16",
         "use_liger_kernel": "its loss reads weights that are sharded. Without it the loss is computed in tiles",
-        "torch_compile": "compiled models are not sharded",
-        "load_best_model_at_end": "which checkpoint is the best, the processes may not agree upon. docs/resume.md tells "
-        "how to make an adapter of any checkpoint",
+        "torch_compile": "a compiled model is not sharded",
+        "accelerator_config": "--fsdp fills it in",
         "auto_find_batch_size": "a model is sharded once. Give --per_device_train_batch_size",
+        "load_best_model_at_end": "the processes may take different checkpoints for the best. docs/resume.md has how "
+        "to make an adapter of a checkpoint",
     }
     for option, why in instead.items():
         if getattr(asked, option):
@@ -82,7 +87,7 @@ def check_fsdp(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> No
         parser.error("--fsdp needs processes to share the model: start the program with torchrun --nproc_per_node 2")
     if config["cpu_offload"] and not torch.accelerator.is_available():
         parser.error("--fsdp offload needs a GPU: on a CPU the weights are in host memory already")
-    if asked.save_only_model and config["state_dict_type"] == "SHARDED_STATE_DICT" and asked.fsdp_config:
+    if asked.save_only_model and config["state_dict_type"] == "SHARDED_STATE_DICT":
         parser.error('--save_only_model needs "state_dict_type": "FULL_STATE_DICT" in --fsdp_config')
 
 
@@ -98,18 +103,18 @@ def fsdp_config(asked: argparse.Namespace) -> dict[str, Any]:
         if name not in FIELDS:
             raise ValueError(f"--fsdp_config has {name!r}; with version 2 of FSDP it may have {', '.join(FIELDS)}")
         config[name] = _value(name, value)
-    words = [] if asked.fsdp is True else str(asked.fsdp).split()
+    words = str(asked.fsdp).lower().split()
     for word in words:
         if word in FIRST_VERSION_ONLY:
             raise ValueError(f"--fsdp {word} is of the first version of FSDP, which is not taken: give full_shard")
         if word not in WORDS:
-            raise ValueError(f"--fsdp must be of {', '.join(WORDS)}, got {word!r}")
+            raise ValueError(f"--fsdp must be {' or '.join(WORDS)}, got {word!r}")
         for name, value in WORDS[word].items():
             if config.setdefault(name, value) != value:
                 raise ValueError(f"--fsdp {word} and {name} = {json.dumps(config[name])} say different things")
     # The Trainer's own default gathers the whole model in the first process for each checkpoint.
     whole = "FULL_STATE_DICT" if asked.save_only_model else "SHARDED_STATE_DICT"
-    defaults = {"reshard_after_forward": True, "cpu_offload": False}
+    defaults = {"reshard_after_forward": True, "cpu_offload": False, "cpu_ram_efficient_loading": False}
     return {"version": 2, **defaults, "state_dict_type": whole, **config}
 
 
@@ -152,28 +157,31 @@ def compute_in(args: TrainingArguments, dtype: torch.dtype) -> None:
     accelerate's own policy would round to bf16 the gradients of the processes, the loss, and with all other arguments
     of the model the number of tokens that a step's loss is divided by.
     """
-    plugin: dict[str, Any] = args.fsdp_plugin_args  # type: ignore[assignment]
     if dtype != torch.float32:
-        plugin["mixed_precision_policy"] = MixedPrecisionPolicy(
+        args.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy(
             param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
 
 
-def choose_layers(args: TrainingArguments, model: torch.nn.Module) -> None:
-    """Settle which modules are gathered one at a time.
+def choose_layers(args: TrainingArguments, model: PreTrainedModel | PeftModel) -> None:
+    """Settle which modules of a prepared model are gathered one at a time.
 
     Raises:
-        ValueError: The model has none of those that are named, or names none itself.
+        ValueError: The model has none of those that are named, or names none itself; or it is one to load as a whole.
     """
     option = "--fsdp_config transformer_layer_cls_to_wrap"
-    plugin: dict[str, Any] = args.fsdp_plugin_args  # type: ignore[assignment]
     config: dict[str, Any] = args.fsdp_config  # type: ignore[assignment]
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     there = {type(module).__name__ for module in model.modules()}
     asked = config.get("transformer_layer_cls_to_wrap")
     if missing := set(asked or ()) - there:
         raise ValueError(f"{option}: the model has no module of the class {min(missing)}")
-    base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    if config["cpu_ram_efficient_loading"] and isinstance(model, PeftModel) and base.config.tie_word_embeddings:
+        raise ValueError(
+            "--fsdp_config cpu_ram_efficient_loading tears the tied embeddings of a model with an adapter apart: take "
+            "it out"
+        )
     layers = asked or sorted(set(base._no_split_modules or ()) & there)
     if not layers:
         raise ValueError(f"{type(base).__name__} does not say what its layers are: name their class by {option}")
-    plugin["transformer_cls_names_to_wrap"] = layers
+    args.fsdp_plugin_args["transformer_cls_names_to_wrap"] = layers

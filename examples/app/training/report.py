@@ -49,9 +49,9 @@ def banner(
         known = args.max_steps > 0 or options.dense_steps >= 1
         dense = dense_count(options.dense_steps, args.max_steps)
         tail = f"dense in the last {counted(dense, 'step') if known else format(options.dense_steps, '.0%')}, "
-    zero = (
-        f"ZeRO-{args.deepspeed_plugin.zero_stage}" if args.deepspeed_plugin else "FSDP" if args.fsdp else "no DeepSpeed"
-    )
+    sharding = "FSDP" if args.fsdp else "no DeepSpeed"
+    if args.deepspeed_plugin:
+        sharding = f"ZeRO-{args.deepspeed_plugin.zero_stage}"
     rows = {
         "model": f"{options.model_name_or_path} ({type(config).__name__.removesuffix('Config')})",
         "context": f"{old:,} -> {new:,} tokens" if new > old else f"{new:,} tokens, the model's own",
@@ -60,7 +60,7 @@ def banner(
         "training": f"{trained}: {trainable:,} of {total:,} weights, {dtype}",
         **_material(train, sequences),
         "steps": f"{steps}, {counted(batch, 'sequence')} in each, learning rate {args.learning_rate:g}",
-        "processes": f"{WORLD_SIZE}, {zero}{f', {shared} for each sequence' if shared > 1 else ''}",
+        "processes": f"{WORLD_SIZE}, {sharding}{f', {shared} for each sequence' if shared > 1 else ''}",
         "output": f"{args.output_dir}{f', going on from {checkpoint.name}' if checkpoint else ''}",
     }
     return "\n".join(["", *(f"{key + ':':<11}{value}" for key, value in rows.items()), ""])
