@@ -66,7 +66,8 @@ def check_documents_apart(model: nn.Module, *, packed: bool = True) -> None:
 
     Raises:
         `ValueError`: something leaks: what, how much of it, and the module where it begins. Or it cannot be found out:
-            the model takes no `position_ids`, its logits are not finite, or several processes share its sequences.
+            the model takes no `position_ids`, or several processes share its sequences already. (A model of NaN passes:
+            its loss tells.)
     """
     if sequence_parallel()[1] > 1:
         raise ValueError(
@@ -199,8 +200,6 @@ class _Probe:
         device = device_of(self.whole)
         with undisturbed(self.whole):
             logits: Tensor = self.model(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits
-        if not logits.isfinite().all():
-            raise ValueError(f"the logits of {type(self.base).__name__} are not finite: it cannot be trained")
         return logits
 
 
