@@ -234,9 +234,8 @@ def test_numbers_that_are_not_finite() -> None:
     model.model.norm.weight.data[3] = torch.nan
     check_documents_apart(model)
     model = with_layer(Gate())
-    model.model.layers[-1].mlp[0].register_forward_hook(
-        lambda module, args, output: output.where(output < 2, torch.nan)
-    )
+    gate = model.model.layers[-1].mlp[0]
+    gate.register_forward_hook(lambda module, args, output: output.where(output == args[0], torch.nan))
     with pytest.raises(ValueError, match="documents packed into one row see each other"):
         check_documents_apart(model)
 
