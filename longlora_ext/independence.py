@@ -32,11 +32,11 @@ __all__ = ["check_documents_apart"]
 
 #: Tokens of a row of the first experiment, which takes as many rows, and of the second, which takes three.
 SHORT, LONG = 16, 96
-#: A gradient below this share of a token's largest is rounding: of a convolution by FFT, say. Others give 0 itself.
-ROUNDING = 1e-7
-#: How far logits may move, as a share of how far those of changed tokens do. Experts compute a token together with
-#: others, and round otherwise if these are others; in 16 bits that may even choose another expert.
-TOLERANCE, TOLERANCE_IN_16_BITS = 1e-3, 0.25
+#: A gradient or a movement below this share of a token's own is none, as of a convolution by FFT. Others give 0 itself.
+NONE = 1e-7
+#: Experts compute a token together with others, and may round otherwise if these are others, which shows in a row that
+#: is not changed at all. Then logits may move so far, also in 16 bits, where rounding may choose another expert.
+ROUNDING, ROUNDING_IN_16_BITS = 1e-3, 0.1
 
 _OWN_ROWS = "give each document a row of its own (finetune_llama.py: --rows padded)"
 #: What may leak, and what to do about it; where there are several, the first is told.
@@ -136,20 +136,20 @@ class _Probe:
         shares = movement(self._logits(before), self._logits(after), changed)
         return {leak: largest(shares[row], ~changed[row]) for row, leak in enumerate(self.looked_for)}
 
-    def tolerance(self) -> float:
-        """How far logits may move in the dtype that the model computes in."""
+    def rounding(self) -> float:
+        """How far logits may move by rounding, in the dtype that the model computes in."""
         device = next(self.whole.parameters()).device.type
         dtypes = {weight.dtype for weight in self.whole.parameters() if weight.is_floating_point()}
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             dtypes.add(torch.get_autocast_dtype(device))
-        in_16_bits = any(torch.finfo(dtype).bits <= 16 for dtype in dtypes)
-        return TOLERANCE_IN_16_BITS if in_16_bits else TOLERANCE
+        return ROUNDING_IN_16_BITS if any(torch.finfo(dtype).bits <= 16 for dtype in dtypes) else ROUNDING
 
     def leaks(self) -> list[str]:
         """What leaks, as both experiments say."""
         exact = {} if self.is_sharded else self.influence()
-        moved, tolerance = self.movement(), self.tolerance()
-        return [leak for leak in _LEAKS if exact.get(leak, 0.0) > ROUNDING or moved.get(leak, 0.0) > tolerance]
+        moved = self.movement()
+        tolerance = self.rounding() if moved["rows"] else NONE
+        return [leak for leak in _LEAKS if exact.get(leak, 0.0) > NONE or moved.get(leak, 0.0) > tolerance]
 
     def refuse_leaks(self) -> None:
         """Raise `ValueError` for the first of `_LEAKS` that there is."""
