@@ -114,7 +114,7 @@ class _Probe:
             with torch.enable_grad():
                 logits = self._logits(rows.expand(rows.shape[1], -1))
                 own = logits.float().diagonal().T  # [tokens, vocabulary]
-                weights = torch.randn(own.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(own)
+                weights = torch.randn(own.shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(own)
                 gradients = torch.autograd.grad((own * weights).sum(), embeddings, allow_unused=True)
         finally:
             handle.remove()
@@ -173,7 +173,7 @@ class _Probe:
     def _rows(self, tokens: int, rows: int = 1) -> Tensor:
         """Random tokens, int64 [rows, tokens], the same on every process; fewer where the model takes no more."""
         tokens = min(tokens, getattr(self.config, "max_position_embeddings", None) or tokens)
-        random = torch.Generator().manual_seed(0)
+        random = torch.Generator("cpu").manual_seed(0)
         return torch.randint(self.config.vocab_size, (rows, tokens), generator=random, device="cpu")
 
     def _before_and_after(self) -> tuple[Tensor, Tensor, Tensor]:
