@@ -14,9 +14,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import pytest
 import torch
+from hypothesis import settings
 
 from longlora_ext.ops import has_cuda_kernels
 from runs import launch
+
+# On a busy machine any example may take long. Limits of time are those of patience.py.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 HAS_CUDA = torch.cuda.is_available() and has_cuda_kernels()
 

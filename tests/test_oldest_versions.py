@@ -16,7 +16,7 @@ except ImportError:  # Python 3.10, where pytest brings it under its older name
 
 ROOT = Path(__file__).resolve().parent.parent
 # Not with the oldest versions: kernels and builds, which do not depend on them; what is about the checkout alone;
-# bitsandbytes, which is no part of what is installed here; and finetune_zero, for its time.
+# bitsandbytes, which is no part of what is installed here; FSDP, which needs newer ones; and finetune_zero, for its time.
 LEFT_OUT = {
     "build",
     "cpu_exp2",
@@ -30,7 +30,7 @@ LEFT_OUT = {
 }
 LEFT_OUT |= {"op_cuda", "op_errors", "op_numerics", "op_torch"}
 LEFT_OUT |= {"benchmarks", "corpus", "docs", "readme", "tiny_llama", "oldest_versions"}
-LEFT_OUT |= {"qlora", "finetune_zero"}
+LEFT_OUT |= {"qlora", "fsdp", "finetune_zero"}
 TWO_AT_A_TIME = ["-n", "2", "--dist", "loadfile"]
 ALL = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
 
