@@ -23,6 +23,7 @@ from evaluate_runs import make_books, refusal, run
 from finetune_runs import CONTEXT, ROOT, deepspeed, environment, make_model, torchrun
 from longlora_ext.adapter import lora_config, merge, prepare_model, save_adapter
 from longlora_ext.config import extend_config
+from patience import patience
 from plain_perplexity import brute_force
 
 LONGER = 4 * CONTEXT
@@ -280,7 +281,7 @@ def test_two_processes_compute_what_one_computes(
         given = ["--model", model, "--context_length", 512, "--lengths", 400, 512, "--depths", 0, 1, "--trials", 2]
         table = "share of questions for the pass key that were answered exactly, 2 in each cell"
     command = [*launcher, str(ROOT / "examples" / "evaluate.py"), task, *map(str, given), "--output", "two"]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=patience())
     assert done.returncode == 0, done.stdout + done.stderr
     two = json.loads(Path("two/results.json").read_text())
     one = run(task, *given, output="one")
