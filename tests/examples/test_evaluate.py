@@ -296,3 +296,12 @@ def test_two_processes_compute_what_one_computes(
 def test_an_adapter_takes_no_other_context(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = refusal(capsys, "perplexity", "--model", adapter, "--context_length", 512)
     assert "an adapter brings the context that it was trained for" in said
+
+
+def test_of_a_folder_hidden_files_are_left_alone_and_names_are_no_patterns(tmp_path: Path) -> None:
+    for name in (".git/x.bin", "X.BIN", "a1.bin", "a[1].bin"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"ab")
+    found = perplexity_task._expanded(str(tmp_path))
+    assert [Path(file).name for file in found] == ["X.BIN", "a1.bin", "a[1].bin"]
+    assert perplexity_task._expanded(str(tmp_path / "a[1].bin")) == [str(tmp_path / "a[1].bin")]

@@ -191,7 +191,7 @@ def test_hub_dataset_is_loaded_with_its_config_and_split(monkeypatch: pytest.Mon
         asked.append((*args, kwargs))
         return datasets.Dataset.from_dict({"text": ["from the hub"]})
 
-    monkeypatch.setattr("inputs.files.datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("app.inputs.files.datasets.load_dataset", load_dataset)
     assert load_documents(["o/n", "o/n:c", "o/n:c:s"])["text"][:] == ["from the hub"] * 3
     ((_, rows),) = read_tables(["o/n"])
     assert rows["row"][:] == ['{"text": "from the hub"}']
@@ -321,7 +321,7 @@ def test_stopped_by_hand_it_begins_anew(tmp_path: Path, monkeypatch: pytest.Monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("inputs.cache._Builder._table", stop)
+        patched.setattr("app.inputs.cache._Builder._table", stop)
         with pytest.raises(KeyboardInterrupt):
             load_documents([str(text)])
     assert not list((tmp_path / "cache").rglob("*.arrow"))
