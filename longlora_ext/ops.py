@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +16,6 @@ try:
     torch.ops.load_library(_LIBRARY)
 except OSError as error:
     raise ImportError(f"{_LIBRARY} cannot be loaded: {error.__cause__ or error}") from error  # torch says no reason
-
-#: Bytes of shared memory that a block of the CUDA kernels needs, the most of forward and backward pass, by the head
-#: dimension that they are compiled for, into which smaller ones are padded.
-SHARED_MEMORY = {64: 165_888, 128: 164_864, 256: 147_968}
 
 
 def s2attn(
@@ -87,43 +82,21 @@ def has_cuda_kernels() -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key("longlora::s2attn_fwd", "CUDA")
 
 
-def why_unsupported(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> str | None:
-    """
-    Why `s2attn` cannot run there, forward and backward, as far as that is known without trying.
+def why_unsupported(
+    device: torch.device | str, dtype: torch.dtype, head_dim: int, *, backward: bool = True
+) -> str | None:
+    """Why `s2attn` cannot run there, whatever the other shapes. The library answers, by the limits of its kernels.
 
     Args:
-        device (`torch.device` or `str`): Where the tensors would be.
+        device (`torch.device` or `str`): Where the tensors would be. "cuda" is the current GPU.
         dtype (`torch.dtype`): What they would be of.
         head_dim (`int`): Their last dimension.
+        backward (`bool`): The backward pass is needed too. It takes more of a GPU than the forward.
 
     Returns:
         `str`: The reason, in words that go on after a colon; `None` if there is none.
     """
-    device = torch.device(device)
-    if head_dim % 8 or not 8 <= head_dim <= 256:
-        return f"head_dim must be a multiple of 8 from 8 to 256, but is {head_dim}"
-    dtypes = [torch.bfloat16, torch.float16, *([] if device.type == "cuda" else [torch.float32, torch.float64])]
-    if device.type not in ("cpu", "cuda", "meta"):
-        return f"there are kernels for CPUs and CUDA, and none for {device.type}"
-    if dtype not in dtypes:
-        names = [str(dtype).removeprefix("torch.") for dtype in (*dtypes, dtype)]
-        return f"{device.type} takes {', '.join(names[:-2])} and {names[-2]}, but the dtype is {names[-1]}"
-    if device.type != "cuda":
-        return None
-    if not has_cuda_kernels():
-        return "this build of longlora_ext has no CUDA kernels"
-    if not torch.cuda.is_available():
-        return "torch finds no GPU"
-    gpu: Any = torch.cuda.get_device_properties(device)
-    if gpu.major < 8:
-        return f"{gpu.name} has compute capability {gpu.major}.{gpu.minor}, but the CUDA kernels need 8.0 or newer"
-    offered, needed = gpu.shared_memory_per_block_optin, SHARED_MEMORY[min(d for d in SHARED_MEMORY if d >= head_dim)]
-    if offered < needed:
-        return (
-            f"{gpu.name} offers {offered:,} bytes of shared memory to a block, but the kernels of head_dim {head_dim} "
-            f"need {needed:,}"
-        )
-    return None
+    return torch.ops.longlora.why_unsupported(torch.device(device), dtype, head_dim, backward=backward) or None
 
 
 def check_runs(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> None:

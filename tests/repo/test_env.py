@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -15,53 +14,17 @@ import torch
 
 import longlora_ext
 from app.models.suitable import check_kernels
-from finetune_runs import ROOT
-from longlora_ext import env, ops
+from longlora_ext import attention, env, ops
 from longlora_ext.attention import _has_kernel
 from longlora_ext.ops import why_unsupported
 from tiny_models import tiny_config
 
-H100 = (9, 0, 232_448)
-#: What a GPU is, and what of the operator it lacks: compute capability, bytes of shared memory for a block, head dim.
-GPUS = {
-    "H100": (H100, 128, None),
-    "A100": ((8, 0, 166_912), 64, None),
-    "V100": ((7, 0, 98_304), 64, "compute capability 7.0, but the CUDA kernels need 8.0 or newer"),
-    "RTX 4090": ((8, 9, 101_376), 64, "offers 101,376 bytes of shared memory to a block"),
-    "RTX 5090": ((12, 0, 101_376), 80, "but the kernels of head_dim 80 need 164,864"),
-    "a byte too few": ((8, 0, 165_887), 8, "need 165,888"),
-    "enough for one alone": ((8, 0, 150_000), 256, None),
-    "160 KiB": ((8, 0, 160 * 1024), 128, "need 164,864"),
-}  # fmt: skip
 
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch):
-    """A machine with a GPU, for what only asks."""
-
-    def with_gpu(major: int, minor: int, shared: int) -> None:
-        found = SimpleNamespace(major=major, minor=minor, shared_memory_per_block_optin=shared, name="a GPU")
-        monkeypatch.setattr(ops, "has_cuda_kernels", lambda: True)
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
-
-    return with_gpu
-
-
-@pytest.mark.parametrize("name", GPUS)
-def test_what_a_gpu_lacks_is_known_without_trying(name: str, gpu) -> None:
-    capability, head_dim, lacks = GPUS[name]
-    gpu(*capability)
-    for dtype in (torch.bfloat16, torch.float16):
-        reason = why_unsupported(torch.device("cuda"), dtype, head_dim)
-        assert (reason is None) == (lacks is None) and (lacks or "") in (reason or "")
-    assert "takes bfloat16 and float16, but the dtype is float32" in why_unsupported("cuda", torch.float32, head_dim)
-
-
-def test_a_build_without_cuda_kernels(gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu(*H100)
-    monkeypatch.setattr(ops, "has_cuda_kernels", lambda: False)
-    assert "this build of longlora_ext has no CUDA kernels" in why_unsupported("cuda", torch.bfloat16, 64)
+def test_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU lacks, test_cuda_host.py asks of one that the emulator makes up."""
+    reason = "this build of longlora_ext has no CUDA kernels"
+    for module in (attention, ops):
+        monkeypatch.setattr(module, "why_unsupported", lambda *where: reason)
     query = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, shape=(1, 2, 8, 64))
     assert not _has_kernel(query)
     with pytest.raises(ValueError, match=r"S2-Attn does not run here, on cuda in torch\.bfloat16: this build"):
@@ -70,7 +33,7 @@ def test_a_build_without_cuda_kernels(gpu, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("other", ["mps", "xpu", "hpu"])
 def test_other_devices(other: str) -> None:
-    assert why_unsupported(other, torch.bfloat16, 64) == f"there are kernels for CPUs and CUDA, and none for {other}"
+    assert "there are kernels for the CPU and CUDA alone" in str(why_unsupported(other, torch.bfloat16, 64))
 
 
 @pytest.mark.parametrize("head_dim", [0, 4, 8, 12, 64, 100, 128, 256, 257, 264])
@@ -83,18 +46,6 @@ def test_on_a_cpu_it_says_what_the_operator_does(dtype: torch.dtype, head_dim: i
     except RuntimeError:
         runs = False
     assert runs == (why_unsupported("cpu", dtype, head_dim) is None)
-
-
-def test_the_kernels_need_as_much_shared_memory_as_the_compiler_says() -> None:
-    compiled = json.loads((ROOT / "benchmarks" / "results" / "resources.json").read_text())["kernels"]
-    for head_dim, needed in ops.SHARED_MEMORY.items():
-        sizes = [
-            kernel["tile"]["dynamic_shared"]
-            for kernel in compiled
-            if kernel["head_dim"] == head_dim and "tile" in kernel
-        ]
-        assert max(sizes) == needed
-    assert {kernel["head_dim"] for kernel in compiled} == set(ops.SHARED_MEMORY)
 
 
 # The report -------------------------------------------------------------------------------------------------
