@@ -16,7 +16,8 @@ except ImportError:  # Python 3.10, where pytest brings it under its older name
 
 ROOT = Path(__file__).resolve().parent.parent
 # Not with the oldest versions: kernels and builds, which do not depend on them; what is about the checkout alone;
-# bitsandbytes, which is no part of what is installed here; FSDP, which needs newer ones; and finetune_zero, for its time.
+# bitsandbytes, which is no part of what is installed here; FSDP, which needs newer ones; and finetune_zero, for its
+# time.
 LEFT_OUT = {
     "build",
     "cpu_exp2",
