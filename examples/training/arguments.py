@@ -51,8 +51,8 @@ HELP = {
     "is none. Or the folder of a checkpoint.",
     "deepspeed": "DeepSpeed's configuration, a JSON file. Default: examples/ds_configs/zero2.json if deepspeed starts "
     "the program, else none.",
-    "fsdp": "Shard the model over the processes by torch's FSDP, without DeepSpeed: full_shard, or shard_grad_op, which "
-    'needs more memory and sends less; either with offload, to the host\'s memory ("full_shard offload"). Start the '
+    "fsdp": "Shard the model over the processes by torch's FSDP, without DeepSpeed: full_shard; or shard_grad_op, that "
+    'takes more memory and sends less; either with offload, to the host\'s memory ("full_shard offload"). Start the '
     "program with torchrun.",
     "fsdp_config": f"More about that, a JSON file or object with {', '.join(FIELDS)}. docs/gpus.md tells of them.",
     "use_cpu": "Train on the CPU. Default: where there is no GPU.",
