@@ -1,4 +1,7 @@
-"""Two tiers: `pytest` covers every feature, `pytest --full` adds what is slow (old versions, sweeps, long shapes)."""
+"""Two tiers: `pytest` covers every feature, `pytest --full` adds what is slow (old versions, sweeps, long shapes).
+
+LONGLORA_TEST_PATIENCE=3 multiplies all limits of time (patience.py), on a machine with much else to do.
+"""
 
 import os
 from collections.abc import Iterator

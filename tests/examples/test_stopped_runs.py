@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import resource
@@ -10,12 +11,15 @@ import subprocess
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from traceback import StackSummary
 
 import psutil
 import pytest
+from torch.distributed.checkpoint import CheckpointException
 
 import finetune_llama
 from app.runs.checkpoints import complete_checkpoints, find_resumable
+from app.runs.full_disk import writing_to
 from finetune_runs import SCRIPT, deepspeed, environment, losses, make_model, make_text, small_run, torchrun
 from patience import patience, wait_until
 
@@ -68,6 +72,16 @@ def test_a_full_disk_is_one_clear_error_and_the_run_goes_on_when_there_is_room(
     finetune_llama.main(arguments)
     assert f"going on from checkpoint-{step}" in capsys.readouterr().out
     assert losses(tmp_path / "out") == pytest.approx(losses(undisturbed), abs=1e-6)
+
+
+def test_a_full_disk_shows_in_a_sharded_checkpoint_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What torch raises on all processes of FSDP when one of them cannot write its shard."""
+    with pytest.raises(SystemExit), writing_to(tmp_path):
+        raise CheckpointException("write", {1: (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), StackSummary())})
+    said = capsys.readouterr().err
+    assert f"{tmp_path} cannot be written to: No space left on device. The run has stopped" in said
+    with pytest.raises(CheckpointException), writing_to(tmp_path):
+        raise CheckpointException("read", {1: (KeyError("weight"), StackSummary())})
 
 
 def trainers(launcher: int) -> list[psutil.Process]:

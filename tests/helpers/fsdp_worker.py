@@ -22,7 +22,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 
-from longlora_ext.adapter import load, lora_config, prepare_model, save_adapter
+from longlora_ext.adapter import load, lora_config, merge, prepare_model, save_adapter
 from longlora_ext.loss import tile_loss
 from tiny_models import VOCABULARY, tokens
 from tiny_training import extended_model
@@ -151,6 +151,8 @@ def saving(folder: Path) -> None:
             assert torch.equal(saved[name], master), f"{output.name}: {name}"
         assert set(saved) - set(names) <= {name for name in saved if tied and name.endswith("lm_head.weight")}
         load(output)
+        if not full and dist.get_rank() == 0:
+            merge(output, output.with_name(f"{output.name} merged"))
 
 
 def first_version(folder: Path) -> None:

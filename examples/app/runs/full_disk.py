@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+from torch.distributed.checkpoint import CheckpointException
 
 from app.runs.checkpoints import complete_checkpoints
 from app.runs.launch import fail
@@ -28,7 +29,7 @@ def writing_to(folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
         text = str(error)
         reason = next((reason for reason in REASONS if reason in text), None)
         if reason is None and not any(writer in text for writer in TORCH_WRITERS):

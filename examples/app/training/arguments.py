@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from app.models.source import find_model
 from app.runs.command_line import EXAMPLES, HelpFormatter, Parser, is_given, one_clear_error
 from app.runs.launch import USE_CONFIGURED_STATE, WORLD_SIZE, by_deepspeed, fail, prepare_deepspeed, prepare_fsdp
-from app.training.fsdp import compute_in, fsdp_config
+from app.training.fsdp import FIELDS, compute_in, fsdp_config
 from app.training.options import DataOptions, ModelOptions, TrainingOptions
 from app.training.recipe import (
     CHECKPOINTING,
@@ -38,7 +38,7 @@ Extend the context of a Llama-like model with shifted short attention (LongLoRA)
 Without arguments it extends the tiny Llama that ships with the project fourfold, on the text of Python's
 standard library, and shows what that changed; a few minutes on two CPU cores. Started by `deepspeed`, it
 trains under ZeRO-2 unless --deepspeed names another configuration (examples/ds_configs/: zero2, zero3,
-zero3_offload).
+zero3_offload). Without DeepSpeed, started by `torchrun`, --fsdp full_shard does what ZeRO-3 does.
 
 Below are all options: first this program's own, then those of transformers' TrainingArguments, then examples. The
 defaults are those for the tiny Llama; with --model_name_or_path MODEL, --help shows those for a model of your own.
@@ -52,6 +52,10 @@ HELP = {
     "is none. Or the folder of a checkpoint.",
     "deepspeed": "DeepSpeed's configuration, a JSON file. Default: examples/ds_configs/zero2.json if deepspeed starts "
     "the program, else none.",
+    "fsdp": "Shard the model over the processes by torch's FSDP, without DeepSpeed: full_shard; or shard_grad_op, that "
+    'takes more memory and sends less; either with offload, to the host\'s memory ("full_shard offload"). Start the '
+    "program with torchrun.",
+    "fsdp_config": f"More about that, a JSON file or object with {', '.join(FIELDS)}. docs/gpus.md tells of them.",
     "use_cpu": "Train on the CPU. Default: where there is no GPU.",
     "do_train": argparse.SUPPRESS,  # these three are for scripts that look at them
     "do_eval": argparse.SUPPRESS,
@@ -70,6 +74,10 @@ examples:
   to 32768 tokens under ZeRO-3, YaRN instead of linear scaling, attention in groups of 4096:
     deepspeed examples/finetune_llama.py --model_name_or_path my/llama --train_file 'data/*.jsonl' \\
         --context_length 32768 --rope_type yarn --group_size 4096 --deepspeed examples/ds_configs/zero3.json
+
+  the same without DeepSpeed, on 8 GPUs
+    torchrun --nproc_per_node 8 examples/finetune_llama.py --model_name_or_path my/llama --train_file 'data/*.jsonl' \\
+        --context_length 32768 --rope_type yarn --group_size 4096 --fsdp full_shard
 
   to answer questions (LongAlpaca's JSON, or JSON Lines of chat messages), with the loss on the answers alone:
     deepspeed examples/finetune_llama.py --task sft --train_file examples/data/questions.jsonl --max_steps 12
