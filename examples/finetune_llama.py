@@ -38,8 +38,7 @@ import longlora_ext.attention  # noqa: F401  (registers attn_implementation="s2a
 from app.inputs.chat import give_template
 from app.inputs.corpus import stdlib_documents
 from app.inputs.files import load_documents
-from app.inputs.packed import PackedSequences
-from app.inputs.samples import SampleRows, Samples, hold_out_samples, pad_rows, read_samples
+from app.inputs.samples import Samples, hold_out_samples, read_samples
 from app.inputs.tokens import Tokenised, hold_out, tokenise
 from app.models.convert_gguf import convert_gguf
 from app.models.folders import check_model_folder
@@ -73,6 +72,7 @@ from app.training.ulysses import UlyssesTrainer, check_sequence_parallel
 from longlora_ext.adapter import is_tied, load_base, lora_config, prepare_model, save_adapter, stop_at
 from longlora_ext.adapter._load import MADE_BASE
 from longlora_ext.config import DEFAULT_GROUP_RATIO, config_for, context_length, rope_type_of, settle_context
+from longlora_ext.data import PackedSequences, SampleRows, pad_rows
 from longlora_ext.loss import refusal, tile_loss
 
 
@@ -109,9 +109,9 @@ def main(argv: Sequence[str]) -> None:
         train, held_out = read(text, tokenizer, context, args, day)
         padding = padding_token(tokenizer, base_config)
         sequences, eval_sequences = (
-            SampleRows(part, context, padding, packed=text.rows == "packed")
+            SampleRows(part.rows, context, padding, packed=text.rows == "packed")
             if isinstance(part, Samples)
-            else PackedSequences(part, context, padding, own_rows=text.rows == "padded")
+            else PackedSequences(part.arrow_ids, context, padding, own_rows=text.rows == "padded")
             for part in (train, held_out)
         )
         check_tokens(base_config, train, held_out)

@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig, TrainingArguments
 
-from app.inputs.packed import PackedSequences
-from app.inputs.samples import SampleRows, Samples
+from app.inputs.samples import Samples
 from app.inputs.tokens import Tokenised
 from app.runs.command_line import EXAMPLES
 from app.runs.launch import WORLD_SIZE
@@ -21,6 +20,7 @@ from app.training.measure import Measurement
 from app.training.options import ModelOptions
 from longlora_ext.adapter._norms import norms_of
 from longlora_ext.config import context_length, group_size
+from longlora_ext.data import PackedSequences, SampleRows
 
 
 def banner(
