@@ -10,7 +10,6 @@ the training, and what it changed.
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 import sys
@@ -39,8 +38,7 @@ import longlora_ext.attention  # noqa: F401  (registers attn_implementation="s2a
 from app.inputs.chat import give_template
 from app.inputs.corpus import stdlib_documents
 from app.inputs.files import load_documents
-from app.inputs.packed import PackedSequences
-from app.inputs.samples import SampleRows, Samples, hold_out_samples, pad_rows, read_samples
+from app.inputs.samples import Samples, hold_out_samples, read_samples
 from app.inputs.tokens import Tokenised, hold_out, tokenise
 from app.models.convert_gguf import convert_gguf
 from app.models.folders import check_model_folder
@@ -73,8 +71,8 @@ from app.training.template_date import SETTING, template_date
 from app.training.ulysses import UlyssesTrainer, check_sequence_parallel
 from longlora_ext.adapter import is_tied, load_base, lora_config, prepare_model, save_adapter, stop_at
 from longlora_ext.adapter._load import MADE_BASE
-from longlora_ext.attention import DEFAULT_GROUP_RATIO, even_group_size
-from longlora_ext.config import context_length, extend_config, rope_type_of, settle_context
+from longlora_ext.config import DEFAULT_GROUP_RATIO, config_for, context_length, rope_type_of, settle_context
+from longlora_ext.data import PackedSequences, SampleRows, pad_rows
 from longlora_ext.loss import refusal, tile_loss
 
 
@@ -111,9 +109,9 @@ def main(argv: Sequence[str]) -> None:
         train, held_out = read(text, tokenizer, context, args, day)
         padding = padding_token(tokenizer, base_config)
         sequences, eval_sequences = (
-            SampleRows(part, context, padding, packed=text.rows == "packed")
+            SampleRows(part.rows, context, padding, packed=text.rows == "packed")
             if isinstance(part, Samples)
-            else PackedSequences(part, context, padding, own_rows=text.rows == "padded")
+            else PackedSequences(part.arrow_ids, context, padding, own_rows=text.rows == "padded")
             for part in (train, held_out)
         )
         check_tokens(base_config, train, held_out)
@@ -201,24 +199,18 @@ def new_context(base_config: PreTrainedConfig, options: ModelOptions) -> PreTrai
     if options.context_length is None and rope_type_of(base_config) != "default":
         say(f"note: the model's RoPE is scaled already, to {old:,} tokens; --context_length {old} leaves it at that")
     check_context("--context_length", new, old)
-    ratio = options.group_ratio or DEFAULT_GROUP_RATIO
-    if new > old:
-        return extend_config(
-            base_config,
-            new,
-            rope_type=options.rope_type,
-            rope_parameters=json.loads(options.rope_parameters or "{}"),
-            group_ratio=ratio,
-            group_size=options.group_size,
-        )
-    if options.rope_parameters or options.rope_type != "linear":
+    if new == old and (options.rope_parameters or options.rope_type != "linear"):
         raise ValueError(f"--context_length {new} is the model's own: RoPE is not scaled for it")
-    if (options.group_size or 0) > new:
+    if new == old and (options.group_size or 0) > new:
         raise ValueError(f"--group_size {options.group_size} is more than the context of {new}")
-    config = copy.deepcopy(base_config)
-    config.s2attn_context_length = new
-    config.s2attn_group_size = options.group_size or even_group_size(new * ratio)
-    return config
+    return config_for(
+        base_config,
+        new,
+        rope_type=options.rope_type,
+        rope_parameters=json.loads(options.rope_parameters or "{}"),
+        group_ratio=options.group_ratio or DEFAULT_GROUP_RATIO,
+        group_size=options.group_size,
+    )
 
 
 def spare_logits(model: PreTrainedModel | PeftModel) -> None:

@@ -9,6 +9,8 @@ from transformers import PreTrainedConfig
 
 #: The length that a model was first trained at: a field of the config, or one of its RoPE parameters.
 ORIGINAL = "original_max_position_embeddings"
+#: The field of ours that says how many tokens a model reads.
+CONTEXT_LENGTH = "s2attn_context_length"
 
 
 def context_length(config: PreTrainedConfig) -> int:
@@ -102,7 +104,7 @@ def possible_lengths(config: PreTrainedConfig) -> tuple[int, ...]:
     Raises:
         `ValueError`: the config has no context.
     """
-    ours: Any = getattr(config, "s2attn_context_length", None)
+    ours: Any = getattr(config, CONTEXT_LENGTH, None)
     length: Any = ours or getattr(config, "max_position_embeddings", None)
     if not is_int(length) or length < 1:
         raise ValueError(f"{type(config).__name__} has no max_position_embeddings: it has no context to speak of")

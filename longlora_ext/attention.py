@@ -27,11 +27,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from longlora_ext._mask import attention_window, check_masks_of, dense_mask, own_mask, s2attn_mask
 from longlora_ext._ulysses import first_shifted_head
+from longlora_ext.config import attention_mode, group_size
 from longlora_ext.documents import (
     doc_start_from_cu_seqlens,
     doc_start_from_position_ids,
@@ -39,18 +40,12 @@ from longlora_ext.documents import (
 from longlora_ext.ops import s2attn, why_unsupported
 
 __all__ = [
-    "DEFAULT_GROUP_RATIO",
-    "MODES",
     "NAME",
     "attention_window",
-    "even_group_size",
-    "group_size",
     "s2attn_forward",
 ]
 
 NAME = "s2attn"
-MODES = ("auto", "s2", "dense")
-DEFAULT_GROUP_RATIO = 0.25
 
 # Arguments with which some models extend plain attention, and what each stands for. The op has none of them.
 _UNSUPPORTED = {
@@ -61,34 +56,9 @@ _UNSUPPORTED = {
 }
 
 
-def even_group_size(tokens: float) -> int:
-    """The largest even group size of at most `tokens` tokens, at least 2."""
-    return max(2, int(tokens) // 2 * 2)
-
-
-def group_size(config: PreTrainedConfig) -> int:
-    """
-    The group size that a model of this config trains with, in tokens.
-
-    Args:
-        config ([`~transformers.PreTrainedConfig`]):
-            `s2attn_group_size` if it has one, otherwise a quarter of `max_position_embeddings`, made even.
-
-    Raises:
-        `ValueError`: `s2attn_group_size` is not a positive even integer.
-    """
-    size = getattr(config, "s2attn_group_size", None)
-    if size is None:
-        return even_group_size(config.max_position_embeddings * DEFAULT_GROUP_RATIO)
-    if isinstance(size, bool) or not isinstance(size, int) or size < 2 or size % 2:
-        raise ValueError(f"config.s2attn_group_size must be a positive even integer, but it is {size!r}")
-    return size
-
-
 def _wants_s2(module: torch.nn.Module) -> bool:
-    mode: Any = getattr(module.config, "s2attn_mode", None) or "auto"
-    if mode not in MODES:
-        raise ValueError(f"config.s2attn_mode must be one of {', '.join(map(repr, MODES))}, but it is {mode!r}")
+    config: Any = module.config
+    mode = attention_mode(config)
     return mode == "s2" or (mode == "auto" and module.training)
 
 

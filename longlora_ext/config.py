@@ -1,7 +1,9 @@
-"""Context extension: the change of a model's config that lets it read further.
+"""The fields of ours on a model's config, and the change of a config that lets a model read further.
 
 The RoPE parameters are part of the config, so the change is made before the model is built, and it is saved
 with it:
+
+    import longlora_ext.attention  # registers attn_implementation="s2attn"
 
     config = extend_config(AutoConfig.from_pretrained(name), 32768)
     model = AutoModelForCausalLM.from_pretrained(name, config=config, attn_implementation="s2attn")
@@ -10,41 +12,132 @@ with it:
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
 from transformers import PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from longlora_ext._lengths import (
-    ORIGINAL,
-    context_length,
-    is_int,
-    named_original,
-    of_layer_types,
-    rope_type_of,
-    settle_context,
-)
-from longlora_ext.attention import DEFAULT_GROUP_RATIO, even_group_size
+from longlora_ext._lengths import CONTEXT_LENGTH, context_length, is_int, of_layer_types, rope_type_of, settle_context
+from longlora_ext._rope import check_rope, extended_rope, fill_in_head_dim, original_of_linear, with_one_rope
 
-__all__ = ["CONFIG_FIELDS", "context_length", "extend_config", "fill_in_head_dim", "rope_type_of", "settle_context"]
+__all__ = [
+    "CONFIG_FIELDS",
+    "DEFAULT_GROUP_RATIO",
+    "MODE",
+    "MODES",
+    "attention_mode",
+    "config_for",
+    "context_length",
+    "even_group_size",
+    "extend_config",
+    "fill_in_head_dim",
+    "group_size",
+    "rope_type_of",
+    "settle_context",
+]
 
+GROUP_SIZE = "s2attn_group_size"
+MODE = "s2attn_mode"
 # The fields of ours on a config. A model without them is a plain transformers model.
-CONFIG_FIELDS = ("s2attn_group_size", "s2attn_mode", "s2attn_context_length")
+CONFIG_FIELDS = (GROUP_SIZE, MODE, CONTEXT_LENGTH)
 
-# Types whose parameters name the length the model was first trained at, and what they need besides a factor.
-_NEEDS_ORIGINAL = ("yarn", "llama3", "longrope")
-_DEFAULTS: dict[str, dict[str, Any]] = {"llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0}}
-# Not kept: transformers computes attention_factor from the factor if it is absent, and that of a smaller factor must
-# not stay; "type" is the old name of rope_type.
-_STALE = ("attention_factor", "type")
+MODES = ("auto", "s2", "dense")
+DEFAULT_GROUP_RATIO = 0.25
 
 
-def fill_in_head_dim(config: PreTrainedConfig) -> None:
-    """Give a config that leaves `head_dim` open the one that its model has. transformers computes the frequencies of a
-    scaled RoPE with the field as it is."""
-    if getattr(config, "head_dim", 0) is None:
-        config.head_dim = config.hidden_size // config.num_attention_heads
+def even_group_size(tokens: float) -> int:
+    """The largest even group size of at most `tokens` tokens, at least 2."""
+    return max(2, int(tokens) // 2 * 2)
+
+
+def group_size(config: PreTrainedConfig) -> int:
+    """
+    The group size that a model of this config trains with, in tokens.
+
+    Args:
+        config ([`~transformers.PreTrainedConfig`]):
+            `s2attn_group_size` if it has one, otherwise a quarter of `max_position_embeddings`, made even.
+
+    Raises:
+        `ValueError`: `s2attn_group_size` is not a positive even integer.
+    """
+    size = getattr(config, GROUP_SIZE, None)
+    if size is None:
+        return even_group_size(config.max_position_embeddings * DEFAULT_GROUP_RATIO)
+    if isinstance(size, bool) or not isinstance(size, int) or size < 2 or size % 2:
+        raise ValueError(f"config.s2attn_group_size must be a positive even integer, but it is {size!r}")
+    return size
+
+
+def attention_mode(config: PreTrainedConfig) -> str:
+    """
+    Which attention a model of this config computes: one of `MODES`, `"auto"` if the config does not say.
+
+    Raises:
+        `ValueError`: `s2attn_mode` is none of them.
+    """
+    mode: Any = getattr(config, MODE, None) or "auto"
+    if mode not in MODES:
+        raise ValueError(f"config.s2attn_mode must be one of {', '.join(map(repr, MODES))}, but it is {mode!r}")
+    return mode
+
+
+def config_for(
+    config: PreTrainedConfig,
+    context_length: int | None = None,
+    *,
+    rope_type: str | None = None,
+    rope_parameters: dict[str, Any] | None = None,
+    present_context_length: int | None = None,
+    group_ratio: float = DEFAULT_GROUP_RATIO,
+    group_size: int | None = None,
+) -> PreTrainedConfig:
+    """
+    A copy of a model's config to train with, for a longer context or for the model's own.
+
+    A longer context is that of [`extend_config`]. For the model's own, RoPE stays as it is.
+
+    Args:
+        config ([`~transformers.PreTrainedConfig`]):
+            The base model's config; it is not changed.
+        context_length (`int`, *optional*):
+            The context to train at, in tokens, at least the model's own, which is the default.
+        rope_type (`str`, *optional*):
+            How RoPE is scaled for a longer context, as for [`extend_config`]. Default: as it is scaled already, or
+            `"linear"`.
+        rope_parameters, present_context_length, group_ratio, group_size:
+            As for [`extend_config`].
+
+    Returns:
+        [`~transformers.PreTrainedConfig`]: with `s2attn_context_length` and `s2attn_group_size`.
+
+    Raises:
+        `ValueError`: an argument is out of its range, the context is shorter than the model's own, scaling is asked for
+            but the context is the model's own, or RoPE cannot be extended as asked.
+    """
+    config = settle_context(config, present_context_length)
+    own = _own_length(config)
+    if context_length is None:
+        context_length = own
+    if not is_int(context_length) or context_length < own:
+        raise ValueError(
+            f"context_length must be an integer of at least the model's own {own} tokens, but it is {context_length!r}"
+        )
+    if context_length > own:
+        scaled = rope_type_of(config)
+        return extend_config(
+            config,
+            context_length,
+            rope_type=rope_type or ("linear" if scaled == "default" else scaled),
+            rope_parameters=rope_parameters,
+            group_ratio=group_ratio,
+            group_size=group_size,
+        )
+    if rope_parameters or rope_type not in (None, "linear"):
+        raise ValueError(f"context_length {context_length} is the model's own: RoPE is not scaled for it")
+    config = copy.deepcopy(config)
+    config.s2attn_context_length = context_length
+    config.s2attn_group_size = _group_size(context_length, group_ratio, group_size)
+    return config
 
 
 def extend_config(
@@ -95,7 +188,7 @@ def extend_config(
     """
     layer_types = of_layer_types(getattr(config, "rope_parameters", None) or {})
     if layer_types:
-        config = _with_one_rope(config, layer_types)
+        config = with_one_rope(config, layer_types)
     config = settle_context(config, present_context_length)
     present = _present_length(config)
     if not is_int(context_length) or context_length <= present:
@@ -106,30 +199,21 @@ def extend_config(
     extended = copy.deepcopy(config)
     extended.s2attn_group_size = _group_size(context_length, group_ratio, group_size)
     extended.s2attn_context_length = context_length
-    new = _extended_rope(config, context_length, rope_type, dict(rope_parameters or {}))
+    new = extended_rope(config, context_length, rope_type, dict(rope_parameters or {}))
     if rope_type != "dynamic":
         extended.max_position_embeddings = context_length
     if rope_type == "linear":
-        extended.original_max_position_embeddings = _original_of_linear(config, present)
+        extended.original_max_position_embeddings = original_of_linear(config, present)
     extended.rope_parameters = new
     fill_in_head_dim(extended)
-    _check_rope(extended, rope_type)
+    check_rope(extended, rope_type)
     if layer_types:
         extended.rope_parameters = {layer_type: dict(extended.rope_parameters) for layer_type in layer_types}
     return extended
 
 
-def _with_one_rope(config: PreTrainedConfig, layer_types: dict[str, dict[str, Any]]) -> PreTrainedConfig:
-    """A copy of a config whose layer types have the same RoPE parameters, with these for all layers."""
-    first, *others = layer_types.values()
-    if any(other != first for other in others):
-        raise ValueError(
-            f"this model has different RoPE parameters for different layers ({', '.join(layer_types)}): it cannot be "
-            "extended"
-        )
-    flat = copy.deepcopy(config)
-    flat.rope_parameters = dict(first)
-    return flat
+def _own_length(config: PreTrainedConfig) -> int:
+    return context_length(config)
 
 
 def _present_length(config: PreTrainedConfig) -> int:
@@ -151,78 +235,3 @@ def _group_size(context: int, ratio: float, size: int | None) -> int:
     if not 0 < ratio <= 1:
         raise ValueError(f"group_ratio must be above 0 and at most 1, but it is {ratio!r}")
     return even_group_size(context * ratio)
-
-
-def _extended_rope(config: PreTrainedConfig, context: int, rope_type: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The new `rope_parameters`: those that stay, the factor, and over both what the caller gave."""
-    present = dict(config.rope_parameters)
-    if rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS:
-        raise ValueError(f"rope_type must be one of default, {', '.join(ROPE_INIT_FUNCTIONS)}, but it is {rope_type!r}")
-    if given.get("rope_type", rope_type) != rope_type:
-        raise ValueError(f"rope_parameters say rope_type {given['rope_type']!r}, but rope_type is {rope_type!r}")
-    if rope_type == "longrope" and not {"short_factor", "long_factor"} <= given.keys():
-        raise ValueError(
-            "rope_type 'longrope' needs rope_parameters with short_factor and long_factor: they are found by "
-            "a search, not computed from the context length"
-        )
-    present_type = rope_type_of(config)
-    if present_type not in ("default", rope_type):
-        raise ValueError(
-            f"this model's RoPE is scaled with rope_type {present_type!r} already and cannot be extended "
-            f"with {rope_type!r}: pass rope_type={present_type!r}"
-        )
-    new = {key: value for key, value in present.items() if key not in _STALE}
-    new["rope_type"] = rope_type
-    if rope_type == "default":
-        return {**new, **given}
-    original = config.max_position_embeddings
-    if rope_type in _NEEDS_ORIGINAL:
-        original = named_original(config) or original
-        new[ORIGINAL] = original
-    factor = float(math.ceil(context / original))
-    if rope_type == present_type == "linear":
-        factor = float(present["factor"] * math.ceil(context / _present_length(config)))
-    if rope_type == present_type == "llama3":
-        factor = float(math.ceil(present["factor"] * context / _present_length(config)))
-    for key, value in _DEFAULTS.get(rope_type, {}).items():
-        new.setdefault(key, value)
-    extended = {**new, "factor": factor, **given}
-    if present_type == rope_type and _number(extended["factor"]) < _number(present.get("factor")):
-        raise ValueError(
-            f"this model's RoPE is scaled by a factor of {present['factor']:g} already, which cannot become "
-            f"{extended['factor']:g}: a factor never becomes smaller"
-        )
-    return extended
-
-
-def _number(factor: Any) -> float:
-    """A factor to compare. What is none is found out where frequencies are computed with it."""
-    return factor if isinstance(factor, (int, float)) else math.nan
-
-
-def _original_of_linear(config: PreTrainedConfig, present: int) -> int:
-    """The length that a model was first trained at, before RoPE was ever scaled."""
-    if rope_type_of(config) == "default":
-        return present
-    named = named_original(config)
-    return named if named and named < present else int(present / config.rope_parameters["factor"])
-
-
-def _check_rope(config: PreTrainedConfig, rope_type: str) -> None:
-    """
-    Compute the frequencies once, so that a wrong parameter is reported here and not when the model is built.
-    """
-    theta = config.rope_parameters.get("rope_theta")
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < math.inf:
-        raise ValueError(f"rope_theta must be a finite number above 0, but it is {theta!r}")
-    if rope_type == "default":
-        return
-    try:
-        config.validate_rope()
-        frequencies, _ = ROPE_INIT_FUNCTIONS[rope_type](config, "cpu", seq_len=context_length(config))
-    except (KeyError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
-        raise ValueError(
-            f"rope_parameters {config.rope_parameters} do not fit rope_type {rope_type!r}: {error}"
-        ) from error
-    if not bool(frequencies.isfinite().all()) or not bool((frequencies >= 0).all()):
-        raise ValueError(f"rope_parameters {config.rope_parameters} give frequencies that are not finite and positive")

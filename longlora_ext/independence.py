@@ -27,6 +27,7 @@ from longlora_ext._sharded import device_of, gathered, is_sharded
 from longlora_ext._ulysses import sequence_parallel
 from longlora_ext.adapter import _unwrapped
 from longlora_ext.attention import NAME
+from longlora_ext.config import MODE
 
 __all__ = ["check_documents_apart"]
 
@@ -77,7 +78,7 @@ def check_documents_apart(model: nn.Module, *, packed: bool = True) -> None:
     probe = _Probe(model, packed)
     with torch.no_grad(), in_training(probe.whole), gathered(model):
         for mode in _modes(probe.config):
-            with setting(probe.config, "s2attn_mode", mode):
+            with setting(probe.config, MODE, mode):
                 probe.refuse_leaks()
 
 
@@ -205,5 +206,5 @@ class _Probe:
 
 def _modes(config: Any) -> list[str | None]:
     """The modes of attention to try: the model's own, and for S2-Attn dense attention too, which runs may end with."""
-    own = getattr(config, "s2attn_mode", None)
+    own = getattr(config, MODE, None)
     return [own, "dense"] if config._attn_implementation == NAME and own != "dense" else [own]

@@ -14,16 +14,15 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import finetune_llama
 from app.evaluation.perplexity import sliding_window_perplexity
 from app.inputs.chat import LLAMA_2
-from app.inputs.samples import FEATURES, SampleRows, Samples, hold_out_samples, pack, pad_rows, read_samples
+from app.inputs.samples import FEATURES, Samples, hold_out_samples, read_samples
 from byte_tokens import ASKED, FORGETFUL, PLAIN, byte_tokenizer
 from finetune_runs import ROOT, losses, make_model, small_run
+from longlora_ext.data import SampleRows, pad_rows
 from tiny_models import tiny_model
 
 PAD = 0
@@ -47,7 +46,7 @@ def samples(*lengths: int) -> Samples:
 
 
 def test_packed_rows_by_hand() -> None:
-    rows = SampleRows(samples(3, 6, 4), 8, PAD, packed=True)
+    rows = SampleRows(samples(3, 6, 4).rows, 8, PAD, packed=True)
     assert [{name: values.tolist() for name, values in rows[i].items()} for i in range(len(rows))] == [
         {
             "input_ids": [20, 21, 22, 23, 24, 25, PAD, PAD],
@@ -64,7 +63,7 @@ def test_packed_rows_by_hand() -> None:
 
 
 def test_padded_rows_by_hand() -> None:
-    rows = SampleRows(samples(3, 5), 8, PAD, packed=False)
+    rows = SampleRows(samples(3, 5).rows, 8, PAD, packed=False)
     batch = pad_rows([rows[0], rows[1]], PAD)
     assert {name: values.tolist() for name, values in batch.items()} == {
         "input_ids": [[10, 11, 12, PAD, PAD], [20, 21, 22, 23, 24]],
@@ -73,23 +72,12 @@ def test_padded_rows_by_hand() -> None:
     }
 
 
-@settings(max_examples=100, deadline=None)
-@given(lengths=st.lists(st.integers(1, 20), max_size=40))
-def test_every_sample_is_packed_once_and_rows_are_few(lengths: list[int]) -> None:
-    rows = pack(lengths, 20)
-    assert sorted(sample for row in rows for sample in row) == list(range(len(lengths)))
-    filled = [sum(lengths[sample] for sample in row) for row in rows]
-    assert all(0 < tokens <= 20 for tokens in filled)
-    assert sum(tokens <= 10 for tokens in filled) <= 1  # or two of them would have been one
-    assert len(rows) <= math.ceil(1.5 * sum(lengths) / 20) + 1
-
-
 def test_samples_learn_the_same_in_any_row() -> None:
     """Packed, padded or alone: the losses of a sample's answers do not depend on what else is in the batch."""
     model, few = tiny_model().train(), samples(5, 9, 4, 7)
     totals = []
     for packed in (True, False):
-        rows = SampleRows(few, 16, PAD, packed=packed)
+        rows = SampleRows(few.rows, 16, PAD, packed=packed)
         batch = pad_rows([rows[i] for i in range(len(rows))], PAD)
         labels = batch.pop("labels")
         assert (labels != -100).sum() == 8
@@ -108,9 +96,9 @@ def test_fingerprint_sees_labels_and_rows() -> None:
     few = samples(5, 9)
     other = few.input_ids.map(lambda row: {"labels": [-100, *row["labels"][1:-1], -100]}, features=FEATURES)
     prints = [
-        SampleRows(few, 16, PAD, packed=True).fingerprint(),
-        SampleRows(few, 16, PAD, packed=False).fingerprint(),
-        SampleRows(Samples(other), 16, PAD, packed=True).fingerprint(),
+        SampleRows(few.rows, 16, PAD, packed=True).fingerprint(),
+        SampleRows(few.rows, 16, PAD, packed=False).fingerprint(),
+        SampleRows(Samples(other).rows, 16, PAD, packed=True).fingerprint(),
     ]
     assert prints[0]["train_sha256"] == prints[1]["train_sha256"] != prints[2]["train_sha256"]
     assert [found["rows"] for found in prints] == ["packed", "padded", "packed"]

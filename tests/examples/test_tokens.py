@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import longlora_ext.attention  # noqa: F401
-from app.inputs.packed import PackedSequences
 from app.inputs.tokens import hold_out, tokenise
+from longlora_ext.data import PackedSequences
 from tiny_texts import PAD, character_tokenizer, tokenised
 
 
@@ -50,7 +50,7 @@ def test_long_documents_are_tokenised_whole() -> None:
 
 def test_text_without_any_document() -> None:
     result = tokenise(["", ""], character_tokenizer())
-    assert (result.tokens, result.empty, len(PackedSequences(result, 8, PAD))) == (0, 2, 0)
+    assert (result.tokens, result.empty, len(PackedSequences(result.arrow_ids, 8, PAD))) == (0, 2, 0)
 
 
 @settings(max_examples=50, deadline=None)
@@ -65,7 +65,7 @@ def test_held_out_documents_are_not_trained_on(lengths: list[int]) -> None:
     )
     if len(lengths) > 1:
         assert len(held_out.lengths) == max(1, len(lengths) // 20)
-    PackedSequences(held_out, 8, PAD)[0]  # a selection of rows packs like any other
+    PackedSequences(held_out.arrow_ids, 8, PAD)[0]  # a selection of rows packs like any other
 
 
 def test_largest_id() -> None:

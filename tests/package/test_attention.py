@@ -5,6 +5,7 @@ import torch
 from transformers import LlamaConfig, PreTrainedModel
 
 import longlora_ext.attention as attention
+from longlora_ext.config import group_size
 from packed_rows import packed, pad, positions_of
 from tiny_models import CONFIGS, assert_close, deterministic, mask_of, op_dtype, tiny_model, tokens
 
@@ -153,7 +154,7 @@ def test_the_scale_of_the_layer_is_used(training: bool) -> None:
 
 @pytest.mark.parametrize("context, size", [(64, 16), (70, 16), (4, 2), (8192, 2048)])
 def test_group_size_is_a_quarter_of_the_context_without_a_field(context: int, size: int) -> None:
-    assert attention.group_size(LlamaConfig(max_position_embeddings=context)) == size
+    assert group_size(LlamaConfig(max_position_embeddings=context)) == size
 
 
 @pytest.mark.parametrize("size", [0, -4, 7, 8.0, "8", True])

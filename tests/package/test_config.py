@@ -16,8 +16,7 @@ from transformers import (
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from longlora_ext.adapter._record import apply_record, read_record, write_record
-from longlora_ext.attention import group_size
-from longlora_ext.config import CONFIG_FIELDS, context_length, extend_config, rope_type_of
+from longlora_ext.config import CONFIG_FIELDS, config_for, context_length, extend_config, group_size, rope_type_of
 from tiny_models import tiny_config
 
 LONGROPE = {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 3.0, 4.0]}
@@ -172,6 +171,32 @@ def test_yarn_forgets_an_attention_factor_of_the_old_length() -> None:
 )
 def test_group_size(options: dict[str, float], size: int) -> None:
     assert group_size(extend_config(base(), 256, **options)) == size
+
+
+def test_a_config_for_the_models_own_context_leaves_rope_alone() -> None:
+    own = base()
+    for context in (None, 64):
+        config = config_for(own, context, group_ratio=0.5)
+        assert (context_length(config), group_size(config), config.rope_parameters) == (64, 32, own.rope_parameters)
+    assert not hasattr(own, "s2attn_context_length") and not hasattr(own, "s2attn_group_size")
+    for asked in ({"rope_type": "yarn"}, {"rope_parameters": {"factor": 2.0}}):
+        with pytest.raises(ValueError, match="context_length 64 is the model's own: RoPE is not scaled for it"):
+            config_for(own, **asked)
+    with pytest.raises(ValueError, match="group_size must be an even integer from 2 to the context of 64"):
+        config_for(own, group_size=128)
+    for context in (32, 64.0, True):
+        with pytest.raises(ValueError, match=f"at least the model's own 64 tokens, but it is {context}"):
+            config_for(own, context)
+
+
+def test_a_config_for_a_longer_context_is_the_extended_one() -> None:
+    assert config_for(base(), 256).to_dict() == extend_config(base(), 256).to_dict()
+    scaled = base(rope_parameters=LLAMA3)  # which extend_config has to be told
+    assert config_for(scaled, 256).to_dict() == extend_config(scaled, 256, rope_type="llama3").to_dict()
+    with pytest.raises(ValueError, match="pass rope_type='llama3'"):
+        config_for(scaled, 256, rope_type="linear")
+    read = {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}
+    assert context_length(config_for(base(**read), present_context_length=128)) == 128
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,15 @@
-"""Documents in sequences of one length (examples/app/inputs/packed.py)."""
+"""Documents in sequences of one length (longlora_ext/data.py)."""
 
 from __future__ import annotations
 
+import math
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,13 +17,13 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import longlora_ext.attention  # noqa: F401
-from app.inputs.packed import PackedSequences
 from app.training.report import _material
+from longlora_ext.data import PackedSequences, SampleRows, pack, pad_rows
 from tiny_texts import PAD, tokenised
 
 
 def test_packing_by_hand() -> None:
-    packed = PackedSequences(tokenised([[10, 11, 12], [20], [30, 31, 32, 33, 34, 35]]), 4, PAD)
+    packed = PackedSequences(tokenised([[10, 11, 12], [20], [30, 31, 32, 33, 34, 35]]).arrow_ids, 4, PAD)
     rows = [{name: values.tolist() for name, values in packed[i].items()} for i in range(len(packed))]
     assert rows == [
         {"input_ids": [10, 11, 12, 20], "position_ids": [0, 1, 2, 0], "labels": [-100, 11, 12, -100]},
@@ -38,7 +45,7 @@ def test_packing_loses_nothing_and_keeps_documents_apart(lengths: list[int], con
     # Token 1000 * d + p is token p of document d, so what a sequence holds tells where it is from.
     documents = tokenised([[1000 * (d + 1) + p for p in range(n)] for d, n in enumerate(lengths)], chunks)
     order = [documents.ids(d) for d in range(len(lengths))]
-    packed = PackedSequences(documents, context, PAD)
+    packed = PackedSequences(documents.arrow_ids, context, PAD)
     sequences = [packed[i] for i in range(len(packed))]
 
     assert all(v.shape == (context,) and v.dtype == torch.int64 for s in sequences for v in s.values())
@@ -63,7 +70,7 @@ def test_packing_loses_nothing_and_keeps_documents_apart(lengths: list[int], con
 def test_no_sequence_is_a_single_token() -> None:
     """Which has no target; but for a text of one token, that its lack of targets be told."""
     text = tokenised([[10, 11, 12], [20, 21]])
-    packed = PackedSequences(text, 4, PAD)
+    packed = PackedSequences(text.arrow_ids, 4, PAD)
     assert (
         _material(text, packed)["sequences"]
         == "1 of 4 tokens, 0 of them padding; the last token of the text is left out"
@@ -71,15 +78,15 @@ def test_no_sequence_is_a_single_token() -> None:
     assert (len(packed), packed.tokens, packed.targets, packed.padding) == (1, 4, 2, 0)
     assert packed.fingerprint()["train_tokens"] == 5
     assert packed[0]["input_ids"].tolist() == [10, 11, 12, 20]
-    whole = PackedSequences(tokenised([[10, 11, 12], [20, 21, 22]]), 4, PAD)
+    whole = PackedSequences(tokenised([[10, 11, 12], [20, 21, 22]]).arrow_ids, 4, PAD)
     assert (len(whole), whole.tokens, whole.padding) == (2, 6, 2)
-    alone = PackedSequences(tokenised([[10]]), 4, PAD)
+    alone = PackedSequences(tokenised([[10]]).arrow_ids, 4, PAD)
     assert (len(alone), alone.tokens, alone.targets) == (1, 1, 0)
 
 
 def test_context_of_one_token_is_refused() -> None:
     with pytest.raises(ValueError, match="context_length must be 2 or more, got 1"):
-        PackedSequences(tokenised([[1, 2]]), 1, PAD)
+        PackedSequences(tokenised([[1, 2]]).arrow_ids, 1, PAD)
 
 
 def test_packed_documents_do_not_see_each_other_in_training() -> None:
@@ -92,7 +99,7 @@ def test_packed_documents_do_not_see_each_other_in_training() -> None:
     first, second = list(range(2, 13)), list(range(20, 39))
     logits = []
     for changed in (0, 1):
-        packed = PackedSequences(tokenised([[token + changed for token in first], second]), 32, PAD)
+        packed = PackedSequences(tokenised([[token + changed for token in first], second]).arrow_ids, 32, PAD)
         batch = {name: values[None] for name, values in packed[0].items()}
         logits.append(model(**batch, use_cache=False).logits[0])
     assert not torch.equal(logits[0][: len(first)], logits[1][: len(first)])
@@ -103,7 +110,7 @@ def test_packed_documents_do_not_see_each_other_in_training() -> None:
 @settings(max_examples=50, deadline=None)
 @given(lengths=st.lists(st.integers(0, 12), max_size=12), context=st.integers(2, 9))
 def test_targets_are_the_labels(lengths: list[int], context: int) -> None:
-    packed = PackedSequences(tokenised([[5] * n for n in lengths]), context, PAD)
+    packed = PackedSequences(tokenised([[5] * n for n in lengths]).arrow_ids, context, PAD)
     assert packed.targets == sum(
         int((item["labels"] != -100).sum()) for item in map(packed.__getitem__, range(len(packed)))
     )
@@ -111,15 +118,15 @@ def test_targets_are_the_labels(lengths: list[int], context: int) -> None:
 
 def test_fingerprint_sees_tokens_order_and_borders() -> None:
     texts = ([[1, 2], [3]], [[1], [2, 3]], [[1, 2, 3]], [[3], [1, 2]], [[1, 2], [4]])
-    prints = [PackedSequences(tokenised(text), 4, PAD).fingerprint() for text in texts]
+    prints = [PackedSequences(tokenised(text).arrow_ids, 4, PAD).fingerprint() for text in texts]
     assert len({found["train_sha256"] for found in prints}) == 5
-    assert prints[0] == PackedSequences(tokenised(texts[0]), 8, PAD).fingerprint()
+    assert prints[0] == PackedSequences(tokenised(texts[0]).arrow_ids, 8, PAD).fingerprint()
     assert prints[0]["train_documents"] == 2 and prints[0]["train_tokens"] == 3
 
 
 def test_rows_of_their_own_by_hand() -> None:
     text = [[10, 11, 12], [20], [30, 31, 32, 33, 34, 35], [40, 41, 42, 43, 44], []]
-    own = PackedSequences(tokenised(text), 4, PAD, own_rows=True)
+    own = PackedSequences(tokenised(text).arrow_ids, 4, PAD, own_rows=True)
     rows = [{name: values.tolist() for name, values in own[i].items()} for i in range(len(own))]
     assert rows == [
         {"input_ids": [10, 11, 12], "position_ids": [0, 1, 2], "labels": [-100, 11, 12]},
@@ -128,7 +135,7 @@ def test_rows_of_their_own_by_hand() -> None:
         {"input_ids": [40, 41, 42, 43], "position_ids": [0, 1, 2, 3], "labels": [-100, 41, 42, 43]},
     ]
     assert (own.tokens, own.targets, own.padding) == (13, 9, 0)  # 20 and 44 would be alone
-    packed = PackedSequences(tokenised(text), 4, PAD)
+    packed = PackedSequences(tokenised(text).arrow_ids, 4, PAD)
     assert own.fingerprint() == packed.fingerprint() | {"rows": "padded"}
 
 
@@ -140,7 +147,7 @@ def test_rows_of_their_own_by_hand() -> None:
 )
 def test_rows_of_their_own_teach_what_packed_pieces_teach(lengths: list[int], context: int, chunks: int) -> None:
     documents = tokenised([[1000 * (d + 1) + p for p in range(n)] for d, n in enumerate(lengths)], chunks)
-    own = PackedSequences(documents, context, PAD, own_rows=True)
+    own = PackedSequences(documents.arrow_ids, context, PAD, own_rows=True)
     rows = [own[i] for i in range(len(own))]
     learned = [label for row in rows for label in row["labels"].tolist() if label != -100]
     expected = [token for d in range(len(lengths)) for p, token in enumerate(documents.ids(d)) if p % context]
@@ -150,3 +157,106 @@ def test_rows_of_their_own_teach_what_packed_pieces_teach(lengths: list[int], co
         ids = row["input_ids"]
         assert len(ids) <= context and torch.equal(ids, ids[0] + torch.arange(len(ids)))
         assert torch.equal(row["position_ids"], torch.arange(len(ids))) and row["labels"][0] == -100
+
+
+DOCUMENTS = [[10, 11, 12], [], [20], [30, 31, 32, 33, 34, 35]]
+
+
+def test_documents_of_any_kind_make_the_same_sequences(tmp_path: Path) -> None:
+    """Lists, arrays, tensors, Arrow in one array or several, and arrays on the disk, which are not read up front."""
+    arrow = pyarrow.array([*DOCUMENTS, [7]])[:-1]  # a part of an array
+    on_disk = np.lib.format.open_memmap(tmp_path / "ids.npy", mode="w+", dtype=np.uint16, shape=(10,))
+    on_disk[:] = [token for document in DOCUMENTS for token in document]
+    ends = np.cumsum([len(document) for document in DOCUMENTS])
+    kinds = {
+        "lists": DOCUMENTS,
+        "arrays": [np.array(document, np.uint16) for document in DOCUMENTS],
+        "tensors": [torch.tensor(document, dtype=torch.int64) for document in DOCUMENTS],
+        "arrow": arrow,
+        "large lists": arrow.cast(pyarrow.large_list(pyarrow.int32())),
+        "chunks": tokenised(DOCUMENTS[:2] + DOCUMENTS[2:]).arrow_ids,
+        "on the disk": np.split(on_disk, ends[:-1]),
+    }
+    for own_rows in (False, True):
+        rows = {kind: PackedSequences(documents, 4, PAD, own_rows) for kind, documents in kinds.items()}
+        assert len({packed.fingerprint()["train_sha256"] for packed in rows.values()}) == 1
+        items = [
+            [{k: v.tolist() for k, v in row.items()} for row in map(p.__getitem__, range(len(p)))]
+            for p in rows.values()
+        ]
+        assert all(item == items[0] for item in items) and items[0]
+    assert all(np.shares_memory(chunk, on_disk) for chunk in rows["on the disk"].chunks if len(chunk))
+
+
+@pytest.mark.parametrize(
+    ("documents", "message"),
+    [
+        ([1, 2, 3], "document 0 must be a sequence of integers, but it is int"),
+        (["text"], "document 0 must be a sequence of integers, but it is str"),
+        ([[1, 2], [1.5]], "document 1 .* dtype float64"),
+        ([[1], {"input_ids": [1]}], "document 1 .* but it is dict"),
+        ([[[1, 2], [3]]], "document 0 must be a sequence of integers"),
+        ([torch.ones(1, 2, dtype=torch.int64)], "document 0 .* shape \\[1, 2\\]"),
+        (pyarrow.array([[1.5]]), "documents must be a sequence of integers"),
+    ],
+)
+def test_what_are_no_token_ids_is_refused(documents: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PackedSequences(documents, 4, PAD)
+
+
+@pytest.mark.parametrize("token", [None, -1, 1.0, True])
+def test_padding_must_be_a_token(token: object) -> None:
+    for rows, of in ((PackedSequences, [[1, 2]]), (partial(SampleRows, packed=True), [])):
+        with pytest.raises(ValueError, match=f"pad_token_id must be a token id, got {token}"):
+            rows(of, 4, token)
+
+
+def sample(*ids: int, learned: int) -> dict[str, list[int]]:
+    return {"input_ids": list(ids), "labels": [-100] * (len(ids) - learned) + list(ids[len(ids) - learned :])}
+
+
+def test_samples_are_a_list_of_dicts() -> None:
+    """And a first token is not learned, whatever its label: another sample stands before it in a packed row."""
+    few = [sample(2, 3, learned=1), sample(4, 5, 6, learned=3)]
+    rows = SampleRows(few, 6, PAD, packed=True)
+    assert {name: values.tolist() for name, values in rows[0].items()} == {
+        "input_ids": [4, 5, 6, 2, 3, PAD],
+        "labels": [-100, 5, 6, -100, 3, -100],
+        "position_ids": [0, 1, 2, 0, 1, 0],
+    }
+    assert (rows.targets, rows.tokens, rows.padding, few[1]["labels"][0]) == (3, 5, 1, 4)
+    single = SampleRows(few, 6, PAD, packed=False)
+    batch = next(
+        iter(torch.utils.data.DataLoader(single, batch_size=2, collate_fn=partial(pad_rows, pad_token_id=PAD)))
+    )
+    assert batch["labels"].tolist() == [[-100, 3, -100], [-100, 5, 6]]
+    assert batch["position_ids"].tolist() == [[0, 1, 0], [0, 1, 2]]
+
+
+@pytest.mark.parametrize(
+    "wrong", [sample(1, 2, 3, 4, 5, learned=1), {"input_ids": [1, 2], "labels": [2]}, {"input_ids": [], "labels": []}]
+)
+@pytest.mark.parametrize("packed", [True, False])
+def test_samples_that_do_not_fit_are_refused(wrong: dict, packed: bool) -> None:
+    with pytest.raises(ValueError, match=r"sample 1 has \d token ids .* from 1 to the 4 of a row"):
+        SampleRows([sample(1, 2, learned=1), wrong], 4, PAD, packed)
+
+
+def test_they_need_no_datasets() -> None:
+    without = "import sys; sys.modules.update(datasets=None, pyarrow=None)"
+    code = (
+        f"{without}; from longlora_ext.data import PackedSequences; assert len(PackedSequences([[1, 2, 3]], 2, 0)) == 1"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=st.lists(st.integers(1, 20), max_size=40))
+def test_every_sample_is_packed_once_and_rows_are_few(lengths: list[int]) -> None:
+    rows = pack(lengths, 20)
+    assert sorted(sample for row in rows for sample in row) == list(range(len(lengths)))
+    filled = [sum(lengths[sample] for sample in row) for row in rows]
+    assert all(0 < tokens <= 20 for tokens in filled)
+    assert sum(tokens <= 10 for tokens in filled) <= 1  # or two of them would have been one
+    assert len(rows) <= math.ceil(1.5 * sum(lengths) / 20) + 1

@@ -14,8 +14,7 @@ import finetune_llama
 import generate
 import plan
 from app.training.options import ModelOptions
-from longlora_ext.attention import group_size
-from longlora_ext.config import context_length, extend_config, settle_context
+from longlora_ext.config import context_length, extend_config, group_size, settle_context
 from tiny_models import SIZES, tiny_config, tiny_model, tokens
 
 LONGROPE = {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 3.0, 4.0]}

@@ -1,16 +1,13 @@
-"""Samples to learn answers from, and how they come into rows: packed whole, or one a row.
+"""Samples to learn answers from.
 
 A sample is a conversation as token ids with a label for each: the token itself where it is part of an answer, -100
-elsewhere. `read_samples` makes them of files, `SampleRows` the rows that are trained on. As in `text.PackedSequences`
-position ids restart at every sample and at padding, which is how the attention knows them apart.
+elsewhere. `read_samples` makes them of files, `longlora_ext.data.SampleRows` the rows that are trained on.
 """
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
-from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date
@@ -18,7 +15,6 @@ from typing import Any
 
 import datasets
 import numpy as np
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from app.inputs import chat, columns, conversations, messages, template
@@ -52,6 +48,11 @@ class Samples(Tokenised):
     """
 
     dropped: int = 0
+
+    @property
+    def rows(self) -> datasets.Dataset:
+        """The samples for `SampleRows`: their `input_ids` and `labels` as arrays."""
+        return self.input_ids.with_format("numpy", columns=["input_ids", "labels"])
 
     @property
     def ends(self) -> list[int]:
@@ -152,97 +153,3 @@ def hold_out_samples(samples: Samples) -> tuple[Samples, Samples]:
         replace(samples, input_ids=rows.select(np.flatnonzero(~held_out))),
         replace(samples, input_ids=rows.select(np.flatnonzero(held_out))),
     )
-
-
-def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Put samples into as few rows as can be had easily: the longest first, each where it leaves the least room.
-
-    Args:
-        lengths: Tokens of each sample, at most `capacity`.
-        capacity: Tokens of a row.
-
-    Returns:
-        The samples of each row.
-    """
-    rows: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []  # tokens left in a row, and the row; sorted
-    for sample in sorted(range(len(lengths)), key=lambda sample: -lengths[sample]):
-        place = bisect_left(rooms, (lengths[sample], 0))
-        if place < len(rooms):
-            room, row = rooms.pop(place)
-        else:
-            room, row = capacity, len(rows)
-            rows.append([])
-        rows[row].append(sample)
-        insort(rooms, (room - lengths[sample], row))
-    return rows
-
-
-class SampleRows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """The rows that are trained on.
-
-    Args:
-        samples: The samples, none longer than a row.
-        context_length: Tokens of a packed row.
-        pad_token_id: What fills packed rows up.
-        packed: Several whole samples a row, or one each. The latter end where the sample does: `pad_rows` makes those
-            of one batch equally long.
-
-    Item `i` holds `input_ids`, `position_ids` and `labels`, int64 [length] each.
-    """
-
-    def __init__(self, samples: Samples, context_length: int, pad_token_id: int, packed: bool) -> None:
-        self.context_length = context_length
-        self.pad_token_id = pad_token_id
-        self.packed = packed
-        self.samples = samples.input_ids.with_format("numpy", columns=["input_ids", "labels"])
-        lengths = samples.lengths.tolist()
-        self.rows = pack(lengths, context_length) if packed else [[sample] for sample in range(len(lengths))]
-        self.tokens = sum(lengths)
-        self.targets = int(samples.column("learned").sum())
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def padding(self) -> int:
-        """Padding tokens at the ends of packed rows."""
-        return len(self) * self.context_length - self.tokens if self.packed else 0
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What tells the samples, and how they come into rows, from any other, as JSON."""
-        digest = hashlib.sha256()
-        for sample in self.samples:
-            for values in (sample["input_ids"], sample["labels"]):
-                digest.update(len(values).to_bytes(8, "little") + np.asarray(values).astype("<i4").tobytes())
-        return {
-            "train_samples": len(self.samples),
-            "train_tokens": self.tokens,
-            "train_sha256": digest.hexdigest(),
-            "rows": "packed" if self.packed else "padded",
-        }
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        pieces = [self.samples[sample] for sample in self.rows[index]]
-        columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in ("input_ids", "labels")}
-        columns["position_ids"] = np.concatenate([np.arange(len(piece["input_ids"])) for piece in pieces])
-        row = {name: torch.from_numpy(values.astype(np.int64)) for name, values in columns.items()}
-        return _filled(row, self.context_length, self.pad_token_id) if self.packed else row
-
-
-def pad_rows(rows: Sequence[dict[str, torch.Tensor]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """A batch: rows of `input_ids`, `position_ids` and `labels`, filled up to the longest of them."""
-    longest = max(len(row["input_ids"]) for row in rows)
-    filled = [_filled(row, longest, pad_token_id) for row in rows]
-    return {name: torch.stack([row[name] for row in filled]) for name in filled[0]}
-
-
-def _filled(row: dict[str, torch.Tensor], length: int, pad_token_id: int) -> dict[str, torch.Tensor]:
-    """A row with padding up to a length: a piece of its own, which nothing is learned from."""
-    missing = length - len(row["input_ids"])
-    padding = {
-        "input_ids": torch.full((missing,), pad_token_id),
-        "labels": torch.full((missing,), IGNORED_LABEL),
-        "position_ids": torch.arange(missing),
-    }
-    return {name: torch.cat([values, padding[name]]) for name, values in row.items()}

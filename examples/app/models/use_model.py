@@ -32,8 +32,8 @@ from app.runs.command_line import TINY_LLAMA, Parser, one_clear_error
 from app.runs.launch import WORLD_SIZE
 from longlora_ext.adapter import load, load_base
 from longlora_ext.adapter._load import base_of
-from longlora_ext.attention import NAME, group_size
-from longlora_ext.config import context_length, extend_config, settle_context
+from longlora_ext.attention import NAME
+from longlora_ext.config import context_length, extend_config, group_size, settle_context
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _SAMPLES = 16  # weights of each tensor that go into the fingerprint

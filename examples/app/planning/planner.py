@@ -24,8 +24,8 @@ from app.planning.layers import Kind, keep_layers, kinds, layers_of, shortened, 
 from app.runs.command_line import EXAMPLES
 from app.training.recipe import CHECKPOINTING
 from longlora_ext.adapter import lora_config, prepare_model
-from longlora_ext.attention import DEFAULT_GROUP_RATIO, NAME, even_group_size
-from longlora_ext.config import context_length, extend_config, rope_type_of
+from longlora_ext.attention import NAME
+from longlora_ext.config import DEFAULT_GROUP_RATIO, config_for, context_length, even_group_size
 from longlora_ext.loss import refusal, tile_loss
 
 #: Bytes that no tensor shows: CUDA's context, the libraries' workspaces, gaps in the allocator. Assumed, not computed.
@@ -83,11 +83,9 @@ class Plan:
 
     def __init__(self, config: PreTrainedConfig, tokens: int, run: Run, of: tuple[Kind, ...] = ()) -> None:
         self.base, self.tokens, self.run = config, tokens, run
-        self.config = copy.deepcopy(config)
-        if tokens > context_length(config):
-            rope_type = rope_type_of(config)
-            self.config = extend_config(config, tokens, rope_type="linear" if rope_type == "default" else rope_type)
-        self.config.s2attn_group_size = even_group_size(tokens * DEFAULT_GROUP_RATIO)  # at the model's own context too
+        # Less than the model's own context is planned for in a search: in groups of that, and RoPE as it is.
+        groups = even_group_size(tokens * DEFAULT_GROUP_RATIO)
+        self.config = config_for(config, max(tokens, context_length(config)), group_size=groups)
         self.config.sequence_parallel_size = run.sequence_parallel_size
         self.kinds = of or kinds(config)
         self.step = cache(self._step)

@@ -12,7 +12,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from longlora_ext._mask import s2attn_mask
-from longlora_ext.attention import group_size
+from longlora_ext.config import attention_mode, group_size
 from longlora_ext.ops import s2attn
 
 NAME = "s2attn_of_one_gpu"
@@ -41,7 +41,7 @@ def attend(
     batch, heads, part, head_dim = query.shape
     key, value = (_repeated(states, gpus) for states in (key, value))
     q, k, v = (_heads_for_tokens(states, gpus) for states in (query, key, value))
-    dense = getattr(config, "s2attn_mode", None) == "dense"
+    dense = attention_mode(config) == "dense"
     tokens = gpus * part
     size, first = (tokens + tokens % 2, heads // gpus) if dense else (group_size(config), heads // gpus // 2)
     out = s2attn(q, k, v, size, first_shifted_head=first)

@@ -32,7 +32,7 @@ from app.runs.launch import fail, launcher, say
 from app.runs.provenance import commit, versions
 from app.runs.run_folder import RUN_FILE, differences
 from app.training.options import DataOptions, ModelOptions
-from longlora_ext.config import context_length
+from longlora_ext.config import context_length, group_size
 
 #: Arguments of one call, not of the run: where it wrote, what it went on from, what a launcher or a person added.
 NOT_REPEATED = ("from_manifest", "output_dir", "resume_from_checkpoint", "local_rank", "hub_token")
@@ -99,7 +99,7 @@ def describe(
         settings: What its losses depend on, text included.
     """
     heads: int = config.num_attention_heads
-    group: int = config.s2attn_group_size
+    group = group_size(config)
     return {
         "command": _command(Path(str(args.output_dir)).resolve() / RUN_FILE),
         "arguments": _absolute(_split(argv)[1]),

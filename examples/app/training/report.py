@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig, TrainingArguments
 
-from app.inputs.packed import PackedSequences
-from app.inputs.samples import SampleRows, Samples
+from app.inputs.samples import Samples
 from app.inputs.tokens import Tokenised
 from app.runs.command_line import EXAMPLES
 from app.runs.launch import WORLD_SIZE
@@ -20,7 +19,8 @@ from app.training.dense_tail import dense_count
 from app.training.measure import Measurement
 from app.training.options import ModelOptions
 from longlora_ext.adapter._norms import norms_of
-from longlora_ext.config import context_length
+from longlora_ext.config import context_length, group_size
+from longlora_ext.data import PackedSequences, SampleRows
 
 
 def banner(
@@ -56,7 +56,7 @@ def banner(
         "model": f"{options.model_name_or_path} ({type(config).__name__.removesuffix('Config')})",
         "context": f"{old:,} -> {new:,} tokens" if new > old else f"{new:,} tokens, the model's own",
         "RoPE": ", ".join(f"{key}={value}" for key, value in rope.items()) if new > old else "as it is",
-        "attention": f"groups of {config.s2attn_group_size:,} tokens in training, {tail}dense in use",
+        "attention": f"groups of {group_size(config):,} tokens in training, {tail}dense in use",
         "training": f"{trained}: {trainable:,} of {total:,} weights, {dtype}",
         **_material(train, sequences),
         "steps": f"{steps}, {counted(batch, 'sequence')} in each, learning rate {args.learning_rate:g}",

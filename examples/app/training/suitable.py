@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from transformers import TrainingArguments
 
-from app.inputs.packed import PackedSequences
-from app.inputs.samples import SampleRows
 from app.runs.launch import WORLD_SIZE
 from app.training.arguments import compute_dtype
+from longlora_ext.data import PackedSequences, SampleRows
 from longlora_ext.independence import check_documents_apart
 
 

@@ -1,0 +1,114 @@
+"""RoPE for a longer context: `rope_parameters` of an extended config, and whether a model can be built with them."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from longlora_ext._lengths import ORIGINAL, context_length, named_original, rope_type_of
+
+# Types whose parameters name the length the model was first trained at, and what they need besides a factor.
+_NEEDS_ORIGINAL = ("yarn", "llama3", "longrope")
+_DEFAULTS: dict[str, dict[str, Any]] = {"llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0}}
+# Not kept: transformers computes attention_factor from the factor if it is absent, and that of a smaller factor must
+# not stay; "type" is the old name of rope_type.
+_STALE = ("attention_factor", "type")
+
+
+def fill_in_head_dim(config: PreTrainedConfig) -> None:
+    """Give a config that leaves `head_dim` open the one that its model has. transformers computes the frequencies of a
+    scaled RoPE with the field as it is."""
+    if getattr(config, "head_dim", 0) is None:
+        config.head_dim = config.hidden_size // config.num_attention_heads
+
+
+def with_one_rope(config: PreTrainedConfig, layer_types: dict[str, dict[str, Any]]) -> PreTrainedConfig:
+    """A copy of a config whose layer types have the same RoPE parameters, with these for all layers."""
+    first, *others = layer_types.values()
+    if any(other != first for other in others):
+        raise ValueError(
+            f"this model has different RoPE parameters for different layers ({', '.join(layer_types)}): it cannot be "
+            "extended"
+        )
+    flat = copy.deepcopy(config)
+    flat.rope_parameters = dict(first)
+    return flat
+
+
+def extended_rope(config: PreTrainedConfig, context: int, rope_type: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The new `rope_parameters`: those that stay, the factor, and over both what the caller gave."""
+    present = dict(config.rope_parameters)
+    if rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS:
+        raise ValueError(f"rope_type must be one of default, {', '.join(ROPE_INIT_FUNCTIONS)}, but it is {rope_type!r}")
+    if given.get("rope_type", rope_type) != rope_type:
+        raise ValueError(f"rope_parameters say rope_type {given['rope_type']!r}, but rope_type is {rope_type!r}")
+    if rope_type == "longrope" and not {"short_factor", "long_factor"} <= given.keys():
+        raise ValueError(
+            "rope_type 'longrope' needs rope_parameters with short_factor and long_factor: they are found by "
+            "a search, not computed from the context length"
+        )
+    present_type = rope_type_of(config)
+    if present_type not in ("default", rope_type):
+        raise ValueError(
+            f"this model's RoPE is scaled with rope_type {present_type!r} already and cannot be extended "
+            f"with {rope_type!r}: pass rope_type={present_type!r}"
+        )
+    new = {key: value for key, value in present.items() if key not in _STALE}
+    new["rope_type"] = rope_type
+    if rope_type == "default":
+        return {**new, **given}
+    original = config.max_position_embeddings
+    if rope_type in _NEEDS_ORIGINAL:
+        original = named_original(config) or original
+        new[ORIGINAL] = original
+    factor = float(math.ceil(context / original))
+    if rope_type == present_type == "linear":
+        factor = float(present["factor"] * math.ceil(context / context_length(config)))
+    if rope_type == present_type == "llama3":
+        factor = float(math.ceil(present["factor"] * context / context_length(config)))
+    for key, value in _DEFAULTS.get(rope_type, {}).items():
+        new.setdefault(key, value)
+    extended = {**new, "factor": factor, **given}
+    if present_type == rope_type and _number(extended["factor"]) < _number(present.get("factor")):
+        raise ValueError(
+            f"this model's RoPE is scaled by a factor of {present['factor']:g} already, which cannot become "
+            f"{extended['factor']:g}: a factor never becomes smaller"
+        )
+    return extended
+
+
+def _number(factor: Any) -> float:
+    """A factor to compare. What is none is found out where frequencies are computed with it."""
+    return factor if isinstance(factor, (int, float)) else math.nan
+
+
+def original_of_linear(config: PreTrainedConfig, present: int) -> int:
+    """The length that a model was first trained at, before RoPE was ever scaled."""
+    if rope_type_of(config) == "default":
+        return present
+    named = named_original(config)
+    return named if named and named < present else int(present / config.rope_parameters["factor"])
+
+
+def check_rope(config: PreTrainedConfig, rope_type: str) -> None:
+    """
+    Compute the frequencies once, so that a wrong parameter is reported here and not when the model is built.
+    """
+    theta = config.rope_parameters.get("rope_theta")
+    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < math.inf:
+        raise ValueError(f"rope_theta must be a finite number above 0, but it is {theta!r}")
+    if rope_type == "default":
+        return
+    try:
+        config.validate_rope()
+        frequencies, _ = ROPE_INIT_FUNCTIONS[rope_type](config, "cpu", seq_len=context_length(config))
+    except (KeyError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"rope_parameters {config.rope_parameters} do not fit rope_type {rope_type!r}: {error}"
+        ) from error
+    if not bool(frequencies.isfinite().all()) or not bool((frequencies >= 0).all()):
+        raise ValueError(f"rope_parameters {config.rope_parameters} give frequencies that are not finite and positive")
