@@ -6,5 +6,13 @@ transformers, `longlora_ext.context` and `longlora_ext.adapter` extend and fine-
 
 from longlora_ext.documents import doc_start_from_cu_seqlens, doc_start_from_mask, doc_start_from_position_ids
 from longlora_ext.ops import s2attn
+from longlora_ext.sinks import add_key, add_learned_sink
 
-__all__ = ["doc_start_from_cu_seqlens", "doc_start_from_mask", "doc_start_from_position_ids", "s2attn"]
+__all__ = [
+    "add_key",
+    "add_learned_sink",
+    "doc_start_from_cu_seqlens",
+    "doc_start_from_mask",
+    "doc_start_from_position_ids",
+    "s2attn",
+]

@@ -1,4 +1,4 @@
-// Forward: FlashAttention-2's loop with the left bound of groups.h.
+// Forward: FlashAttention-2's loop with the left bound of groups.h. The sink is a tile of one key.
 //
 // Scores are kept transposed, [keys, query rows]: lanes are query rows, so the online softmax needs no
 // reduction across lanes, and K and V are read as they lie.
@@ -29,17 +29,22 @@ struct ForwardTile {
         k(arena.take<E>(kForwardKeys * pitch / kPack<E>)),
         v(arena.take<E>(kForwardKeys / kPack<E> * pitch)) {}
 
-  void run(int64_t batch, int64_t head, int64_t m0) {
+  void run(int64_t batch, int64_t head, int64_t row) {
     const Problem& problem = p.problem;
-    const QueryBlock<kForwardRows> block(problem, batch, head, m0);
+    const QueryBlock<kForwardRows> block(problem, batch, head, row, row + kForwardRows);
     const int64_t kv_head = head / (problem.heads / problem.kv_heads);
 
-    load_transposed<T>({p.q, batch, m0, head, block.rows}, head_dim, kForwardRows, q_t);
+    load_transposed<T>({p.q, batch, row, head, block.rows}, head_dim, kForwardRows, q_t);
     std::memset(out, 0, sizeof(Acc) * kForwardRows * pitch);
     for (int r = 0; r < kForwardRows; ++r) {
       row_max[r] = -INFINITY;
       row_sum[r] = 0;
     }
+    block.for_each_sink(problem, batch, [&](int64_t d, int begin, int end) {
+      load_rows<T>({p.k, batch, d, kv_head, 1}, head_dim, pitch, k);
+      load_summed_rows<T>({p.v, batch, d, kv_head, 1}, head_dim, pitch, v);
+      step_of_sink(begin, end);
+    });
     for (int64_t n0 = block.begin_key(); n0 < block.end_key(); n0 += kForwardKeys) {
       const int keys = static_cast<int>(lesser<int64_t>(kForwardKeys, block.end_key() - n0));
       const RowRun<Acc, kForwardRows> run(block, n0, keys);
@@ -53,13 +58,31 @@ struct ForwardTile {
 
  private:
   void step(const QueryBlock<kForwardRows>& block, const RowRun<Acc, kForwardRows>& run, int64_t n0, int keys) {
-    gemm<Operand::kPlain>(Update::kStore, keys, run.size(), head_dim / kPack<E>, k, pitch / kPack<E>, q_t + run.begin,
-                          kForwardRows, scores + run.begin, kForwardRows);
+    score(run, keys);
     block.mask(scores, n0, keys, run.begin, run.end);
     for (int r = run.begin; r < run.end; r += kLanes<Acc>) softmax(keys, r);
+    add_values(run.begin, run.end, keys);
+  }
+
+  // Rows [begin, end), among which the neighbours in their vectors are not, see the one key.
+  void step_of_sink(int begin, int end) {
+    const RowRun<Acc, kForwardRows> run(begin, end);
+    score(run, 1);
+    for (int r = run.begin; r < begin; ++r) scores[r] = -INFINITY;
+    for (int r = end; r < run.end; ++r) scores[r] = -INFINITY;
+    for (int r = run.begin; r < run.end; r += kLanes<Acc>) softmax(1, r);
+    add_values(begin, end, 1);
+  }
+
+  void score(const RowRun<Acc, kForwardRows>& run, int keys) {
+    gemm<Operand::kPlain>(Update::kStore, keys, run.size(), head_dim / kPack<E>, k, pitch / kPack<E>, q_t + run.begin,
+                          kForwardRows, scores + run.begin, kForwardRows);
+  }
+
+  void add_values(int begin, int end, int keys) {
     const int summed = (keys + kPack<E> - 1) / kPack<E>;
-    gemm<Operand::kTransposed>(Update::kAdd, run.size(), pitch, summed, probs + run.begin, kForwardRows, v, pitch,
-                               out + run.begin * pitch, pitch);
+    gemm<Operand::kTransposed>(Update::kAdd, end - begin, pitch, summed, probs + begin, kForwardRows, v, pitch,
+                               out + begin * pitch, pitch);
   }
 
   // Online softmax in base 2 over one tile of keys, for kLanes query rows from row r on: scores become
@@ -92,10 +115,10 @@ struct ForwardTile {
   }
 
   void finish(const QueryBlock<kForwardRows>& block, int64_t batch, int64_t head) {
-    Acc* lse = static_cast<Acc*>(p.lse) + (batch * p.problem.heads + head) * p.problem.seqlen + block.m0;
+    Acc* lse = static_cast<Acc*>(p.lse) + (batch * p.problem.heads + head) * p.problem.seqlen + block.row;
     for (int r = 0; r < block.rows; ++r) {
       lse[r] = static_cast<Acc>(row_max[r] * M_LN2 + ::log(row_sum[r]));
-      store_row<T>(out + r * pitch, 1 / row_sum[r], head_dim, row_of<T>(p.out, batch, block.m0 + r, head));
+      store_row<T>(out + r * pitch, 1 / row_sum[r], head_dim, row_of<T>(p.out, batch, block.row + r, head));
     }
   }
 

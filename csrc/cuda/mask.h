@@ -29,12 +29,12 @@ struct Visibility {
     return doc_start ? cute::max(0, cute::min(doc_start[row], row)) : 0;
   }
   DEVICE int first_key(int row) const {
-    return longlora::first_key(cute::min(row, seqlen - 1), document(row), group_size, shifted);
+    return longlora::first_key(cute::min(row, seqlen - 1), document(row), group_size, shifted, seqlen);
   }
   // Rows from here on do not see `key`. Before, those do not that are in a later document.
   DEVICE int last_row_end(int key) const {
     key = cute::min(key, seqlen - 1);
-    return cute::min(longlora::group_end(key, document(key), group_size, shifted), seqlen);
+    return cute::min(longlora::last_row_end(key, document(key), group_size, shifted, seqlen), seqlen);
   }
 };
 
