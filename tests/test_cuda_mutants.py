@@ -69,6 +69,9 @@ MUTANTS = {
     ),
     "backward: diagonal unmasked": Mutant("cuda/mainloop_bwd.h", "key + kKeys - 1 > row", "key > row", SHAPES),
     "backward: group's border unmasked": Mutant("cuda/mainloop_bwd.h", "last_row >= first_end", "false", SHAPES),
+    "backward: first row past the group unmasked": Mutant(
+        "cuda/mainloop_bwd.h", "last_row >= first_end", "last_row > first_end", SHAPES
+    ),
     "backward: document's border unmasked": Mutant(
         "cuda/mainloop_bwd.h", "visible().document(last_row) > key", "false", DOCUMENTS
     ),

@@ -1,6 +1,9 @@
 // Backward in one pass over the tiles, five matrix products each: dK and dV of a block of keys stay in scratch while
 // its queries pass by, dQ is summed in query_gradient.h. What the sink has to do with a row is worked out once, with
 // delta: its weight and the gradient of its score.
+//
+// In the paper's letters (FlashAttention-2, algorithm 2): `scores` are S, `weights` P, `dweights` dP, `ds` dS and
+// `delta` D.
 #pragma once
 
 #include "blocks.h"
@@ -10,100 +13,14 @@
 
 namespace longlora::cpu::LONGLORA_ISA {
 
-// delta = rowsum(dout * out) - dlse of one block of query rows, lanes being rows, summed in gemm's order: in a row that
-// sees one key, where out = v, it then cancels dout * v to exactly nothing. And the rows' sinks.
-template <typename T>
-struct DeltaTile {
-  using E = Multiplied<T>;
-  using Acc = Accumulate<T>;
-
-  DeltaTile(const BackwardParams& params, Arena& arena)
-      : p(params),
-        head_dim(static_cast<int>(params.problem.head_dim)),
-        pitch(static_cast<int>(round_up(head_dim, kPad))),
-        scale_log2(scale_log2_of<Acc>(params.problem)),
-        dout_t(arena.take<E>(head_dim / kPack<E> * kBackwardBlock)),
-        out_t(arena.take<E>(head_dim / kPack<E> * kBackwardBlock)),
-        delta(arena.take<Acc>(kBackwardBlock)),
-        sink_row(arena.take<E>(pitch / kPack<E>)),
-        weights(arena.take<Acc>(kBackwardBlock)),
-        ds(arena.take<Acc>(kBackwardBlock)) {}
-
-  void run(int64_t batch, int64_t head, int64_t row) {
-    const int rows = static_cast<int>(lesser<int64_t>(kBackwardBlock, p.problem.seqlen - row));
-    const int64_t row_stats = (batch * p.problem.heads + head) * p.problem.seqlen + row;
-    load_transposed<T>({p.dout, batch, row, head, rows}, head_dim, kBackwardBlock, dout_t);
-    load_transposed<T>({p.out, batch, row, head, rows}, head_dim, kBackwardBlock, out_t);
-    const int summed = head_dim / kPack<E>;
-    for (int r = 0; r < rows; r += kLanes<Acc>) {
-      Vector<Acc> sum = {};
-      for (int begin = 0; begin < summed; begin += kChain) {
-        Vector<Acc> chain = {};
-        for (int d = begin; d < lesser(begin + kChain, summed); ++d)
-          chain = multiply_add(as_vector(dout_t + d * kBackwardBlock + r), as_vector(out_t + d * kBackwardBlock + r),
-                               chain);
-        sum += chain;
-      }
-      as_vector(delta + r) = sum;
-    }
-    if (p.dlse)
-      for (int r = 0; r < rows; ++r) delta[r] -= static_cast<const Acc*>(p.dlse)[row_stats + r];
-    std::memcpy(static_cast<Acc*>(p.delta) + row_stats, delta, sizeof(Acc) * rows);
-    if (p.problem.sink)
-      sinks(QueryBlock<kBackwardBlock>(p.problem, batch, head, row, row + rows), batch, head, row_stats);
-  }
-
- private:
-  void sinks(const QueryBlock<kBackwardBlock>& block, int64_t batch, int64_t head, int64_t row_stats) {
-    const int64_t kv_head = head / (p.problem.heads / p.problem.kv_heads);
-    const Acc* lse = static_cast<const Acc*>(p.lse) + row_stats;
-    E* const q_t = out_t;  // no longer needed
-    bool loaded = false;
-    block.for_each_sink(p.problem, batch, [&](int64_t d, int begin, int end) {
-      if (!loaded) load_transposed<T>({p.q, batch, block.row, head, block.rows}, head_dim, kBackwardBlock, q_t);
-      loaded = true;
-      products({p.k, batch, d, kv_head, 1}, q_t, begin, end, weights);
-      products({p.v, batch, d, kv_head, 1}, dout_t, begin, end, ds);
-      for (int r = begin / kLanes<Acc> * kLanes<Acc>; r < end; r += kLanes<Acc>) {
-        Vector<Acc> lse_log2 = {};
-        for (int lane = 0; lane < kLanes<Acc>; ++lane)
-          if (r + lane < block.rows) lse_log2[lane] = static_cast<Acc>(lse[r + lane] * M_LOG2E);
-        as_vector(weights + r) = exp2(as_vector(weights + r) * scale_log2 - lse_log2);
-        as_vector(ds + r) = as_vector(weights + r) * (as_vector(ds + r) - as_vector(delta + r));
-      }
-      std::memcpy(static_cast<Acc*>(p.sink_weight) + row_stats + begin, weights + begin, sizeof(Acc) * (end - begin));
-      std::memcpy(static_cast<Acc*>(p.sink_ds) + row_stats + begin, ds + begin, sizeof(Acc) * (end - begin));
-    });
-  }
-
-  // out[r] = the one row times row r of a transposed tile, for the vectors of the rows [begin, end).
-  void products(const Rows& source, const E* tile_t, int begin, int end, Acc* out) {
-    load_rows<T>(source, head_dim, pitch, sink_row);
-    const RowRun<Acc, kBackwardBlock> run(begin, end);
-    gemm<Operand::kPlain>(Update::kStore, 1, run.size(), head_dim / kPack<E>, sink_row, pitch / kPack<E>,
-                          tile_t + run.begin, kBackwardBlock, out + run.begin, kBackwardBlock);
-  }
-
-  const BackwardParams& p;
-  const int head_dim;
-  const int pitch;
-  const Acc scale_log2;
-  E* const dout_t;  // [head_dim, rows]
-  E* const out_t;
-  Acc* const delta;
-  E* const sink_row;   // [head_dim], of k or v
-  Acc* const weights;  // of a sink
-  Acc* const ds;       // and the gradient of its scores
-};
-
 // dK and dV of one block of keys, over every query head of its group (GQA is reduced here) and every query block from
 // the diagonal up to the first whose keys all lie past this block; and its part of their dQ.
 template <typename T>
-struct GradientTile {
+struct Backward {
   using E = Multiplied<T>;
   using Acc = Accumulate<T>;
 
-  GradientTile(const BackwardParams& params, Arena& arena)
+  Backward(const BackwardParams& params, Arena& arena)
       : p(params),
         head_dim(static_cast<int>(params.problem.head_dim)),
         pitch(static_cast<int>(round_up(head_dim, kPad))),
@@ -118,47 +35,47 @@ struct GradientTile {
         dk(arena.take<Acc>(kBackwardBlock * pitch)),
         dv(arena.take<Acc>(kBackwardBlock * pitch)),
         scores(arena.take<Acc>(kBackwardBlock * kBackwardBlock)),
-        dprobs(arena.take<Acc>(kBackwardBlock * kBackwardBlock)),
-        probs(arena.take<E>(kBackwardBlock * kBackwardBlock / kPack<E>)),
-        dscores(arena.take<E>(kBackwardBlock * kBackwardBlock / kPack<E>)),
-        dscore_rows(kPack<E> == 1 ? dscores : arena.take<E>(kBackwardBlock * kBackwardBlock / kPack<E>)),
+        dweights(arena.take<Acc>(kBackwardBlock * kBackwardBlock)),
+        weights(arena.take<E>(kBackwardBlock * kBackwardBlock / kPack<E>)),
+        ds(arena.take<E>(kBackwardBlock * kBackwardBlock / kPack<E>)),
+        ds_rows(kPack<E> == 1 ? ds : arena.take<E>(kBackwardBlock * kBackwardBlock / kPack<E>)),
         of_sinks(arena.take<Acc>(2 * pitch)) {}
 
-  void run(const QueryGradients<Acc>& dq, int64_t dq_head, int64_t batch, int64_t kv_head, int64_t n0) {
+  void run(const QueryGradients<Acc>& dq, int64_t dq_head, int64_t batch, int64_t kv_head, int64_t key) {
     const Problem& problem = p.problem;
-    const int keys = static_cast<int>(lesser<int64_t>(kBackwardBlock, problem.seqlen_k - n0));
-    load_transposed<T>({p.k, batch, n0, kv_head, keys}, head_dim, kBackwardBlock, k_t);
-    load_transposed<T>({p.v, batch, n0, kv_head, keys}, head_dim, kBackwardBlock, v_t);
-    load_summed_rows<T>({p.k, batch, n0, kv_head, keys}, head_dim, pitch, k);
+    const int keys = static_cast<int>(lesser<int64_t>(kBackwardBlock, problem.seqlen_k - key));
+    load_transposed<T>({p.k, batch, key, kv_head, keys}, head_dim, kBackwardBlock, k_t);
+    load_transposed<T>({p.v, batch, key, kv_head, keys}, head_dim, kBackwardBlock, v_t);
+    load_summed_rows<T>({p.k, batch, key, kv_head, keys}, head_dim, pitch, k);
     std::memset(dk, 0, sizeof(Acc) * kBackwardBlock * pitch);
     std::memset(dv, 0, sizeof(Acc) * kBackwardBlock * pitch);
 
     const int64_t heads_per_kv = problem.heads / problem.kv_heads;
     for (int64_t i = 0; i < heads_per_kv; ++i) {
       const int64_t head = kv_head * heads_per_kv + i;
-      const int64_t key_block = n0 / kBackwardBlock, offset = problem.query_offset();
+      const int64_t key_block = key / kBackwardBlock, offset = problem.query_offset();
       int64_t query_block = greater(key_block, offset / kBackwardBlock);
       for (; query_block * kBackwardBlock < problem.seqlen_k; ++query_block) {
         const int64_t row = greater<int64_t>(query_block * kBackwardBlock - offset, 0);
         const QueryBlock<kBackwardBlock> block(problem, batch, head, row, (query_block + 1) * kBackwardBlock - offset);
-        const int rows = block.row_end(n0 + keys - 1);
+        const int rows = block.row_end(key + keys - 1);
         if (rows == 0) break;  // nor does any later row look back this far
         load(batch, head, row, rows);
-        products(block, batch, head, n0, keys, rows);
+        products(block, batch, head, key, keys, rows);
         const int64_t first_block = block.begin_key() / kBackwardBlock;
         Acc* sums = dq.wait_for_turn(dq_head + i, query_block, key_block, first_block);
         if (key_block == first_block) begin_with_sinks(block, batch, head, kv_head, sums);
-        add_to_dq(sums, block.m0 - n0, keys, rows);
+        add_to_dq(sums, block.own_key - key, keys, rows);
         for (int r = 0; query_block == key_block && r < rows; ++r)  // the diagonal comes last
           store_row<T>(sums + r * pitch, static_cast<Acc>(problem.scale), head_dim,
                        row_of<T>(p.dq, batch, row + r, head));
         dq.pass_turn(dq_head + i, query_block, key_block);
       }
     }
-    if (problem.sink) add_sinks_of_documents(batch, kv_head, n0, keys);
+    if (problem.sink) add_sinks_of_documents(batch, kv_head, key, keys);
     for (int j = 0; j < keys; ++j) {
-      store_row<T>(dk + j * pitch, static_cast<Acc>(problem.scale), head_dim, row_of<T>(p.dk, batch, n0 + j, kv_head));
-      store_row<T>(dv + j * pitch, 1, head_dim, row_of<T>(p.dv, batch, n0 + j, kv_head));
+      store_row<T>(dk + j * pitch, static_cast<Acc>(problem.scale), head_dim, row_of<T>(p.dk, batch, key + j, kv_head));
+      store_row<T>(dv + j * pitch, 1, head_dim, row_of<T>(p.dv, batch, key + j, kv_head));
     }
   }
 
@@ -174,26 +91,26 @@ struct GradientTile {
   // What dq of the rows that see a sink besides begins with.
   void begin_with_sinks(const QueryBlock<kBackwardBlock>& block, int64_t batch, int64_t head, int64_t kv_head,
                         Acc* sums) {
-    const Acc* ds = static_cast<const Acc*>(p.sink_ds) + stats_of(batch, head, block.row);
+    const Acc* sink_ds = static_cast<const Acc*>(p.sink_ds) + stats_of(batch, head, block.row);
     block.for_each_sink(p.problem, batch, [&](int64_t d, int begin, int end) {
-      const T* key = row_of<T>(p.k, batch, d, kv_head);
-      for (int c = 0; c < head_dim; ++c) of_sinks[c] = widen(key[c]);
+      const T* k_row = row_of<T>(p.k, batch, d, kv_head);
+      for (int c = 0; c < head_dim; ++c) of_sinks[c] = widen(k_row[c]);
       for (int r = begin; r < end; ++r)
-        for (int c = 0; c < head_dim; ++c) sums[r * pitch + c] = ds[r] * of_sinks[c];
+        for (int c = 0; c < head_dim; ++c) sums[r * pitch + c] = sink_ds[r] * of_sinks[c];
     });
   }
 
   // What the first tokens of documents among the keys get from the rows that see them as sinks.
-  void add_sinks_of_documents(int64_t batch, int64_t kv_head, int64_t n0, int keys) {
+  void add_sinks_of_documents(int64_t batch, int64_t kv_head, int64_t key, int keys) {
     const Problem& problem = p.problem;
     const int64_t offset = problem.query_offset();
     // Those that begin among the keys have their first row there too, or are the first row's.
-    for (int64_t row = greater<int64_t>(n0 - offset, 0), end; row < problem.seqlen; row = end) {
+    for (int64_t row = greater<int64_t>(key - offset, 0), end; row < problem.seqlen; row = end) {
       const int64_t d = document_of(problem, batch, row);
-      const int64_t stop = d < n0 ? lesser(n0 + keys - offset, problem.seqlen) : problem.seqlen;
-      if (d >= n0 + keys || row >= stop) break;
+      const int64_t stop = d < key ? lesser(key + keys - offset, problem.seqlen) : problem.seqlen;
+      if (d >= key + keys || row >= stop) break;
       for (end = row + 1; end < stop && document_of(problem, batch, end) == d;) ++end;
-      if (d >= n0) add_sink(batch, kv_head, d, row, end, static_cast<int>(d - n0));
+      if (d >= key) add_sink(batch, kv_head, d, row, end, static_cast<int>(d - key));
     }
   }
 
@@ -215,15 +132,15 @@ struct GradientTile {
         else
           begin = middle + 1;
       }
-      const Acc* weight = static_cast<const Acc*>(p.sink_weight) + stats_of(batch, head, 0);
-      const Acc* ds = static_cast<const Acc*>(p.sink_ds) + stats_of(batch, head, 0);
+      const Acc* sink_weight = static_cast<const Acc*>(p.sink_weight) + stats_of(batch, head, 0);
+      const Acc* sink_ds = static_cast<const Acc*>(p.sink_ds) + stats_of(batch, head, 0);
       for (; begin < end; begin += kChain) {
         Acc *const chain_dk = of_sinks, *const chain_dv = of_sinks + pitch;
         std::memset(of_sinks, 0, sizeof(Acc) * 2 * pitch);
         for (int64_t i = begin; i < lesser(begin + kChain, end); ++i) {
           const T *q_row = row_of<T>(p.q, batch, i, head), *dout_row = row_of<T>(p.dout, batch, i, head);
-          for (int c = 0; c < head_dim; ++c) chain_dk[c] += ds[i] * widen(q_row[c]);
-          for (int c = 0; c < head_dim; ++c) chain_dv[c] += weight[i] * widen(dout_row[c]);
+          for (int c = 0; c < head_dim; ++c) chain_dk[c] += sink_ds[i] * widen(q_row[c]);
+          for (int c = 0; c < head_dim; ++c) chain_dv[c] += sink_weight[i] * widen(dout_row[c]);
         }
         for (int c = 0; c < head_dim; ++c) dk[j * pitch + c] += chain_dk[c];
         for (int c = 0; c < head_dim; ++c) dv[j * pitch + c] += chain_dv[c];
@@ -240,9 +157,9 @@ struct GradientTile {
     return static_cast<int>(lesser<int64_t>(ahead + row, keys));
   }
 
-  // Scores and probabilities, and what they give dK and dV.
-  void products(const QueryBlock<kBackwardBlock>& block, int64_t batch, int64_t head, int64_t n0, int keys, int rows) {
-    const int64_t ahead = block.m0 - n0;
+  // Scores and weights, and what they give dK and dV.
+  void products(const QueryBlock<kBackwardBlock>& block, int64_t batch, int64_t head, int64_t key, int keys, int rows) {
+    const int64_t ahead = block.own_key - key;
     const int strip = ahead == 0 ? kStrip : kBackwardBlock;
     const int64_t row_stats = stats_of(batch, head, block.row);
     const Acc* lse = static_cast<const Acc*>(p.lse) + row_stats;
@@ -250,13 +167,13 @@ struct GradientTile {
     for (int r = 0; r < rows; r += strip) {
       const int count = lesser(strip, rows - r);
       const int seen = static_cast<int>(round_up(keys_seen(ahead, r + count, keys), kLanes<Acc>));
-      const int64_t row = r * pitch / kPack<E>;
-      gemm<Operand::kPlain>(Update::kStore, count, seen, head_dim / kPack<E>, q + row, pitch / kPack<E>, k_t,
+      const int64_t at = r * pitch / kPack<E>;
+      gemm<Operand::kPlain>(Update::kStore, count, seen, head_dim / kPack<E>, q + at, pitch / kPack<E>, k_t,
                             kBackwardBlock, scores + r * kBackwardBlock, kBackwardBlock);
-      gemm<Operand::kPlain>(Update::kStore, count, seen, head_dim / kPack<E>, dout + row, pitch / kPack<E>, v_t,
-                            kBackwardBlock, dprobs + r * kBackwardBlock, kBackwardBlock);
+      gemm<Operand::kPlain>(Update::kStore, count, seen, head_dim / kPack<E>, dout + at, pitch / kPack<E>, v_t,
+                            kBackwardBlock, dweights + r * kBackwardBlock, kBackwardBlock);
       for (int i = r; i < r + count; i += kPack<E>)
-        softmax(block, n0, i, lesser(kPack<E>, rows - i), keys, seen, lse, delta);
+        softmax(block, key, i, lesser(kPack<E>, rows - i), keys, seen, lse, delta);
     }
     for (int j = 0; j < keys; j += strip) {
       const int count = lesser(strip, keys - j);
@@ -264,36 +181,36 @@ struct GradientTile {
       if (first >= rows) break;
       const int summed = (rows - first + kPack<E> - 1) / kPack<E>;
       const int64_t from = first / kPack<E>;
-      gemm<Operand::kTransposed>(Update::kAdd, count, pitch, summed, probs + from * kBackwardBlock + j, kBackwardBlock,
-                                 summed_dout + from * pitch, pitch, dv + j * pitch, pitch);
-      gemm<Operand::kTransposed>(Update::kAdd, count, pitch, summed, dscores + from * kBackwardBlock + j,
-                                 kBackwardBlock, summed_q + from * pitch, pitch, dk + j * pitch, pitch);
+      gemm<Operand::kTransposed>(Update::kAdd, count, pitch, summed, weights + from * kBackwardBlock + j,
+                                 kBackwardBlock, summed_dout + from * pitch, pitch, dv + j * pitch, pitch);
+      gemm<Operand::kTransposed>(Update::kAdd, count, pitch, summed, ds + from * kBackwardBlock + j, kBackwardBlock,
+                                 summed_q + from * pitch, pitch, dk + j * pitch, pitch);
     }
   }
 
-  // P and dS of `count` rows from r on, which make one row of operand elements.
-  void softmax(const QueryBlock<kBackwardBlock>& block, int64_t n0, int r, int count, int keys, int seen,
+  // Weights and ds of `count` rows from r on, which make one row of operand elements.
+  void softmax(const QueryBlock<kBackwardBlock>& block, int64_t key, int r, int count, int keys, int seen,
                const Acc* lse, const Acc* delta) {
     Acc lse_log2[kPack<E>];
     for (int i = 0; i < count; ++i) {
       Acc* const score = scores + (r + i) * kBackwardBlock;
-      const int begin = static_cast<int>(greater<int64_t>(block.first[r + i] - n0, 0));
-      const int end = static_cast<int>(lesser<int64_t>(block.m0 + r + i + 1 - n0, keys));
+      const int begin = static_cast<int>(greater<int64_t>(block.first[r + i] - key, 0));
+      const int end = static_cast<int>(lesser<int64_t>(block.own_key + r + i + 1 - key, keys));
       for (int j = 0; j < begin; ++j) score[j] = -INFINITY;
       for (int j = end; j < seen; ++j) score[j] = -INFINITY;
       lse_log2[i] = static_cast<Acc>(lse[r + i] * M_LOG2E);
     }
     for (int j = 0; j < seen; j += kLanes<Acc>) {
-      Vector<Acc> prob[kPack<E>] = {}, dscore[kPack<E>] = {};
+      Vector<Acc> weight[kPack<E>] = {}, ds_lanes[kPack<E>] = {};
       for (int i = 0; i < count; ++i) {
         const int64_t at = (r + i) * kBackwardBlock + j;
-        prob[i] = exp2(as_vector(scores + at) * scale_log2 - lse_log2[i]);
-        dscore[i] = prob[i] * (as_vector(dprobs + at) - delta[r + i]);
-        store_packed(dscore[i], dscore_rows + at / kPack<E>);
+        weight[i] = exp2(as_vector(scores + at) * scale_log2 - lse_log2[i]);
+        ds_lanes[i] = weight[i] * (as_vector(dweights + at) - delta[r + i]);
+        store_packed(ds_lanes[i], ds_rows + at / kPack<E>);
       }
       const int64_t at = r / kPack<E> * kBackwardBlock + j;
-      as_vector(probs + at) = pack(prob, E());
-      as_vector(dscores + at) = pack(dscore, E());
+      as_vector(weights + at) = pack(weight, E());
+      as_vector(ds + at) = pack(ds_lanes, E());
     }
   }
 
@@ -302,7 +219,7 @@ struct GradientTile {
     for (int r = 0; r < rows; r += strip) {
       const int count = lesser(strip, rows - r);
       const int summed = (keys_seen(ahead, r + count, keys) + kPack<E> - 1) / kPack<E>;
-      gemm<Operand::kPlain>(Update::kAdd, count, pitch, summed, dscore_rows + r * kBackwardBlock / kPack<E>,
+      gemm<Operand::kPlain>(Update::kAdd, count, pitch, summed, ds_rows + r * kBackwardBlock / kPack<E>,
                             kBackwardBlock / kPack<E>, k, pitch, sums + r * pitch, pitch);
     }
   }
@@ -321,11 +238,11 @@ struct GradientTile {
   Acc* const dk;  // [keys, pitch], not yet times scale
   Acc* const dv;
   Acc* const scores;  // [rows, keys]
-  Acc* const dprobs;
-  E* const probs;        // [rows, keys], summed over rows
-  E* const dscores;      // likewise
-  E* const dscore_rows;  // [rows, keys], summed over keys
-  Acc* const of_sinks;   // two rows of head_dim
+  Acc* const dweights;
+  E* const weights;     // [rows, keys], summed over rows
+  E* const ds;          // likewise
+  E* const ds_rows;     // [rows, keys], summed over keys
+  Acc* const of_sinks;  // two rows of head_dim
 };
 
 }  // namespace longlora::cpu::LONGLORA_ISA

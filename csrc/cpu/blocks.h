@@ -28,25 +28,26 @@ inline int64_t document_of(const Problem& p, int64_t batch, int64_t row) {
   return p.doc_start ? p.doc_start[batch * p.seqlen + row] : 0;
 }
 
-// One block of query rows of one head, and which keys each row sees: row r sees first[r]..m0+r, the latter its own.
-// `first` never decreases, so the rows that see a given key are one run, [row_begin(key), row_end(key)).
+// One block of query rows of one head, and which keys each row sees: row r sees first[r]..own_key+r, the latter its
+// own. `first` never decreases, so the rows that see a given key are one run, [row_begin(key), row_end(key)).
 template <int kRows>
 struct QueryBlock {
-  int64_t row;  // the first one, of q
-  int64_t m0;   // and of k
+  int64_t row;      // the first one, of q
+  int64_t own_key;  // and the key that is its own
   int rows;
   int64_t first[kRows];
 
   QueryBlock(const Problem& p, int64_t batch, int64_t head, int64_t row_, int64_t row_end)
-      : row(row_), m0(row_ + p.query_offset()), rows(static_cast<int>(lesser(row_end, p.seqlen) - row_)) {
+      : row(row_), own_key(row_ + p.query_offset()), rows(static_cast<int>(lesser(row_end, p.seqlen) - row_)) {
     const auto group_of = [&](int r) {
-      return group_start<int64_t>(m0 + r, document_of(p, batch, row + r), p.group_size, head >= p.first_shifted_head);
+      return group_start<int64_t>(own_key + r, document_of(p, batch, row + r), p.group_size,
+                                  head >= p.first_shifted_head);
     };
     first[0] = group_of(0);
     first[rows - 1] = group_of(rows - 1);
     const bool same = first[0] == first[rows - 1];  // then so are those between, and no division is needed
     for (int r = 1; r < rows - 1; ++r) first[r] = same ? first[0] : group_of(r);
-    for (int r = 0; r < rows; ++r) first[r] = greater<int64_t>(greater(first[r], m0 + r - p.window + 1), 0);
+    for (int r = 0; r < rows; ++r) first[r] = greater<int64_t>(greater(first[r], own_key + r - p.window + 1), 0);
   }
 
   // Calls f(d, begin, end) for each document whose first token, d, is seen by the rows [begin, end) besides.
@@ -62,9 +63,11 @@ struct QueryBlock {
   }
 
   int64_t begin_key() const { return first[0]; }
-  int64_t end_key() const { return m0 + rows; }
+  int64_t end_key() const { return own_key + rows; }
 
-  int row_begin(int64_t key) const { return static_cast<int>(lesser<int64_t>(greater<int64_t>(key - m0, 0), rows)); }
+  int row_begin(int64_t key) const {
+    return static_cast<int>(lesser<int64_t>(greater<int64_t>(key - own_key, 0), rows));
+  }
   int row_end(int64_t key) const {  // how many rows have first <= key
     int low = 0;
     for (int high = rows; low < high;) {
@@ -77,15 +80,15 @@ struct QueryBlock {
     return low;
   }
 
-  // scores[keys, kRows], transposed: -inf where a row in [begin, end) does not see a key of n0.. .
+  // scores[keys, kRows], transposed: -inf where a row in [begin, end) does not see one of the keys.
   template <typename Acc>
-  void mask(Acc* scores, int64_t n0, int keys, int begin, int end) const {
-    if (first[rows - 1] <= n0 && n0 + keys - 1 <= m0 + begin) return;
+  void mask(Acc* scores, int64_t key, int keys, int begin, int end) const {
+    if (first[rows - 1] <= key && key + keys - 1 <= own_key + begin) return;
     for (int j = 0; j < keys; ++j) {
-      Acc* row = scores + j * kRows;
-      const int run_begin = lesser(row_begin(n0 + j), end);
-      for (int r = begin; r < run_begin; ++r) row[r] = -INFINITY;
-      for (int r = greater(row_end(n0 + j), begin); r < end; ++r) row[r] = -INFINITY;
+      Acc* line = scores + j * kRows;
+      const int run_begin = lesser(row_begin(key + j), end);
+      for (int r = begin; r < run_begin; ++r) line[r] = -INFINITY;
+      for (int r = greater(row_end(key + j), begin); r < end; ++r) line[r] = -INFINITY;
     }
   }
 };
@@ -96,8 +99,8 @@ template <typename Acc, int kRows>
 struct RowRun {
   int begin, end;
 
-  RowRun(const QueryBlock<kRows>& block, int64_t n0, int keys)
-      : RowRun(block.row_begin(n0), block.row_end(n0 + keys - 1)) {}
+  RowRun(const QueryBlock<kRows>& block, int64_t key, int keys)
+      : RowRun(block.row_begin(key), block.row_end(key + keys - 1)) {}
   RowRun(int first_row, int last_row_end)
       : begin(first_row / kLanes<Acc> * kLanes<Acc>), end(static_cast<int>(round_up(last_row_end, kLanes<Acc>))) {}
 
