@@ -4,7 +4,8 @@
     deepspeed examples/finetune_llama.py --help     # any model, any text, any length
 
 The program reads top to bottom: the model's new context, the folder to write to, the text in sequences of the
-new length (or conversations in rows of it, to learn answers from), the model, the training, and what it changed.
+new length (or conversations in rows of it, to learn answers from), the model and whether it keeps documents apart,
+the training, and what it changed.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ from training.plot import loss_curve
 from training.report import banner, results
 from training.run_settings import settings
 from training.stop_at_nan import StopAtNaN
-from training.suitable import check_training
+from training.suitable import check_documents, check_training
 from training.ulysses import UlyssesTrainer, check_sequence_parallel
 
 
@@ -87,7 +88,7 @@ def main(argv: Sequence[str]) -> None:
         check_model_folder(model_path)
         source = {"gguf_file": options.gguf_file} if options.gguf_file else {}
         base_config = AutoConfig.from_pretrained(model_path, **source)
-        check_attention(base_config)
+        check_attention(base_config, options.context_length)
     with one_clear_error():
         check_kernels(base_config, dtype, args.device)
         config = new_context(base_config, options)
@@ -107,7 +108,7 @@ def main(argv: Sequence[str]) -> None:
         sequences, eval_sequences = (
             SampleRows(part, context, padding, packed=text.rows == "packed")
             if isinstance(part, Samples)
-            else PackedSequences(part, context, padding)
+            else PackedSequences(part, context, padding, own_rows=text.rows == "padded")
             for part in (train, held_out)
         )
         check_tokens(base_config, train, held_out)
@@ -152,6 +153,8 @@ def main(argv: Sequence[str]) -> None:
         data_collator=partial(pad_rows, pad_token_id=padding),
         callbacks=callbacks,
     )
+    with one_clear_error(f"--model_name_or_path {options.model_name_or_path}: "):
+        check_documents(model, args, packed=text.rows == "packed")
     say(banner(options, args, base_config, model, train, sequences, checkpoint))
     with writing_to(folder):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

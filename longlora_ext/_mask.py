@@ -1,4 +1,8 @@
-"""What the model hands to its attention layers as a mask, made by `s2attn_mask` and read by the layer."""
+"""What the model hands to its attention layers as a mask, made by `s2attn_mask` and read by the layer.
+
+transformers makes a mask boolean before it asks for this one: what it held besides 0 and 1 is looked for before, by a
+hook on the models that are built for S2-Attn.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,47 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from longlora_ext._ulysses import sequence_parallel
-from longlora_ext.documents import doc_start_from_mask
+from longlora_ext.documents import check_zeros_and_ones, doc_start_from_mask
+
+
+def check_masks_of(parent: torch.nn.Module, name: str, child: torch.nn.Module | None) -> None:
+    """Have a model look at the masks it is given (torch's hook for modules that get a child)."""
+    if isinstance(parent, PreTrainedModel) and _check_mask not in parent._forward_pre_hooks.values():
+        parent.register_forward_pre_hook(_check_mask, with_kwargs=True)
+
+
+def _check_mask(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    if model.config._attn_implementation != "s2attn" or not isinstance(mask, torch.Tensor):
+        return
+    if mask.ndim == 2 and mask.dtype != torch.bool and model.base_model is model:  # it gets what its head is given
+        check_zeros_and_ones(mask)
+
+
+def attention_window(config: PreTrainedConfig) -> int | None:
+    """
+    The fewest tokens that some layer's attention is limited to, by a sliding window or to chunks.
+
+    Args:
+        config ([`~transformers.PreTrainedConfig`]):
+            What `layer_types` say counts, where it has them: it may name a window that no layer uses.
+
+    Returns:
+        `int`, *optional*: 0 if there is a window and no size. `None` if all layers attend to all tokens.
+    """
+    types = getattr(config, "layer_types", None)
+    sizes = []
+    for field, kinds in (("sliding_window", ("sliding", "compressed")), ("attention_chunk_size", ("chunked",))):
+        size = getattr(config, field, None)
+        if types and any(kind in layer for kind in kinds for layer in types):
+            sizes.append(size or 0)
+        elif not types and size is not None and getattr(config, "use_sliding_window", True):
+            sizes.append(size)
+    return min(sizes, default=None)
 
 
 def s2attn_mask(
@@ -32,14 +73,20 @@ def s2attn_mask(
     square. With a KV cache it is what `sdpa` gets: `None` or a boolean `[batch, 1, queries, keys]`.
 
     Raises:
-        `ValueError`: the mask has holes, or padding under sequence parallelism, or the model asks for anything but
-        full causal attention.
+        `ValueError`: the mask holds other values than 0 and 1, or has holes, or padding under sequence parallelism, or
+        the model asks for anything but full causal attention.
     """
-    if local_size is not None:
+    if local_size is not None and local_size < kv_length:
+        if attention_window(kwargs["config"]) is None:  # transformers makes masks for layers that are not there, too
+            return None
         raise ValueError(
-            "attn_implementation='s2attn' cannot express sliding-window or chunked attention (this model "
-            f"asks for {local_size} tokens): set config.sliding_window=None, or use another one"
+            "attn_implementation='s2attn' cannot express sliding-window or chunked attention: this model asks for "
+            f"{local_size} tokens, and there are {kv_length}; "
+            + ("" if getattr(kwargs["config"], "layer_types", None) else "set config.sliding_window=None, or ")
+            + "use another attn_implementation"
         )
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
+        check_zeros_and_ones(attention_mask)
     # Before 5.4, transformers passed the positions of the queries in place of their number.
     positions = kwargs.get("cache_position")
     q_length = kwargs["q_length"] if positions is None else positions.shape[0]

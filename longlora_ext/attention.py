@@ -30,13 +30,23 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from longlora_ext._mask import dense_mask, own_mask, s2attn_mask
+from longlora_ext._mask import attention_window, check_masks_of, dense_mask, own_mask, s2attn_mask
 from longlora_ext._ulysses import first_shifted_head
 from longlora_ext.documents import (
     doc_start_from_cu_seqlens,
     doc_start_from_position_ids,
 )
 from longlora_ext.ops import has_cuda_kernels, s2attn
+
+__all__ = [
+    "DEFAULT_GROUP_RATIO",
+    "MODES",
+    "NAME",
+    "attention_window",
+    "even_group_size",
+    "group_size",
+    "s2attn_forward",
+]
 
 NAME = "s2attn"
 MODES = ("auto", "s2", "dense")
@@ -157,7 +167,10 @@ def s2attn_forward(
 def _refuse_unsupported(
     module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor, dropout: float, kwargs: dict[str, Any]
 ) -> None:
-    what = next((text for name, text in _UNSUPPORTED.items() if kwargs.get(name) is not None), None)
+    asked = {name: value for name, value in kwargs.items() if value is not None}
+    if asked.get("sliding_window", 0) >= key.shape[2]:  # it holds all tokens there are
+        del asked["sliding_window"]
+    what = next((text for name, text in _UNSUPPORTED.items() if name in asked), None)
     is_causal = kwargs.get("is_causal")
     if what is None and dropout > 0:
         what = f"attention dropout (it is {dropout}; set config.attention_dropout=0.0)"
@@ -258,3 +271,4 @@ def _has_kernels(device: torch.device) -> bool:
 
 AttentionInterface.register(NAME, s2attn_forward)
 AttentionMaskInterface.register(NAME, s2attn_mask)
+torch.nn.modules.module.register_module_module_registration_hook(check_masks_of)

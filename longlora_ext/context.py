@@ -51,7 +51,9 @@ def rope_type_of(config: PreTrainedConfig) -> str:
     """
     How the positions of a model of this config are scaled: `"default"` where they are not.
     """
-    return (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    rope = getattr(config, "rope_parameters", None) or {}
+    types = [parameters.get("rope_type", "default") for parameters in (_of_layer_types(rope) or {"all": rope}).values()]
+    return next((rope_type for rope_type in types if rope_type != "default"), "default")
 
 
 def extend_config(
@@ -90,11 +92,14 @@ def extend_config(
     Returns:
         [`~transformers.PreTrainedConfig`]: with changed `rope_parameters`, `max_position_embeddings` (the new
         context; for `"dynamic"` it stays, as transformers scales only beyond it), `s2attn_context_length` and
-        `s2attn_group_size`.
+        `s2attn_group_size`. RoPE parameters of each layer type stay so.
 
     Raises:
         `ValueError`: an argument is out of its range, or the config's RoPE cannot be extended as asked.
     """
+    layer_types = _of_layer_types(getattr(config, "rope_parameters", None) or {})
+    if layer_types:
+        config = _with_one_rope(config, layer_types)
     present = _present_length(config)
     if not _is_int(context_length) or context_length <= present:
         raise ValueError(
@@ -109,7 +114,27 @@ def extend_config(
         extended.max_position_embeddings = context_length
     extended.rope_parameters = new
     _check_rope(extended, rope_type)
+    if layer_types:
+        extended.rope_parameters = {layer_type: dict(extended.rope_parameters) for layer_type in layer_types}
     return extended
+
+
+def _of_layer_types(rope_parameters: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The RoPE parameters of each layer type, where a config has such: none if they are those of all layers."""
+    return {name: value for name, value in rope_parameters.items() if isinstance(value, dict)}
+
+
+def _with_one_rope(config: PreTrainedConfig, layer_types: dict[str, dict[str, Any]]) -> PreTrainedConfig:
+    """A copy of a config whose layer types have the same RoPE parameters, with these for all layers."""
+    first, *others = layer_types.values()
+    if any(other != first for other in others):
+        raise ValueError(
+            f"this model has different RoPE parameters for different layers ({', '.join(layer_types)}): it cannot be "
+            "extended"
+        )
+    flat = copy.deepcopy(config)
+    flat.rope_parameters = dict(first)
+    return flat
 
 
 def _is_int(value: Any) -> bool:
@@ -140,11 +165,6 @@ def _group_size(context: int, ratio: float, size: int | None) -> int:
 def _extended_rope(config: PreTrainedConfig, context: int, rope_type: str, given: dict[str, Any]) -> dict[str, Any]:
     """The new `rope_parameters`: those that stay, the factor, and over both what the caller gave."""
     present = dict(config.rope_parameters)
-    if any(isinstance(value, dict) for value in present.values()):
-        layers = ", ".join(map(str, present))
-        raise ValueError(
-            f"this model has different RoPE parameters for different layers ({layers}): it cannot be extended"
-        )
     if rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS:
         raise ValueError(f"rope_type must be one of default, {', '.join(ROPE_INIT_FUNCTIONS)}, but it is {rope_type!r}")
     if given.get("rope_type", rope_type) != rope_type:

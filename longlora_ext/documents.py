@@ -27,6 +27,18 @@ def _check_2d(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must have shape [batch, seqlen], but is {list(tensor.shape)}")
 
 
+def check_zeros_and_ones(attention_mask: Tensor) -> None:
+    """Raise `ValueError` if a mask holds anything but 0 and 1. On a GPU this stops the next synchronisation instead."""
+    right = ((attention_mask == 0) | (attention_mask == 1)).all()
+    if attention_mask.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(right, "attention_mask must hold 0 and 1")
+    elif not right:
+        raise ValueError(
+            f"attention_mask must hold 0 and 1, but holds {attention_mask.unique()[:5].tolist()}; packed documents are "
+            "told by position_ids"
+        )
+
+
 def doc_start_from_position_ids(position_ids: Tensor) -> Tensor:
     """Documents from positions: one begins wherever a position is not its predecessor's plus one.
 
@@ -57,17 +69,16 @@ def doc_start_from_mask(attention_mask: Tensor) -> Tensor:
 
     Raises:
         ValueError: if `attention_mask` is not two-dimensional, or (on a CPU, where looking costs nothing) holds other
-            values than 0 and 1, or has padding between tokens. On a GPU such a hole stops the next synchronisation
-            with a device-side assertion.
+            values than 0 and 1, or has padding between tokens. On a GPU either stops the next synchronisation with a
+            device-side assertion.
     """
     _check_2d("attention_mask", attention_mask)
+    check_zeros_and_ones(attention_mask)
     is_token = attention_mask != 0
     changed = is_token[:, 1:] != is_token[:, :-1]
     runs = is_token[:, 0] + (changed & is_token[:, 1:]).sum(dim=1)
     hole = "attention_mask must hold one unbroken run of tokens per row: padding between tokens is not supported"
     if is_token.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not ((attention_mask == 0) | (attention_mask == 1)).all():
-            raise ValueError(f"attention_mask must hold 0 and 1, but holds {attention_mask.unique()[:5].tolist()}")
         bad = (runs > 1).nonzero()
         if len(bad):
             raise ValueError(f"{hole}, but row {int(bad[0])} has {int(runs[bad[0]])} runs")

@@ -73,8 +73,10 @@ def s2attn(
     Args:
         q (`Tensor`): [B, N, H, D] of bfloat16 or float16, on a CPU float32 or float64 as well; any N, D a multiple of 8
             up to 256. Any strides whose last is 1; on CUDA a tensor with rows that do not begin at multiples of 16
-            bytes is copied. All inputs are finite: a NaN or infinity shows in the rows that see it, and may show, by
-            way of 0 * NaN, in others of its group.
+            bytes is copied. All inputs are finite: a NaN or infinity shows in all rows that see it, and may show in
+            rows that do not: kernels compute tiles of up to a few hundred tokens, in which what is masked weighs 0, and
+            0 * NaN is NaN. So a NaN in `v` may reach earlier rows and other documents, and in the backward pass one in
+            any input or in the gradient may; none reaches other rows of the batch or other KV heads.
         k (`Tensor`): [B, Nk, Hkv, D], dtype and device of `q`; Hkv divides H. Nk >= N: the queries are the last of the
             keys' tokens, as with a KV cache or a prompt in parts.
         v (`Tensor`): like `k`.

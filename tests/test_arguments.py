@@ -11,10 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoConfig, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
 import finetune_llama
 from finetune_runs import ROOT, make_model, make_text, small_run
+from longlora_ext.context import extend_config
 from models import suitable
 from training import arguments
 from training.options import DataOptions, ModelOptions
@@ -77,7 +78,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
             "--task sft needs --train_file with questions and answers; examples/data/questions.jsonl is one",
         ),
         ("--task chat", "argument --task: invalid choice: 'chat'"),
-        ("--rows padded", "--rows says nothing with --task text"),
+        ("--rows both", "argument --rows: invalid choice: 'both'"),
         ("--task sft --train_file {text} --text_column x", "--text_column says nothing with --task sft"),
         ("--task sft --train_file {text}", "text.jsonl has the columns text; --task sft takes rows of "),
         ("--task sft --train_file {character}", "character.txt is text; rows are read from .json, .jsonl and .parquet"),
@@ -139,6 +140,7 @@ def cut(path: Path) -> None:
 
 UNSUITABLE = {
     "sliding": ({"model_type": "mistral", "sliding_window": 16}, 'set "sliding_window": null in its config.json'),
+    "chunks": ({"model_type": "llama4_text", "attention_chunk_size": 16}, "a sliding window, or chunks, of 16 tokens"),
     "softcap": ({"attn_logit_softcapping": 30.0}, "caps its logits"),
     "dropout": ({"attention_dropout": 0.1}, 'set "attention_dropout": 0.0'),
     "narrow": ({"num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 2}, "its heads have 2 dimensions"),
@@ -170,9 +172,70 @@ def test_an_unsuitable_model_is_one_clear_error(
     assert "measuring" not in printed.out
 
 
-def test_a_mistral_whose_window_is_taken_away_is_suitable(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    model = variant(inputs[0], tmp_path / "model", model_type="mistral", sliding_window=None)
-    suitable.check_attention(AutoConfig.from_pretrained(model))
+SIZES = {"num_hidden_layers": 4, "max_position_embeddings": 32, "hidden_size": 64, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 2, "head_dim": 16}
+MIXED = ["sliding_attention", "full_attention"] * 2
+
+
+@pytest.mark.parametrize("context", [None, 64])
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("mistral", {"sliding_window": 16}),
+        ("mixtral", {"sliding_window": 16}),
+        ("mistral", {"sliding_window": 0}),
+        ("starcoder2", {"sliding_window": 16}),
+        ("qwen3_moe", {"sliding_window": 16, "use_sliding_window": True}),
+        ("ministral", {"sliding_window": 16}),
+        ("olmo3", {"sliding_window": 16}),
+        ("qwen2", {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1}),
+        ("qwen2", {"sliding_window": 16, "use_sliding_window": True, "layer_types": MIXED}),
+        ("qwen2_moe", {"sliding_window": 16, "use_sliding_window": True}),
+    ],
+)
+def test_advice_on_windows_works(kind: str, fields: dict, context: int | None, tmp_path: Path) -> None:
+    """What it says is done to the config.json, and then the model is suitable, and can be extended and trained."""
+    config = AutoConfig.for_model(kind, **SIZES, vocab_size=99, pad_token_id=0, **fields)
+    config.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    with pytest.raises(ValueError, match="To train it with full attention, set") as told:
+        suitable.check_attention(AutoConfig.from_pretrained(tmp_path), context)
+    advice = str(told.value)
+    if match := re.search(r'set "layer_types": \["full_attention", "full_attention", ...\], (\d+) times', advice):
+        assert 'leave "sliding_window" as it is' in advice
+        change: dict = {"layer_types": ["full_attention"] * int(match[1])}
+    else:
+        assert 'set "sliding_window": null in its config.json' in advice
+        change = {"sliding_window": None}
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    suitable.check_attention(AutoConfig.from_pretrained(tmp_path), context)
+    extended = extend_config(AutoConfig.from_pretrained(tmp_path), 64)
+    model = AutoModelForCausalLM.from_config(extended, attn_implementation="s2attn").train()
+    assert model(torch.arange(40)[None]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "cohere2", "exaone4", "gpt_oss"])
+def test_there_is_no_advice_on_windows_that_does_not_work(kind: str) -> None:
+    """Other RoPE in layers with windows, or none in those without, or sinks besides."""
+    config = AutoConfig.for_model(kind, **SIZES, sliding_window=16, layer_types=MIXED)
+    with pytest.raises(ValueError, match=r"of 16 tokens, which S2-Attn cannot express$"):
+        suitable.check_attention(config)
+
+
+def test_a_model_whose_code_wants_a_window_that_no_layer_uses() -> None:
+    """As after taking away layer_types and the window both."""
+    fields = {**SIZES, "layer_types": ["full_attention"] * 4}
+    with pytest.raises(ValueError, match=r'set "sliding_window": 4096, or any number, in its config.json'):
+        suitable.check_attention(AutoConfig.for_model("olmo3", **fields, sliding_window=None))
+    suitable.check_attention(AutoConfig.for_model("olmo3", **fields, sliding_window=4096))
+
+
+def test_a_window_as_long_as_the_context_is_suitable() -> None:
+    config = AutoConfig.for_model("mistral", **SIZES, sliding_window=64)
+    suitable.check_attention(config, 64)
+    for context in (65, None):
+        with pytest.raises(ValueError, match="a sliding window"):
+            suitable.check_attention(config, context)
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:

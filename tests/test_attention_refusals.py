@@ -2,21 +2,77 @@
 
 import pytest
 import torch
-from transformers import Gemma2Config, GemmaConfig, MistralConfig
+from transformers import AutoConfig, Gemma2Config, GemmaConfig, LlamaConfig, MistralConfig
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import longlora_ext.attention as attention
 from longlora_ext._mask import s2attn_mask
-from tiny_models import mask_of, tiny_config, tiny_model, tokens
+from longlora_ext.adapter import lora_config, prepare_model
+from op_checks import default_dtype
+from tiny_models import SIZES, assert_close, mask_of, tiny_config, tiny_model, tokens
 
 pytestmark = pytest.mark.usefixtures("device")
 
 
-def test_sliding_windows_are_refused() -> None:
-    config = MistralConfig(**{**tiny_config("mistral").to_dict(), "sliding_window": 4})
+@pytest.mark.parametrize("window", [4, 0])
+def test_sliding_windows_are_refused(window: int) -> None:
+    config = MistralConfig(**{**tiny_config("mistral").to_dict(), "sliding_window": window})
     for model in (tiny_model(config=config), tiny_model(config=config).train()):
-        with pytest.raises(ValueError, match=r"sliding-window .*set config.sliding_window=None"):
+        with pytest.raises(ValueError, match=rf"sliding-window .*{window} tokens.* set config.sliding_window=None"):
             model(tokens(1, 9))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_window_that_holds_all_tokens_is_none(training: bool) -> None:
+    """Packed or not, and in `generate` for as long as that is so."""
+    config = MistralConfig(**{**tiny_config("mistral").to_dict(), "sliding_window": 12})
+    windowed, full = tiny_model(config=config).train(training), tiny_model("mistral").train(training)
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    for inputs in ({}, {"position_ids": positions}, {"attention_mask": torch.arange(12)[None] < 9}):
+        assert torch.equal(windowed(tokens(1, 12), **inputs).logits, full(tokens(1, 12), **inputs).logits)
+    if not training:
+        ids = tokens(1, 5)
+        longer = [model.generate(ids, max_new_tokens=7, do_sample=False) for model in (windowed, full)]
+        assert torch.equal(*longer)
+    with pytest.raises(ValueError, match="sliding-window"):
+        windowed(tokens(1, 13))
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("qwen2_moe", {"use_sliding_window": False, "sliding_window": 0, "num_experts": 2, "num_experts_per_tok": 1}),
+        ("qwen2_moe", {"use_sliding_window": False, "sliding_window": 4, "num_experts": 2, "num_experts_per_tok": 1}),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 4}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 4, "layer_types": ["full_attention"] * 2}),
+        ("olmo3", {"sliding_window": 4, "layer_types": ["full_attention"] * 2}),
+        ("ministral", {"sliding_window": 0, "layer_types": ["full_attention"] * 2}),
+    ],
+)
+def test_a_window_that_no_layer_uses_is_none(kind: str, fields: dict[str, object]) -> None:
+    """transformers makes the mask all the same."""
+    config = AutoConfig.for_model(kind, **{**SIZES, **fields})
+    assert attention.attention_window(config) is None
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    model = tiny_model(config=config, dtype=default_dtype()).train()
+    packed = model(tokens(1, 12), position_ids=positions).logits[:, 5:]
+    assert_close(packed, model(tokens(1, 12)[:, 5:]).logits)
+
+
+@pytest.mark.parametrize(
+    ("fields", "window"),
+    [
+        ({"sliding_window": 4}, 4),
+        ({"sliding_window": None}, None),
+        ({"sliding_window": 4, "use_sliding_window": False}, None),
+        ({"sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"]}, 4),
+        ({"sliding_window": None, "layer_types": ["full_attention", "sliding_attention"]}, 0),
+        ({"sliding_window": 4, "layer_types": ["full_attention", "linear_attention"]}, None),
+        ({"attention_chunk_size": 6, "layer_types": ["chunked_attention", "full_attention"]}, 6),
+    ],
+)
+def test_the_window_of_a_config(fields: dict[str, object], window: int | None) -> None:
+    assert attention.attention_window(LlamaConfig(num_hidden_layers=2, **fields)) == window
 
 
 def test_a_model_with_soft_capping_and_windows_is_refused() -> None:
@@ -90,6 +146,57 @@ def test_masks_with_holes_are_refused(training: bool) -> None:
     mask[1, 4] = 0
     with pytest.raises(ValueError, match="unbroken run of tokens"):
         tiny_model().train(training)(tokens(2, 9), attention_mask=mask)
+
+
+NOT_ZEROS_AND_ONES = {
+    "documents": [1, 1, 2, 2],
+    "documents as floats": [1.0, 1.0, 2.0, 2.0],
+    "padding and documents": [0, 1, 1, 2],
+    "all 2": [2, 2, 2, 2],
+    "a half": [0.5, 0.5, 1.0, 1.0],
+    "minus one": [-1, -1, -1, -1],
+    "additive": [0.0, 0.0, float("-inf"), float("-inf")],
+}
+
+
+@pytest.mark.only("cpu", "on a GPU a device-side assertion says so, which ends the process")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("what", NOT_ZEROS_AND_ONES)
+def test_masks_of_other_values_are_refused(what: str, training: bool) -> None:
+    """transformers makes them boolean before it has the mask made: 2 would be what 1 is."""
+    mask = torch.tensor([NOT_ZEROS_AND_ONES[what]])
+    model = tiny_model().train(training)
+    adapted = prepare_model(tiny_model(), lora_config(model)).train(training)
+    message = r"attention_mask must hold 0 and 1, but holds \[.*\]; packed documents are told by position_ids"
+    for run in (model, model.model, adapted):
+        with pytest.raises(ValueError, match=message):
+            run(tokens(1, 4), attention_mask=mask)
+    with pytest.raises(ValueError, match=message):
+        model(tokens(1, 4), mask)
+    with pytest.raises(ValueError, match=message):
+        s2attn_mask(batch_size=1, q_length=4, kv_length=4, attention_mask=mask)
+    with pytest.raises(ValueError, match=message):
+        model.eval().generate(tokens(1, 4), attention_mask=mask, max_new_tokens=2)
+
+
+@pytest.mark.only("cpu", "on a GPU a device-side assertion says so, which ends the process")
+def test_masks_of_other_values_are_refused_when_compiled() -> None:
+    model = torch.compile(tiny_model(), backend="aot_eager", fullgraph=True)
+    for mask in ([0, 1, 1, 1], [1, 1, 1, 1]):
+        model(tokens(1, 4), attention_mask=torch.tensor([mask]), use_cache=False)
+    with pytest.raises(RuntimeError, match="attention_mask must hold 0 and 1"):
+        model(tokens(1, 4), attention_mask=torch.tensor([[1, 1, 2, 2]]), use_cache=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float16], ids=str)
+def test_masks_of_zeros_and_ones_may_have_any_dtype(dtype: torch.dtype) -> None:
+    model, mask = tiny_model().train(), torch.tensor([[1, 1, 1, 0]])
+    logits = [model(tokens(1, 4), attention_mask=m).logits for m in (mask, mask.to(dtype))]
+    assert torch.equal(*logits)
+
+
+def test_models_for_other_attention_may_have_any_mask() -> None:
+    tiny_model(attn_implementation="sdpa")(tokens(1, 4), attention_mask=torch.tensor([[1, 1, 2, 2]]))
 
 
 def test_dropout_and_output_attentions_are_refused_by_the_whole_model() -> None:

@@ -17,7 +17,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from longlora_ext._record import apply_record, read_record, write_record
 from longlora_ext.attention import group_size
-from longlora_ext.context import CONFIG_FIELDS, context_length, extend_config
+from longlora_ext.context import CONFIG_FIELDS, context_length, extend_config, rope_type_of
 from tiny_models import tiny_config
 
 LONGROPE = {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 3.0, 4.0]}
@@ -215,6 +215,30 @@ def test_models_without_one_rotary_embedding_are_refused() -> None:
         extend_config(GPT2Config(), 4096)
     with pytest.raises(ValueError, match="different RoPE parameters for different layers"):
         extend_config(Gemma3TextConfig(), 10**6)
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "yarn", "dynamic", "llama3"])
+def test_the_same_rope_in_all_layer_types_is_extended(rope_type: str, tmp_path) -> None:
+    """Olmo 3 names it for each of them."""
+    sizes = {**base().to_dict(), "model_type": "olmo3", "layer_types": ["full_attention"] * 2}
+    extended = extend_config(AutoConfig.for_model(**sizes), 256, rope_type=rope_type)
+    rope = extend_config(base(), 256, rope_type=rope_type).rope_parameters
+    rope["rope_theta"] = extended.rope_parameters["full_attention"]["rope_theta"]
+    assert extended.rope_parameters == {"full_attention": rope, "sliding_attention": rope}
+    assert rope_type_of(extended) == rope_type
+    model = AutoModelForCausalLM.from_config(extended, attn_implementation="s2attn").train()
+    assert model(torch.arange(40)[None]).logits.isfinite().all()
+    write_record(tmp_path, extended, {}, [])
+    config = AutoConfig.for_model(**sizes)
+    apply_record(config, read_record(tmp_path))
+    assert config.rope_parameters == extended.rope_parameters
+    twice = extend_config(extended, 512, rope_type=rope_type).rope_parameters["full_attention"]
+    assert (
+        twice["factor"]
+        == extend_config(extend_config(base(), 256, rope_type=rope_type), 512, rope_type=rope_type).rope_parameters[
+            "factor"
+        ]
+    )
 
 
 def test_a_config_in_the_old_format_is_read(tmp_path) -> None:

@@ -96,7 +96,8 @@ def test_loss_and_gradients_are_the_plain_ones(case: str, items: int | None) -> 
         inputs["num_items_in_batch"] = torch.tensor(items)
     expected, found = gradients(plain, **inputs), gradients(tiled, **inputs)
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if "bf16" not in case else {"rtol": 1e-2, "atol": 1e-2}
-    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    # How a product of bfloat16 rounds may depend on its shape, which instructions it is computed with at that.
+    assert found[0] == pytest.approx(expected[0], rel=1e-5 if "bf16" not in case else 1e-3)
     assert found[1].keys() == expected[1].keys()
     for name, gradient in expected[1].items():
         torch.testing.assert_close(found[1][name], gradient, **tolerance)

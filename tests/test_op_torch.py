@@ -169,6 +169,7 @@ def extra_memory(seqlen: int, head_dim: int, group_size: int) -> int:
     script = f"""
         import resource, torch
         from longlora_ext import s2attn
+        torch.set_num_threads(2)  # each has scratch of its own
         def peak():
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         q, k, v = (torch.randn(1, 512, 1, {head_dim}, requires_grad=True) for _ in range(3))

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from longlora_ext.adapter import lora_config, prepare_model, save_adapter
+from longlora_ext.independence import check_documents_apart
 from runs.launch import leave_group, prepare_deepspeed
 from tiny_training import LEARNING_RATE, batches, extended_model, lora_a
 
@@ -42,10 +43,12 @@ def main() -> None:
         model = prepare_model(model, None if full else lora_config(model))
         if not full and dist.get_rank() == 0:
             save_file(lora_a(model), folder / f"{case}.lora_a")
+        check_documents(model)
         optimizer = torch.optim.AdamW(
             [weight for weight in model.parameters() if weight.requires_grad], lr=LEARNING_RATE, weight_decay=0.0
         )
         wrapped = train_ddp(model, optimizer) if keep is None else train_zero(model, optimizer, keep.config)
+        check_documents(wrapped)
         save_adapter(wrapped, folder / f"{case}.{kind}")
         try:
             save_adapter(wrapped, folder / f"{case}.{kind}")
@@ -54,6 +57,21 @@ def main() -> None:
         else:
             raise AssertionError("a second save to the same folder was not refused everywhere")
     leave_group()
+
+
+def check_documents(model: torch.nn.Module) -> None:
+    """On every process, before and after DeepSpeed has prepared the model: they are apart, and a leak is found."""
+    check_documents_apart(model)
+    layer = next(module for name, module in model.named_modules() if name.endswith("layers.1.self_attn.v_proj"))
+    leak = layer.register_forward_hook(lambda module, args, output: output + output.cumsum(dim=1))
+    try:
+        check_documents_apart(model)
+    except ValueError as error:
+        assert "documents packed into one row see each other, beginning in " in str(error)
+        assert "layers.1.self_attn.v_proj" in str(error)
+    else:
+        raise AssertionError("documents that see each other were not found out")
+    leak.remove()
 
 
 def start(kind: str) -> None:

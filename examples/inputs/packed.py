@@ -1,14 +1,15 @@
-"""Training sequences of one length from tokenised documents, which are kept apart in them.
+"""Training sequences from tokenised documents, which are kept apart in them.
 
-The documents are laid end to end, and the result is cut every `context_length` tokens. What the cut makes of a
-document is called a piece here.
+The documents are laid end to end, and the result is cut every `context_length` tokens; or each document is cut by
+itself, and what comes of it has rows of its own. What the cut makes of a document is called a piece here.
 
 - A document that does not fit is continued in the next sequence as a piece of its own, not dropped.
 - Position ids restart at every piece, which is how the attention knows the pieces apart.
 - The first token of a piece has the label -100: nothing of its own document stands before it to predict it
   from.
 - The last sequence is filled up with padding, itself one piece with no labels, so that no token is lost. Only if it
-  would hold a single token it is left out: there is nothing to learn in it, and it would cost a step all the same.
+  would hold a single token it is left out: there is nothing to learn in it, and it would cost a step all the same. So
+  is a piece of a single token that would have a row of its own.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from longlora_ext.loss import IGNORED_LABEL
 
 
 class PackedSequences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """Tokenised documents, laid end to end and cut into sequences of one length.
+    """Tokenised documents, laid end to end and cut into sequences of one length, or in rows of their own.
 
     Nothing is copied up front: a sequence is put together when it is asked for.
 
@@ -32,36 +33,46 @@ class PackedSequences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         documents: The tokenised documents.
         context_length: Tokens of a sequence.
         pad_token_id: What fills the last sequence up.
+        own_rows: Each piece is a row, which ends where the piece does (`samples.pad_rows` makes those of a batch
+            equally long), for models in which documents of one row see each other.
 
-    Item `i` holds `input_ids`, `position_ids` and `labels`, int64 [context_length] each. `tokens` are in the sequences:
-    all, or all but the last, if that would be alone in a sequence and is not the only one.
+    Item `i` holds `input_ids`, `position_ids` and `labels`, int64 [context_length] each, or [length of the piece].
+    `tokens` are in the sequences: all but those that would be alone in one and are not the only one.
     """
 
-    def __init__(self, documents: Tokenised, context_length: int, pad_token_id: int) -> None:
+    def __init__(self, documents: Tokenised, context_length: int, pad_token_id: int, own_rows: bool = False) -> None:
         if context_length < 2:
             raise ValueError(f"context_length must be 2 or more, got {context_length}")
         self.context_length = context_length
         self.pad_token_id = pad_token_id
+        self.own_rows = own_rows
         self.chunks = [chunk.flatten().to_numpy() for chunk in documents.arrow_ids.chunks]
         self.chunk_starts = np.cumsum([0, *map(len, self.chunks)])
         self.document_starts = np.cumsum([0, *documents.lengths])
-        total = int(self.document_starts[-1])
-        self.tokens = total - 1 if total > context_length and total % context_length == 1 else total
+        # What is cut by itself: all documents together, or each.
+        wholes = self.document_starts if own_rows else self.document_starts[[0, -1]]
+        counts = -(-np.diff(wholes) // context_length)
+        number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        self.begins = np.repeat(wholes[:-1], counts) + number * context_length
+        self.ends = np.minimum(self.begins + context_length, np.repeat(wholes[1:], counts))
+        if len(self.begins) > 1:
+            worth = self.ends - self.begins > 1
+            self.begins, self.ends = self.begins[worth], self.ends[worth]
+        self.tokens = int((self.ends - self.begins).sum())
 
     def __len__(self) -> int:
-        return -(-self.tokens // self.context_length)
+        return len(self.begins)
 
     @property
     def padding(self) -> int:
         """Padding tokens at the end of the last sequence."""
-        return len(self) * self.context_length - self.tokens
+        return 0 if self.own_rows else len(self) * self.context_length - self.tokens
 
     @property
     def targets(self) -> int:
         """Tokens that are learned from: all but the first of each piece."""
-        cuts = np.arange(0, self.tokens, self.context_length)
-        starts = self.document_starts[self.document_starts < self.tokens]
-        return self.tokens - len(np.union1d(cuts, starts))
+        starts = self.document_starts[self.document_starts < self.ends.max(initial=0)]
+        return self.tokens - len(self.begins if self.own_rows else np.union1d(self.begins, starts))
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells the text from any other text, as JSON."""
@@ -72,22 +83,23 @@ class PackedSequences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             "train_documents": len(self.document_starts) - 1,
             "train_tokens": int(self.document_starts[-1]),
             "train_sha256": digest.hexdigest(),
+            **({"rows": "padded"} if self.own_rows else {}),
         }
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not 0 <= index < len(self):
             raise IndexError(f"sequence {index} of {len(self)}")
-        begin = index * self.context_length
-        end = min(begin + self.context_length, self.tokens)
+        begin, end = int(self.begins[index]), int(self.ends[index])
+        length = end - begin if self.own_rows else self.context_length
 
-        input_ids = np.full(self.context_length, self.pad_token_id, dtype=np.int64)
+        input_ids = np.full(length, self.pad_token_id, dtype=np.int64)
         input_ids[: end - begin] = self._read(begin, end)
 
         first, last = np.searchsorted(self.document_starts, (begin, end))
         inner_starts = self.document_starts[first:last] - begin
-        if end - begin < self.context_length:
+        if end - begin < length:
             inner_starts = np.append(inner_starts, end - begin)  # the padding is a piece too
-        place = np.arange(self.context_length)
+        place = np.arange(length)
         piece_start = np.zeros_like(place)
         piece_start[inner_starts] = inner_starts
         position_ids = place - np.maximum.accumulate(piece_start)

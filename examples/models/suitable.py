@@ -7,8 +7,15 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from inputs.tokens import Tokenised
 from longlora_ext import s2attn
+from longlora_ext.attention import attention_window
+from longlora_ext.context import context_length
 
 MAX_HEAD_DIM = 256
+#: Models of several layer types that are the same but for the window, so that all of them can have full attention. In
+#: others the layers have different RoPE parameters, or those with full attention no RoPE at all.
+DIFFER_IN_THE_WINDOW_ALONE = ("ministral", "olmo3", "phimoe", "qwen2", "qwen2_moe", "qwen3")
+#: Models that have a mask made for a window whether or not a layer has one.
+NEEDS_A_WINDOW = ("afmoe", "cohere2", "ministral", "olmo3")
 
 
 def head_dim_of(config: PreTrainedConfig) -> int:
@@ -17,22 +24,20 @@ def head_dim_of(config: PreTrainedConfig) -> int:
     return getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else MAX_HEAD_DIM)
 
 
-def check_attention(config: PreTrainedConfig) -> None:
-    """Raise `ValueError` if S2-Attn cannot express the model's attention."""
-    window = getattr(config, "sliding_window", None)
-    window = window or ("sliding_attention" in (getattr(config, "layer_types", None) or ()))
+def check_attention(config: PreTrainedConfig, context: int | None = None) -> None:
+    """Raise `ValueError` if S2-Attn cannot express the model's attention.
+
+    Args:
+        config: The model's config.
+        context: Tokens that it is to be trained with, which a window may hold. Default: four times its own.
+    """
     heads = getattr(config, "num_attention_heads", None)
     head_dim = head_dim_of(config)
     if getattr(config, "attn_logit_softcapping", None):
         raise ValueError("its attention caps its logits (attn_logit_softcapping), which S2-Attn cannot express")
     if getattr(config, "use_bidirectional_attention", None):
         raise ValueError("its attention is bidirectional, and S2-Attn is causal")
-    if window:
-        raise ValueError(
-            f"its attention has a sliding window (of {getattr(config, 'sliding_window', None)} tokens), which S2-Attn "
-            'cannot express. To train it with full attention, set "sliding_window": null in its config.json, and take '
-            '"layer_types" out where it names sliding_attention'
-        )
+    _check_window(config, context)
     if getattr(config, "attention_dropout", 0):
         raise ValueError(
             f'its attention has dropout ({config.attention_dropout}), which S2-Attn has not: set "attention_dropout": '
@@ -43,6 +48,29 @@ def check_attention(config: PreTrainedConfig) -> None:
         raise ValueError(f"its {heads} query heads are no multiple of its {kv_heads} key and value heads")
     if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"its heads have {head_dim} dimensions, and S2-Attn takes multiples of 8 up to {MAX_HEAD_DIM}")
+
+
+def _check_window(config: PreTrainedConfig, context: int | None) -> None:
+    window, layers, kind = attention_window(config), getattr(config, "layer_types", None), config.model_type
+    if layers and window is None and getattr(config, "sliding_window", 0) is None and kind in NEEDS_A_WINDOW:
+        raise ValueError(
+            'its config has no "sliding_window", and though no layer uses one, its code in transformers asks for it: '
+            'set "sliding_window": 4096, or any number, in its config.json'
+        )
+    if window is None or window >= (context or 4 * context_length(config)):
+        return
+    advice = ""
+    if not layers:
+        advice = '. To train it with full attention, set "sliding_window": null in its config.json'
+    elif kind in DIFFER_IN_THE_WINDOW_ALONE:
+        full = ", ".join(['"full_attention"'] * 2)
+        advice = (
+            f'. To train it with full attention, set "layer_types": [{full}, ...], {len(layers)} times, in its '
+            'config.json, and leave "sliding_window" as it is'
+        )
+    raise ValueError(
+        f"its attention has a sliding window, or chunks, of {window} tokens, which S2-Attn cannot express{advice}"
+    )
 
 
 def check_context(option: str, tokens: int, own: int) -> None:

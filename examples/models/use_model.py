@@ -184,7 +184,7 @@ def open_model(options: argparse.Namespace, attention: str = "dense", groups: in
     base_config: PreTrainedConfig = base.config
     described: dict[str, Any] = {"attention": f"dense ({implementation})"}
     if attention == "s2":
-        check_attention(base_config)
+        check_attention(base_config, context_length(base_config))
         check_kernels(base_config, dtype, device)
         base_config.s2attn_mode = "s2"
         if groups is not None:

@@ -183,7 +183,7 @@ def old_rotary_embedding(model: torch.nn.Module, base_config: PreTrainedConfig) 
     """Let a model count positions as its old config says, for as long as the context lasts."""
     path, new = next((path, module) for path, module in model.named_modules() if path.endswith("rotary_emb"))
     parent, name = model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
-    old = type(new)(base_config).to(new.inv_freq.device)
+    old = type(new)(base_config).to(next(new.buffers()).device)
     setattr(parent, name, old)
     try:
         yield

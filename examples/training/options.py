@@ -107,8 +107,9 @@ class DataOptions:
     rows: Literal["packed", "padded"] = field(
         default="packed",
         metadata={
-            "help": "For sft: packed puts several whole samples into a row of the new context, apart from each other; "
-            "padded takes one sample a row, as the original did."
+            "help": "packed: several documents, or whole samples of --task sft, share a row of the new context, apart "
+            "from each other. padded: each has rows of its own, as in the original; for models with layers that would "
+            "mix the documents of a row (Mamba, linear attention, convolution), which are refused otherwise."
         },
     )
     eval_tokens: int = field(

@@ -55,9 +55,8 @@ def _check_idle(parser: argparse.ArgumentParser, argv: Sequence[str], asked: arg
     for option in ("lora_r", "lora_alpha"):
         if asked.full_finetune and is_given(argv, option):
             parser.error(f"--{option} says nothing with --full_finetune, which trains no adapter")
-    for option, task in (("rows", "sft"), ("text_column", "text")):
-        if asked.task != task and is_given(argv, option):
-            parser.error(f"--{option} says nothing with --task {asked.task}")
+    if asked.task != "text" and is_given(argv, "text_column"):
+        parser.error(f"--text_column says nothing with --task {asked.task}")
 
 
 def _check_numbers(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None:
@@ -121,8 +120,8 @@ def _check_sequence_parallel(parser: argparse.ArgumentParser, asked: argparse.Na
         parser.error(f"{option} needs DeepSpeed: start the program with deepspeed, or give --deepspeed")
     if WORLD_SIZE % size:
         parser.error(f"{option} does not divide the number of processes, {WORLD_SIZE}")
-    if asked.task != "text":
-        parser.error(f"{option} is for --task text, whose sequences all have one length")
+    if asked.task != "text" or asked.rows != "packed":
+        parser.error(f"{option} is for --task text with --rows packed, whose sequences all have one length")
     if asked.resume_from_checkpoint:
         parser.error(f"{option} cannot go on from a checkpoint: the Trainer cannot skip what its data loader has read")
 

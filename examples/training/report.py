@@ -69,8 +69,7 @@ def _material(train: Tokenised, sequences: PackedSequences | SampleRows) -> dict
         return {
             "text": f"{train.tokens:,} tokens in {counted(len(train.lengths), 'document')}"
             + (f"; {counted(train.empty, 'empty document')} dropped" if train.empty else ""),
-            "sequences": f"{len(sequences):,} of {length:,} tokens, {sequences.padding:,} of them padding"
-            + ("; the last token of the text is left out" if sequences.tokens < train.tokens else ""),
+            "sequences": _sequences(sequences, train.tokens - sequences.tokens),
         }
     lost = train.column("lost")
     rows = f"{len(sequences):,} of {length:,} tokens, {sequences.padding:,} of them padding, samples packed whole"
@@ -80,6 +79,16 @@ def _material(train: Tokenised, sequences: PackedSequences | SampleRows) -> dict
         f"{train.dropped:,} dropped, their answers begin beyond that",
         "rows": rows if sequences.packed else f"{len(sequences):,}, one for each sample",
     }
+
+
+def _sequences(sequences: PackedSequences | SampleRows, left_out: int) -> str:
+    """The rows that text is trained in."""
+    count, length = len(sequences), sequences.context_length
+    if isinstance(sequences, PackedSequences) and sequences.own_rows:
+        alone = f"; {counted(left_out, 'token')} that would be alone in a row left out" if left_out else ""
+        return f"{count:,} of up to {length:,} tokens, a document or a piece of one in each{alone}"
+    last = "; the last token of the text is left out" if left_out else ""
+    return f"{count:,} of {length:,} tokens, {sequences.padding:,} of them padding{last}"
 
 
 def results(folder: Path, adapter: Path, measurement: Measurement | None, full_finetune: bool) -> str:
