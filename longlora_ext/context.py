@@ -16,10 +16,11 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from longlora_ext._pattern import check_window
 from longlora_ext.attention import DEFAULT_GROUP_RATIO, even_group_size
 
 # The fields of ours on a config. A model without them is a plain transformers model.
-CONFIG_FIELDS = ("s2attn_group_size", "s2attn_mode", "s2attn_context_length")
+CONFIG_FIELDS = ("s2attn_group_size", "s2attn_sink", "s2attn_window", "s2attn_mode", "s2attn_context_length")
 
 # Types whose parameters name the length the model was first trained at, and what they need besides a factor.
 _ORIGINAL = "original_max_position_embeddings"
@@ -64,6 +65,8 @@ def extend_config(
     rope_parameters: dict[str, Any] | None = None,
     group_ratio: float = DEFAULT_GROUP_RATIO,
     group_size: int | None = None,
+    sink: bool = False,
+    window: int | None = None,
 ) -> PreTrainedConfig:
     """
     A copy of a model's config for a longer context.
@@ -87,12 +90,18 @@ def extend_config(
         group_ratio (`float`, defaults to 0.25):
             The group size as a part of the new context, in (0, 1]; it is made even.
         group_size (`int`, *optional*):
-            The group size in tokens, even, in place of the ratio.
+            The group size in tokens, even, in place of the ratio. Twice the context makes one group of it, shifted or
+            not: for a `window` alone.
+        sink (`bool`, defaults to `False`):
+            Let each row see the first token of its document besides: the attention sink of pretrained models.
+        window (`int`, *optional*):
+            Let each row see so many tokens of its group at most.
 
     Returns:
         [`~transformers.PreTrainedConfig`]: with changed `rope_parameters`, `max_position_embeddings` (the new
         context; for `"dynamic"` it stays, as transformers scales only beyond it), `s2attn_context_length` and
-        `s2attn_group_size`. RoPE parameters of each layer type stay so.
+        `s2attn_group_size`, and `s2attn_sink` and `s2attn_window` where they are asked for.
+        RoPE parameters of each layer type stay so.
 
     Raises:
         `ValueError`: an argument is out of its range, or the config's RoPE cannot be extended as asked.
@@ -108,6 +117,7 @@ def extend_config(
         )
     extended = copy.deepcopy(config)
     extended.s2attn_group_size = _group_size(context_length, group_ratio, group_size)
+    set_pattern(extended, sink=sink, window=window)
     extended.s2attn_context_length = context_length
     new = _extended_rope(config, context_length, rope_type, dict(rope_parameters or {}))
     if rope_type != "dynamic":
@@ -137,6 +147,19 @@ def _with_one_rope(config: PreTrainedConfig, layer_types: dict[str, dict[str, An
     return flat
 
 
+def set_pattern(config: PreTrainedConfig, *, sink: bool, window: int | None) -> None:
+    """
+    Set what S2-Attn shows a row beside its group. A config without is as those of before: it gets no field.
+
+    Raises:
+        `ValueError`: `window` is not a positive integer.
+    """
+    if sink:
+        config.s2attn_sink = True
+    if window is not None:
+        config.s2attn_window = check_window("window", window)
+
+
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -152,9 +175,9 @@ def _present_length(config: PreTrainedConfig) -> int:
 
 def _group_size(context: int, ratio: float, size: int | None) -> int:
     if size is not None:
-        if not _is_int(size) or size < 2 or size % 2 or size > context:
+        if not _is_int(size) or size < 2 or size % 2 or size > 2 * context:
             raise ValueError(
-                f"group_size must be an even integer from 2 to the context of {context}, but it is {size!r}"
+                f"group_size must be an even integer from 2 to twice the context of {context}, but it is {size!r}"
             )
         return size
     if not 0 < ratio <= 1:
