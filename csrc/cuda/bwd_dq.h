@@ -1,5 +1,5 @@
 // Backward, deterministic: dq of one tile of query rows, summed over its keys from right to left by one block. It works
-// the scores out a second time (seven products for five) and needs no atomics.
+// the scores out a second time (seven products for five) and needs no atomics. The letters are those of mainloop_bwd.h.
 #pragma once
 
 #include "bwd_tiles.h"
@@ -9,23 +9,23 @@ namespace longlora::cuda {
 template <typename Element, int kHeadDim>
 struct BackwardDq : BackwardTiles<Element, kHeadDim> {
   using Tiles = BackwardTiles<Element, kHeadDim>;
-  using Tiles::kRows, Tiles::kKeys, Tiles::kThreads, Tiles::kRowsSize, Tiles::kKeysSize, Tiles::kScoresSize;
-  static constexpr int kSharedBytes =
-      sizeof(Element) * (2 * kRowsSize + 2 * kKeysSize + kScoresSize) + RowStatistics<kRows>::kBytes;
+  using Tiles::kRows, Tiles::kKeys, Tiles::kThreads;
+  using Shared = BackwardDqShared<Element, kHeadDim>;
 
-  DEVICE static void run(const BackwardParams& params, int batch, int head, int row, Element* shared, int thread) {
+  DEVICE static void run(const BackwardParams& params, const Turn& turn, Shared& shared) {
     const Problem& problem = params.problem;
-    const int seqlen = static_cast<int>(problem.seqlen), head_dim = static_cast<int>(problem.head_dim);
+    const int batch = turn.batch, head = turn.head, row = turn.tile * kRows, thread = threadIdx.x;
+    const int seqlen = static_cast<int>(problem.seqlen), seqlen_k = static_cast<int>(problem.seqlen_k);
+    const int head_dim = static_cast<int>(problem.head_dim);
     const int kv_head = static_cast<int>(head / (problem.heads / problem.kv_heads));
     const float scale_log2 = scale_log2_of(problem);
 
-    Element* const k_at = shared + 2 * kRowsSize;
-    auto q_tile = make_tensor(make_smem_ptr(shared), typename Tiles::RowsTile{});
-    auto dout_tile = make_tensor(make_smem_ptr(shared + kRowsSize), typename Tiles::RowsTile{});
-    auto k_tile = make_tensor(make_smem_ptr(k_at), typename Tiles::KeysTile{});
-    auto v_tile = make_tensor(make_smem_ptr(k_at + kKeysSize), typename Tiles::KeysTile{});
-    auto ds_tile = make_tensor(make_smem_ptr(k_at + 2 * kKeysSize), typename Tiles::ScoresTile{});
-    const RowStatistics<kRows> statistics{reinterpret_cast<float*>(k_at + 2 * kKeysSize + kScoresSize)};
+    auto q_tile = make_tensor(make_smem_ptr(shared.q), typename Tiles::RowsTile{});
+    auto dout_tile = make_tensor(make_smem_ptr(shared.dout), typename Tiles::RowsTile{});
+    auto k_tile = make_tensor(make_smem_ptr(shared.k), typename Tiles::KeysTile{});
+    auto v_tile = make_tensor(make_smem_ptr(shared.v), typename Tiles::KeysTile{});
+    auto ds_tile = make_tensor(make_smem_ptr(shared.ds), typename Tiles::ScoresTile{});
+    const RowStatistics<kRows> statistics{shared.statistics};
 
     const typename Tiles::ScoresMma scores_mma;
     const typename Tiles::DqMma dq_mma;
@@ -42,13 +42,13 @@ struct BackwardDq : BackwardTiles<Element, kHeadDim> {
     };
     const auto load_keys = [&](const TensorView& from, auto& tile, int n) ALWAYS_INLINE {
       load_tile<kThreads>(global_tile<Element, kKeys, kHeadDim>(from, batch, kv_head, n * kKeys), tile,
-                          seqlen - n * kKeys, head_dim, thread);
+                          seqlen_k - n * kKeys, head_dim, thread);
       commit_copies();
     };
 
     const Visibility visible(problem, batch, head);
     const RowTile rows(visible, row, kRows);
-    const int first_tile = rows.lowest / kKeys, last_tile = (cute::min(row + kRows, seqlen) - 1) / kKeys;
+    const int first_tile = rows.lowest / kKeys, last_tile = (cute::min(rows.own_key + kRows, seqlen_k) - 1) / kKeys;
     load_rows(params.q, q_tile);
     load_rows(params.dout, dout_tile);
     statistics.template load<kThreads>(params, batch, head, row, thread);
@@ -65,12 +65,12 @@ struct BackwardDq : BackwardTiles<Element, kHeadDim> {
       multiply(scores, scores_mma, q, k);
       auto score_matrix = as_matrix(scores);
       if (rows.masks(n * kKeys, kKeys))
-        apply_mask(score_matrix, where, [&](int i) { return visible.first_key(row + i); }, row, n * kKeys);
+        apply_mask(score_matrix, where, [&](int i) { return visible.first_key(row + i); }, rows.own_key, n * kKeys);
       statistics.normalize(score_matrix, where, scale_log2);
-      auto gradient = zeros<kRows, kKeys>(scores_mma);
-      multiply(gradient, scores_mma, dout, v);
-      statistics.differentiate(as_matrix(gradient), score_matrix, where);
-      share(gradient, scores_mma, ds_tile, thread);
+      auto dweights = zeros<kRows, kKeys>(scores_mma);
+      multiply(dweights, scores_mma, dout, v);
+      statistics.differentiate(as_matrix(dweights), score_matrix, where);
+      share(dweights, scores_mma, ds_tile, thread);
       sync_block();  // ds is whole, and nobody reads this V any more
       if (n > first_tile) load_keys(params.v, v_tile, n - 1);
       multiply(dq, dq_mma, ds, k_t);
@@ -78,6 +78,8 @@ struct BackwardDq : BackwardTiles<Element, kHeadDim> {
       if (n > first_tile) load_keys(params.k, k_tile, n - 1);
     }
 
+    if (problem.sink)
+      add_sinks_to_dq<Element>(params, batch, head, row, coordinates<kRows, kHeadDim>(dq_mma, thread), as_matrix(dq));
     scale_by(dq, static_cast<float>(problem.scale));
     store_tile<kThreads>(dq, dq_mma, q_tile, global_tile<Element, kRows, kHeadDim>(params.dq, batch, head, row),
                          seqlen - row, head_dim, thread);
