@@ -89,33 +89,41 @@ inline void check_doc_start(const Tensor& doc_start, const Tensor& q) {
         "doc_start must have shape [batch, seqlen] = [", q.size(0), ", ", q.size(1), "], but is ", shape_of(doc_start));
 }
 
-// A document begins at its first token, and each of its tokens names it. (This implies 0 <= doc_start[n] <= n
-// and never decreasing.)
+// A document begins at its first token, and each of its tokens names it: never decreasing, and none names a token after
+// itself. The first row's may have begun before it, among the keys or before them.
 inline void check_doc_start_values(const Problem& problem) {
   if (!problem.doc_start) return;
   for (int64_t b = 0; b < problem.batch; ++b) {
     const int32_t* row = problem.doc_start + b * problem.seqlen;
-    for (int64_t n = 0; n < problem.seqlen; ++n) {
-      const bool begins = row[n] == n;
-      const bool continues = n > 0 && row[n] == row[n - 1];
-      check(begins || continues, "doc_start[", b, ", ", n, "] is ", row[n], ", but must be ", n,
-            " (a document begins here)",
-            n > 0 ? " or " + std::to_string(row[n - 1]) + ", the value before it (its document goes on)" : "");
-    }
+    const int64_t offset = problem.query_offset();
+    check(row[0] <= offset, "doc_start[", b, ", 0] is ", row[0], ", but must be at most ", offset,
+          ", the key of the first query");
+    check(!problem.sink || row[0] >= 0,
+          "sink=True needs the first token of every document among the keys, but "
+          "doc_start[",
+          b, ", 0] is ", row[0], ": pass sink=False and merge that key by its lse");
+    for (int64_t n = 1; n < problem.seqlen; ++n)
+      check(row[n] == n + offset || row[n] == row[n - 1], "doc_start[", b, ", ", n, "] is ", row[n], ", but must be ",
+            n + offset, " (a document begins here) or ", row[n - 1], ", the value before it (its document goes on)");
   }
 }
 
 // Checks what forward and backward share and describes it. `doc_start` must be contiguous by now.
 inline Problem make_problem(const Tensor& q, const Tensor& k, const Tensor& v, int64_t group_size,
-                            int64_t first_shifted_head, const std::optional<Tensor>& doc_start, double scale) {
+                            int64_t first_shifted_head, const std::optional<Tensor>& doc_start, double scale, bool sink,
+                            std::optional<int64_t> window) {
   check_heads_tensor("q", q);
   check_heads_tensor("k", k);
   check_heads_tensor("v", v);
   check_like("k", k, "q", q);
   check_like("v", v, "q", q);
   check(same_shape(k, v), "k and v must have the same shape, but are ", shape_of(k), " and ", shape_of(v));
-  check(k.size(0) == q.size(0) && k.size(1) == q.size(1) && k.size(3) == q.size(3),
-        "k and v must have q's batch, seqlen and head_dim, but q is ", shape_of(q), " and k ", shape_of(k));
+  check(k.size(0) == q.size(0) && k.size(3) == q.size(3), "k and v must have q's batch and head_dim, but q is ",
+        shape_of(q), " and k ", shape_of(k));
+  check(k.size(1) >= q.size(1),
+        "k and v must have at least q's seqlen, the queries being the last of their tokens, "
+        "but q is ",
+        shape_of(q), " and k ", shape_of(k));
   check(q.size(1) >= 1, "seqlen must be at least 1, but q is ", shape_of(q));
   check(q.size(2) >= 1 && k.size(2) >= 1 && q.size(2) % k.size(2) == 0,
         "the heads of q must be a positive multiple of those of k and v, but are ", q.size(2), " and ", k.size(2));
@@ -123,6 +131,7 @@ inline Problem make_problem(const Tensor& q, const Tensor& k, const Tensor& v, i
   check(group_size > 0 && group_size % 2 == 0, "group_size must be a positive even number, but is ", group_size);
   check(first_shifted_head >= 0 && first_shifted_head <= q.size(2),
         "first_shifted_head must be from 0 to the number of query heads ", q.size(2), ", but is ", first_shifted_head);
+  check(!window || *window >= 1, "window must be at least 1 token, but is ", window.value_or(1));
   // s2attn brings a negative one here as positive, with q negated.
   check(std::isfinite(scale) && scale >= 0, "scale must be finite and not negative, but is ", scale);
   check(scale <= 1e30, "scale must be at most 1e30, but is ", scale);  // kernels count in float
@@ -131,11 +140,14 @@ inline Problem make_problem(const Tensor& q, const Tensor& k, const Tensor& v, i
   Problem problem;
   problem.batch = q.size(0);
   problem.seqlen = q.size(1);
+  problem.seqlen_k = k.size(1);
   problem.heads = q.size(2);
   problem.kv_heads = k.size(2);
   problem.head_dim = q.size(3);
-  problem.group_size = clamp_group_size(group_size, problem.seqlen);
+  problem.group_size = clamp_group_size(group_size, problem.seqlen_k);
   problem.first_shifted_head = first_shifted_head;
+  problem.window = window && *window < problem.seqlen_k ? *window : problem.seqlen_k;
+  problem.sink = sink;
   problem.scale = scale;
   problem.doc_start = doc_start ? static_cast<const int32_t*>(doc_start->data_ptr()) : nullptr;
   return problem;

@@ -30,8 +30,9 @@ std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
 
 Tensor empty_contiguous_like(const Tensor& tensor) { return torch::stable::new_empty(tensor, tensor.sizes()); }
 
-Tensor empty_row_stats(const Tensor& q) {
-  const int64_t sizes[] = {q.size(0), q.size(2), q.size(1)};
+// One number for each query row of each head; none, and so a null pointer, where they are not `needed`.
+Tensor empty_row_stats(const Tensor& q, bool needed = true) {
+  const int64_t sizes[] = {q.size(0), q.size(2), needed ? q.size(1) : 0};
   return torch::stable::new_empty(q, {sizes, 3}, lse_dtype(q));
 }
 
@@ -111,8 +112,8 @@ struct Cuda {
   // Not what doc_start says: to look would be to wait for the stream. Kernels clamp it: a wrong value gives a wrong
   // number or NaN, never a wild access.
   static void check_problem(const Problem& problem) {
-    check(problem.seqlen < kSequenceLengths, "seqlen must be below ", kSequenceLengths, " on CUDA, but is ",
-          problem.seqlen);
+    check(problem.seqlen_k < kSequenceLengths, "seqlen must be below ", kSequenceLengths, " on CUDA, but is ",
+          problem.seqlen_k);
     check(problem.heads * problem.head_dim < kRowStrides, "heads * head_dim must be below ", kRowStrides,
           " on CUDA, but is ", problem.heads * problem.head_dim);
   }
@@ -165,10 +166,11 @@ std::string why_unsupported(torch::stable::Device device, ScalarType dtype, int6
 
 template <typename Device>
 std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, int64_t group_size, int64_t first_shifted_head,
-                                   std::optional<Tensor> doc_start, double scale, bool /*deterministic: always is*/) {
+                                   std::optional<Tensor> doc_start, double scale, bool /*deterministic: always is*/,
+                                   bool sink, std::optional<int64_t> window) {
   check_supported(Device::why_unsupported_dtype(q.scalar_type()));
   doc_start = contiguous(doc_start);
-  const Problem problem = make_problem(q, k, v, group_size, first_shifted_head, doc_start, scale);
+  const Problem problem = make_problem(q, k, v, group_size, first_shifted_head, doc_start, scale, sink, window);
   Device::check_problem(problem);
   q = readable<Device>(q);
   k = readable<Device>(k);
@@ -183,10 +185,12 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, int64_t group_s
 template <typename Device>
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
                                             int64_t group_size, int64_t first_shifted_head,
-                                            std::optional<Tensor> doc_start, double scale, bool deterministic) {
+                                            std::optional<Tensor> doc_start, double scale, bool deterministic,
+                                            std::optional<Tensor> dlse, bool sink, std::optional<int64_t> window) {
   check_supported(Device::why_unsupported_dtype(q.scalar_type()));
   doc_start = contiguous(doc_start);
-  const Problem problem = make_problem(q, k, v, group_size, first_shifted_head, doc_start, scale);
+  dlse = contiguous(dlse);
+  const Problem problem = make_problem(q, k, v, group_size, first_shifted_head, doc_start, scale, sink, window);
   Device::check_problem(problem);
   check(same_shape(dout, q), "dout must have q's shape ", shape_of(q), ", but is ", shape_of(dout));
   check(same_shape(out, q), "out must have q's shape ", shape_of(q), ", but is ", shape_of(out));
@@ -197,6 +201,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, Tensor q, Tensor k, Ten
         torch::headeronly::toString(lse.scalar_type()));
   check(lse.dim() == 3 && lse.size(0) == q.size(0) && lse.size(1) == q.size(2) && lse.size(2) == q.size(1),
         "lse must be the forward's, of shape [batch, heads, seqlen], but is ", shape_of(lse));
+  check(!dlse || (same_shape(*dlse, lse) && dlse->scalar_type() == lse.scalar_type() && dlse->device() == lse.device()),
+        "dlse must be like lse: on q's device, of lse's dtype and shape ", shape_of(lse));
   dout = readable<Device>(dout);
   q = readable<Device>(q);
   k = readable<Device>(k);
@@ -208,9 +214,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, Tensor q, Tensor k, Ten
   Tensor dk = empty_contiguous_like(k);
   Tensor dv = empty_contiguous_like(v);
   Tensor delta = empty_row_stats(q);
+  Tensor sink_weight = empty_row_stats(q, sink);
+  Tensor sink_ds = empty_row_stats(q, sink);
   Tensor dq_scratch = empty_floats(q, Device::dq_scratch_floats(problem, deterministic));
   Device::backward({problem, view_of(dout), view_of(q), view_of(k), view_of(v), view_of(out), view_of(dq), view_of(dk),
-                    view_of(dv), lse.data_ptr(), delta.data_ptr(), static_cast<float*>(dq_scratch.data_ptr())},
+                    view_of(dv), lse.data_ptr(), dlse ? dlse->data_ptr() : nullptr, delta.data_ptr(),
+                    sink_weight.data_ptr(), sink_ds.data_ptr(), static_cast<float*>(dq_scratch.data_ptr())},
                    q, deterministic);
   return {dq, dk, dv};
 }
@@ -221,14 +230,20 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, Tensor q, Tensor k, Ten
 STABLE_TORCH_LIBRARY(longlora, m) {
   m.def(
       "s2attn(Tensor q, Tensor k, Tensor v, SymInt group_size, Tensor? doc_start=None, *, "
-      "SymInt? first_shifted_head=None, bool wrap=False, float? scale=None, bool deterministic=False) -> Tensor");
+      "SymInt? first_shifted_head=None, bool wrap=False, float? scale=None, bool deterministic=False, "
+      "bool sink=False, SymInt? window=None) -> Tensor");
+  m.def(
+      "s2attn_with_lse(Tensor q, Tensor k, Tensor v, SymInt group_size, Tensor? doc_start=None, *, "
+      "SymInt? first_shifted_head=None, bool wrap=False, float? scale=None, bool deterministic=False, "
+      "bool sink=False, SymInt? window=None) -> (Tensor out, Tensor lse)");
   m.def(
       "s2attn_fwd(Tensor q, Tensor k, Tensor v, SymInt group_size, SymInt first_shifted_head, "
-      "Tensor? doc_start, float scale, bool deterministic) -> (Tensor out, Tensor lse)");
+      "Tensor? doc_start, float scale, bool deterministic, *, bool sink=False, SymInt? window=None) -> "
+      "(Tensor out, Tensor lse)");
   m.def(
       "s2attn_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, SymInt group_size, "
-      "SymInt first_shifted_head, Tensor? doc_start, float scale, bool deterministic) -> "
-      "(Tensor dq, Tensor dk, Tensor dv)");
+      "SymInt first_shifted_head, Tensor? doc_start, float scale, bool deterministic, Tensor? dlse=None, *, "
+      "bool sink=False, SymInt? window=None) -> (Tensor dq, Tensor dk, Tensor dv)");
   m.def("why_unsupported(Device device, ScalarType dtype, int head_dim, *, bool backward=True) -> str");
 }
 

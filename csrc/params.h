@@ -17,14 +17,20 @@ struct TensorView {
 
 struct Problem {
   int64_t batch;
-  int64_t seqlen;
+  int64_t seqlen;    // of the queries: the last of the keys' positions
+  int64_t seqlen_k;  // of the keys, at least seqlen
   int64_t heads;
   int64_t kv_heads;  // divides heads
   int64_t head_dim;
   int64_t group_size;          // even, clamped by clamp_group_size
   int64_t first_shifted_head;  // query heads from here on are shifted
+  int64_t window;              // the most keys that a row sees, itself the last of them; seqlen_k where all may be
+  bool sink;                   // each row sees the first token of its document besides
   double scale;
-  const int32_t* doc_start;  // [batch, seqlen] contiguous, or null: one document per row
+  const int32_t* doc_start;  // [batch, seqlen] contiguous, in rows of k, or null: one document per row
+
+  // The key that is query row 0's own.
+  int64_t query_offset() const { return seqlen_k - seqlen; }
 };
 
 struct ForwardParams {
@@ -37,7 +43,10 @@ struct BackwardParams {
   Problem problem;
   TensorView dout, q, k, v, out, dq, dk, dv;
   const void* lse;
-  void* delta;        // scratch like lse: rowsum(dout * out)
+  const void* dlse;   // the gradient of lse, like lse; null: none
+  void* delta;        // scratch like lse: rowsum(dout * out) - dlse
+  void* sink_weight;  // scratch like lse, where there is a sink: its weight, and the gradient of its score
+  void* sink_ds;
   float* dq_scratch;  // CUDA: as many as cuda::dq_scratch_floats says
 };
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from longlora_ext.config import extend_config
     from longlora_ext.independence import check_documents_apart
     from longlora_ext.loss import tile_loss
+    from longlora_ext.sinks import add_key, add_learned_sink
 
 try:
     from longlora_ext.ops import s2attn, why_unsupported
@@ -39,9 +40,13 @@ _HOMES = {
     "check_documents_apart": "independence",
     "stop_at": "adapter",
     "tile_loss": "loss",
+    "add_key": "sinks",
+    "add_learned_sink": "sinks",
 }
 
 __all__ = [
+    "add_key",
+    "add_learned_sink",
     "check_documents_apart",
     "doc_start_from_cu_seqlens",
     "doc_start_from_mask",

@@ -7,7 +7,7 @@ hook on the models that are built for S2-Attn.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -66,52 +66,105 @@ def s2attn_mask(
     """
     The mask that a model hands to its attention layers (transformers' mask interface).
 
-    Where queries and keys are the same tokens (training, prefill) this is `None`, or what the 2-D mask says
-    about each token, int32 `[batch, 1, 1, tokens]`: for a real token the index of its document's first token,
-    for padding the bitwise complement of that. It has four dimensions because transformers passes a 4-D mask
-    through untouched when `generate` prepares it ahead, and its size grows with the tokens, not with their
-    square. With a KV cache it is what `sdpa` gets: `None` or a boolean `[batch, 1, queries, keys]`.
+    Where queries and keys are the same tokens (training, prefill) this is `None` or a [`Told`] as a tensor, whose size
+    grows with the tokens, not with their square. With a KV cache it is the latter where nothing is padding, or where
+    `s2attn_mode` is `"s2"`; otherwise (and where the cache has room to spare) what `sdpa` gets: `None` or a boolean
+    `[batch, 1, queries, keys]`.
 
     Raises:
         `ValueError`: the mask holds other values than 0 and 1, or has holes, or padding under sequence parallelism, or
-        the model asks for anything but full causal attention.
+        the model asks for anything but causal attention, full or in a sliding window.
     """
+    window = None
     if local_size is not None and local_size < kv_length:
-        if attention_window(kwargs["config"]) is None:  # transformers makes masks for layers that are not there, too
+        config = kwargs["config"]
+        if attention_window(config) is None:  # transformers makes masks for layers that are not there, too
             return None
-        raise ValueError(
-            "attn_implementation='s2attn' cannot express sliding-window or chunked attention: this model asks for "
-            f"{local_size} tokens, and there are {kv_length}; "
-            + ("" if getattr(kwargs["config"], "layer_types", None) else "set config.sliding_window=None, or ")
-            + "use another attn_implementation"
-        )
+        _check_sliding(config, local_size, kv_length)
+        window = local_size
     if attention_mask is not None and attention_mask.dtype != torch.bool:
         check_zeros_and_ones(attention_mask)
     # Before 5.4, transformers passed the positions of the queries in place of their number.
     positions = kwargs.get("cache_position")
     q_length = kwargs["q_length"] if positions is None else positions.shape[0]
     device = kwargs.get("device") if positions is None else positions.device
+    no_padding = attention_mask is None or (not torch.compiler.is_compiling() and bool(attention_mask.all()))
+    if q_length != kv_length:
+        last = kwargs.get("q_offset", 0) + q_length == kwargs.get("kv_offset", 0) + kv_length
+        s2 = getattr(kwargs.get("config"), "s2attn_mode", None) == "s2"
+        if s2 and not last:
+            raise ValueError(
+                "S2-Attn takes a KV cache that holds as many keys as there are tokens (transformers' DynamicCache), "
+                f"but this one has room for {kv_length}"
+            )
+        plain = mask_function is causal_mask_function or (window is not None and not use_vmap)
+        in_parts = q_length > 1 and last and no_padding and plain and not torch.compiler.is_compiling()
+        if not (s2 or in_parts):
+            return sdpa_mask(
+                batch_size=batch_size,
+                kv_length=kv_length,
+                mask_function=mask_function,
+                attention_mask=attention_mask,
+                local_size=local_size,
+                use_vmap=use_vmap,
+                **kwargs,
+            )
     packed = None
     if mask_function is not causal_mask_function:
         packed = _documents_of(mask_function, batch_size, q_length, kv_length, use_vmap, device)
-    if q_length != kv_length:
-        return sdpa_mask(
-            batch_size=batch_size,
-            kv_length=kv_length,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            **kwargs,
-        )
-    if attention_mask is None or (not torch.compiler.is_compiling() and bool(attention_mask.all())):
-        return None if packed is None else packed[:, None, None, :]
+        if window is not None and not torch.compiler.is_compiling() and packed is not None and not bool(packed.any()):
+            packed = None  # the window made it a function of its own
+    if no_padding and packed is None and window is None and q_length == kv_length:
+        return None
+    if no_padding or attention_mask is None:
+        return Told(packed, False, window).as_tensor(batch_size, device)
     if sequence_parallel()[1] > 1:
         raise ValueError(
             "attn_implementation='s2attn' takes no attention_mask with padding under sequence parallelism, where it "
             "would not reach the attention: pack the documents, and tell them by position_ids"
         )
-    attention_mask = attention_mask[:, :kv_length]
+    attention_mask = attention_mask[:, kwargs.get("kv_offset", 0) :][:, :kv_length]
     start = doc_start_from_mask(attention_mask)
-    return torch.where(attention_mask.bool(), start, ~start)[:, None, None, :]
+    return Told(torch.where(attention_mask.bool(), start, ~start), True, window).as_tensor(batch_size, device)
+
+
+def _check_sliding(config: PreTrainedConfig, size: int, tokens: int) -> None:
+    """Raise `ValueError` unless `size`, which some layers ask for, is that of a sliding window."""
+    if size != getattr(config, "sliding_window", None) or size < 1:
+        raise ValueError(
+            "attn_implementation='s2attn' cannot express chunked attention, or a window of no tokens: this model asks "
+            f"for {size} tokens, and there are {tokens}; use another attn_implementation"
+        )
+    if sequence_parallel()[1] > 1:
+        raise ValueError(
+            "attn_implementation='s2attn' takes no sliding window of the model's own under sequence parallelism, where "
+            f"it might not reach the attention: this model asks for {size} tokens, and there are {tokens}"
+        )
+
+
+class Told(NamedTuple):
+    """
+    What a model tells its attention layers beside queries, keys and values.
+
+    transformers passes a mask of four dimensions through untouched, also when `generate` prepares it ahead. So it goes
+    as int32 `[batch, 1 or 2, 1 or window + 1, keys or 1]`, the middle ones of stride 0: nothing has to be read to know
+    whether there is padding, or a window.
+    """
+
+    starts: torch.Tensor | None
+    """int32 `[batch, keys]`: of a real token the index of its document's first one, of padding its complement."""
+    padded: bool
+    """Whether there may be padding."""
+    window: int | None
+    """The tokens that a row sees at most, itself the last of them: the model's own window."""
+
+    def as_tensor(self, batch: int, device: Any) -> torch.Tensor:
+        """It as the mask that layers get."""
+        starts = self.starts
+        if starts is None:
+            starts = torch.zeros((batch, 1), dtype=torch.int32, device=device)
+        sizes = (1 if self.padded else 2, 1 if self.window is None else self.window + 1)
+        return starts[:, None, None, :].expand(-1, *sizes, -1)
 
 
 def _documents_of(
@@ -140,21 +193,24 @@ def _documents_of(
     return torch.nn.functional.pad(starts.cummax(dim=1).values, (1, 0)).to(torch.int32)
 
 
-def own_mask(attention_mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
-    """What `s2attn_mask` made, as int32 `[batch, tokens]`; anything else is a mask of the caller's own."""
+def own_mask(attention_mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> Told:
+    """What `s2attn_mask` told; anything else is a mask of the caller's own, and refused."""
     if attention_mask is None:
-        return None
-    batch, _, tokens, _ = query.shape
-    if attention_mask.dtype != torch.int32 or attention_mask.shape != (batch, 1, 1, tokens):
+        return Told(None, False, None)
+    batch, keys, shape = query.shape[0], key.shape[2], attention_mask.shape
+    coded = attention_mask.dtype == torch.int32 and attention_mask.ndim == 4
+    coded = coded and shape[0] == batch and shape[1] in (1, 2) and shape[3] in (1, keys)
+    if not coded or any(shape[i] > 1 and attention_mask.stride(i) for i in (1, 2)):
         raise ValueError(
             "attn_implementation='s2attn' takes a 2-D attention_mask [batch, tokens] of 0 and 1, but it got "
             f"a {attention_mask.ndim}-D mask of shape {list(attention_mask.shape)} and dtype "
             f"{attention_mask.dtype}; packed documents are told by position_ids"
         )
-    return attention_mask[:, 0, 0]
+    starts = attention_mask[:, 0, 0] if shape[3] == keys else None
+    return Told(starts, shape[1] == 1, None if shape[2] == 1 else shape[2] - 1)
 
 
-def dense_mask(padding: torch.Tensor, documents: torch.Tensor | None) -> torch.Tensor:
+def dense_mask(padding: torch.Tensor, documents: torch.Tensor | None, window: int | None = None) -> torch.Tensor:
     """
     The boolean mask `[batch, 1, tokens, tokens]` of a padded batch in eval mode.
 
@@ -167,4 +223,6 @@ def dense_mask(padding: torch.Tensor, documents: torch.Tensor | None) -> torch.T
     if documents is not None:
         first = torch.where((documents == index) & real, index, 0).cummax(dim=1).values
         allowed = allowed & (index >= first[:, :, None])
+    if window is not None:
+        allowed = allowed & (index[None, :] > index[:, None] - window)
     return allowed[:, None]

@@ -74,7 +74,7 @@ def check_row(context_length: int, pad_token_id: Any) -> None:
         )
 
 
-def chunks_of(documents: Any) -> tuple[list[np.ndarray], Sequence[int]]:
+def chunks_of(documents: Any) -> tuple[list[np.ndarray], Sequence[int] | np.ndarray]:
     """The documents' token ids, in arrays that hold one document after the other, and the tokens of each document."""
     arrays = getattr(documents, "chunks", [documents])  # of Arrow's chunked arrays
     if all(hasattr(array, "value_lengths") for array in arrays):  # Arrow's list arrays

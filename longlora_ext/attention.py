@@ -8,9 +8,11 @@ layer receives). Any decoder that routes its attention through them can use it:
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="s2attn")
 
 A module in training mode runs S2-Attn; in eval mode, and so in `generate`, it runs dense attention with the
-KV cache as it is. Three fields of the model's config are read:
+KV cache as it is. These fields of the model's config are read:
 
 - `s2attn_group_size` (even `int`): tokens a group; absent, a quarter of `max_position_embeddings`.
+- `s2attn_sink` (`bool`): each row sees the first token of its document besides; absent, it does not.
+- `s2attn_window` (`int`): each row sees so many tokens of its group at most; absent, all.
 - `s2attn_mode`: `"auto"` (absent: the same), or `"s2"` and `"dense"` to ask for one of them in training and
   eval alike.
 - `num_attention_heads`: the second half of the heads is shifted.
@@ -30,7 +32,8 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from longlora_ext._mask import attention_window, check_masks_of, dense_mask, own_mask, s2attn_mask
+from longlora_ext import _pattern
+from longlora_ext._mask import Told, attention_window, check_masks_of, dense_mask, own_mask, s2attn_mask
 from longlora_ext._ulysses import first_shifted_head
 from longlora_ext.config import attention_mode, group_size
 from longlora_ext.documents import (
@@ -49,7 +52,6 @@ NAME = "s2attn"
 
 # Arguments with which some models extend plain attention, and what each stands for. The op has none of them.
 _UNSUPPORTED = {
-    "sliding_window": "a sliding window",
     "softcap": "soft-capping of the logits",
     "s_aux": "attention sinks",
     "position_bias": "a position bias",
@@ -101,46 +103,46 @@ def s2attn_forward(
     # Models in mixed precision rotate q and k in fp32; v comes straight from its projection and has the dtype
     # to compute in.
     query, key = query.to(value.dtype), key.to(value.dtype)
-    tokens = query.shape[2]
-    whole = tokens == key.shape[2]
+    tokens, keys = query.shape[2], key.shape[2]
     wants_s2 = _wants_s2(module)
-    if not whole:
+    if tokens != keys and (attention_mask is None or attention_mask.dtype == torch.bool):
         if wants_s2:
             raise ValueError(
-                "S2-Attn needs the queries and keys of the same tokens, but a KV cache makes them "
-                f"{tokens} and {key.shape[2]}: call model.eval(), or pass use_cache=False, or set "
-                "config.s2attn_mode='auto'"
+                "S2-Attn in training mode cannot go on with a KV cache by one token, with padding, or where the cache "
+                f"has room to spare ({tokens} tokens, {keys} keys): call model.eval(), pass use_cache=False, or set "
+                "config.s2attn_mode='s2'"
             )
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
 
-    padding = own_mask(attention_mask, query)
-    documents = _documents(position_ids, kwargs, query)
+    told = own_mask(attention_mask, query, key)
+    window = _pattern.smaller(told.window, kwargs.get("sliding_window"))
+    told = told._replace(window=window if window is not None and window < keys else None)
+    documents = _documents(position_ids, kwargs, query, keys)
     if not (wants_s2 or module.training):
-        return _dense_eval(module, query, key, value, padding, documents, scaling)
-    if padding is not None:
-        start = torch.where(padding < 0, ~padding, padding)
+        return _dense_eval(module, query, key, value, told, documents, scaling)
+    if told.starts is not None:
+        start = torch.where(told.starts < 0, ~told.starts, told.starts)[:, keys - tokens :]
         documents = start if documents is None else torch.maximum(start, documents)
-    if wants_s2:
-        config: Any = module.config
-        return _run(
-            query,
-            key,
-            value,
-            group_size(config),
-            first_shifted_head(config.num_attention_heads, query.shape[1]),
-            documents,
-            scaling,
-        )
-    return _dense(query, key, value, documents, scaling)
+    if not wants_s2:
+        return _dense(query, key, value, documents, told.window, scaling)
+    config: Any = module.config
+    return _run(
+        query,
+        key,
+        value,
+        group_size(config),
+        documents,
+        scaling,
+        first_shifted_head=first_shifted_head(config.num_attention_heads, query.shape[1]),
+        sink=told.window is None and _pattern.sink(config),  # of a layer's own window it never was a part
+        window=_pattern.smaller(told.window, _pattern.window(config)),
+    )
 
 
 def _refuse_unsupported(
     module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor, dropout: float, kwargs: dict[str, Any]
 ) -> None:
-    asked = {name: value for name, value in kwargs.items() if value is not None}
-    if asked.get("sliding_window", 0) >= key.shape[2]:  # it holds all tokens there are
-        del asked["sliding_window"]
-    what = next((text for name, text in _UNSUPPORTED.items() if name in asked), None)
+    what = next((text for name, text in _UNSUPPORTED.items() if kwargs.get(name) is not None), None)
     is_causal = kwargs.get("is_causal")
     if what is None and dropout > 0:
         what = f"attention dropout (it is {dropout}; set config.attention_dropout=0.0)"
@@ -157,8 +159,14 @@ def _refuse_unsupported(
         )
 
 
-def _documents(position_ids: torch.Tensor | None, kwargs: dict[str, Any], query: torch.Tensor) -> torch.Tensor | None:
-    """The packed documents, int32 `[batch, tokens]`, or `None` if the call says nothing about them."""
+def _documents(
+    position_ids: torch.Tensor | None, kwargs: dict[str, Any], query: torch.Tensor, keys: int
+) -> torch.Tensor | None:
+    """The packed documents, int32 `[batch, tokens]`, or `None` if the call says nothing about them.
+
+    They count in keys, of which the tokens are the last. The first token's may have begun among the keys before it, as
+    its position says, or before them.
+    """
     batch, _, tokens, _ = query.shape
     documents = None
     if position_ids is not None:
@@ -166,7 +174,11 @@ def _documents(position_ids: torch.Tensor | None, kwargs: dict[str, Any], query:
             raise ValueError(
                 f"position_ids must be [{batch}, {tokens}] or [1, {tokens}], but they are {list(position_ids.shape)}"
             )
-        documents = doc_start_from_position_ids(position_ids).expand(batch, -1)
+        documents = doc_start_from_position_ids(position_ids)
+        if keys > tokens:
+            began = (keys - tokens - position_ids[:, :1]).clamp(max=keys - tokens).to(torch.int32)
+            documents = torch.where(documents == 0, began, documents + (keys - tokens))
+        documents = documents.expand(batch, -1)
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is not None:
         if batch != 1:
@@ -181,12 +193,12 @@ def _run(
     key: torch.Tensor,
     value: torch.Tensor,
     size: int,
-    first_shifted_head: int,
     documents: torch.Tensor | None,
     scaling: float | None,
+    **pattern: Any,
 ) -> tuple[torch.Tensor, None]:
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    return s2attn(q, k, v, size, documents, first_shifted_head=first_shifted_head, scale=scaling), None
+    return s2attn(q, k, v, size, documents, scale=scaling, **pattern), None
 
 
 def _dense(
@@ -194,11 +206,12 @@ def _dense(
     key: torch.Tensor,
     value: torch.Tensor,
     documents: torch.Tensor | None,
+    window: int | None,
     scaling: float | None,
 ) -> tuple[torch.Tensor, None]:
     """Dense causal attention within each document: one group of all tokens, no head shifted."""
-    heads, tokens = query.shape[1:3]
-    return _run(query, key, value, tokens + tokens % 2, heads, documents, scaling)
+    heads, keys = query.shape[1], key.shape[2]
+    return _run(query, key, value, keys + keys % 2, documents, scaling, first_shifted_head=heads, window=window)
 
 
 def _dense_eval(
@@ -206,17 +219,29 @@ def _dense_eval(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    padding: torch.Tensor | None,
+    told: Told,
     documents: torch.Tensor | None,
     scaling: float | None,
 ) -> tuple[torch.Tensor, None]:
     """Dense attention outside training: `sdpa`'s own result, with packed documents kept apart besides."""
-    # Compiled code cannot ask whether there are several.
-    if padding is None and documents is not None and (torch.compiler.is_compiling() or bool(documents.any())):
+    tokens, keys = query.shape[2], key.shape[2]
+    if tokens != keys:
+        # A prompt in parts: whatever positions say, it goes on with all that the cache holds.
         if _has_kernel(query):
-            return _dense(query, key, value, documents, scaling)
-        padding = torch.zeros_like(documents)  # none
-    mask = None if padding is None else dense_mask(padding, documents)
+            return _dense(query, key, value, None, told.window, scaling)
+        real = torch.zeros((1, keys), dtype=torch.int32, device=query.device)
+        rows = dense_mask(real, None, told.window)[:, :, keys - tokens :]
+        return sdpa_attention_forward(module, query, key, value, rows, scaling=scaling)
+    if told.starts is not None and not told.padded:
+        documents = told.starts if documents is None else torch.maximum(told.starts, documents)
+    padding: torch.Tensor | None = told.starts if told.padded else None
+    # Compiled code cannot ask whether there are several.
+    several = documents is not None and (torch.compiler.is_compiling() or bool(documents.any()))
+    if padding is None and (several or told.window is not None):
+        if _has_kernel(query):
+            return _dense(query, key, value, documents, told.window, scaling)
+        padding = torch.zeros((query.shape[0], tokens), dtype=torch.int32, device=query.device)  # none
+    mask = None if padding is None else dense_mask(padding, documents, told.window)
     return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from longlora_ext._lengths import CONTEXT_LENGTH, context_length, is_int, of_layer_types, rope_type_of, settle_context
+from longlora_ext._pattern import SINK, WINDOW, check_window
 from longlora_ext._rope import check_rope, extended_rope, fill_in_head_dim, original_of_linear, with_one_rope
 
 __all__ = [
@@ -32,13 +33,14 @@ __all__ = [
     "fill_in_head_dim",
     "group_size",
     "rope_type_of",
+    "set_pattern",
     "settle_context",
 ]
 
 GROUP_SIZE = "s2attn_group_size"
 MODE = "s2attn_mode"
 # The fields of ours on a config. A model without them is a plain transformers model.
-CONFIG_FIELDS = (GROUP_SIZE, MODE, CONTEXT_LENGTH)
+CONFIG_FIELDS = (GROUP_SIZE, SINK, WINDOW, MODE, CONTEXT_LENGTH)
 
 MODES = ("auto", "s2", "dense")
 DEFAULT_GROUP_RATIO = 0.25
@@ -90,6 +92,8 @@ def config_for(
     present_context_length: int | None = None,
     group_ratio: float = DEFAULT_GROUP_RATIO,
     group_size: int | None = None,
+    sink: bool = False,
+    window: int | None = None,
 ) -> PreTrainedConfig:
     """
     A copy of a model's config to train with, for a longer context or for the model's own.
@@ -104,7 +108,7 @@ def config_for(
         rope_type (`str`, *optional*):
             How RoPE is scaled for a longer context, as for [`extend_config`]. Default: as it is scaled already, or
             `"linear"`.
-        rope_parameters, present_context_length, group_ratio, group_size:
+        rope_parameters, present_context_length, group_ratio, group_size, sink, window:
             As for [`extend_config`].
 
     Returns:
@@ -131,12 +135,15 @@ def config_for(
             rope_parameters=rope_parameters,
             group_ratio=group_ratio,
             group_size=group_size,
+            sink=sink,
+            window=window,
         )
     if rope_parameters or rope_type not in (None, "linear"):
         raise ValueError(f"context_length {context_length} is the model's own: RoPE is not scaled for it")
     config = copy.deepcopy(config)
     config.s2attn_context_length = context_length
     config.s2attn_group_size = _group_size(context_length, group_ratio, group_size)
+    set_pattern(config, sink=sink, window=window)
     return config
 
 
@@ -149,6 +156,8 @@ def extend_config(
     present_context_length: int | None = None,
     group_ratio: float = DEFAULT_GROUP_RATIO,
     group_size: int | None = None,
+    sink: bool = False,
+    window: int | None = None,
 ) -> PreTrainedConfig:
     """
     A copy of a model's config for a longer context.
@@ -174,12 +183,18 @@ def extend_config(
         group_ratio (`float`, defaults to 0.25):
             The group size as a part of the new context, in (0, 1]; it is made even.
         group_size (`int`, *optional*):
-            The group size in tokens, even, in place of the ratio.
+            The group size in tokens, even, in place of the ratio. Twice the context makes one group of it, shifted or
+            not: for a `window` alone.
+        sink (`bool`, defaults to `False`):
+            Let each row see the first token of its document besides: the attention sink of pretrained models.
+        window (`int`, *optional*):
+            Let each row see so many tokens of its group at most.
 
     Returns:
         [`~transformers.PreTrainedConfig`]: with changed `rope_parameters`, `max_position_embeddings` (the new
         context; for `"dynamic"` it stays, as transformers scales only beyond it), `s2attn_context_length` and
-        `s2attn_group_size`. RoPE parameters of each layer type stay so. Linear scaling is given
+        `s2attn_group_size`, and `s2attn_sink` and `s2attn_window` where they are asked for. RoPE parameters of each
+        layer type stay so. Linear scaling is given
         `original_max_position_embeddings` too, so that nobody has to ask whether `max_position_embeddings` is the
         length before or after it. A `head_dim` of `None` is filled in.
 
@@ -198,6 +213,7 @@ def extend_config(
         )
     extended = copy.deepcopy(config)
     extended.s2attn_group_size = _group_size(context_length, group_ratio, group_size)
+    set_pattern(extended, sink=sink, window=window)
     extended.s2attn_context_length = context_length
     new = extended_rope(config, context_length, rope_type, dict(rope_parameters or {}))
     if rope_type != "dynamic":
@@ -210,6 +226,19 @@ def extend_config(
     if layer_types:
         extended.rope_parameters = {layer_type: dict(extended.rope_parameters) for layer_type in layer_types}
     return extended
+
+
+def set_pattern(config: PreTrainedConfig, *, sink: bool, window: int | None) -> None:
+    """
+    Set what S2-Attn shows a row beside its group. A config without is as those of before: it gets no field.
+
+    Raises:
+        `ValueError`: `window` is not a positive integer.
+    """
+    if sink:
+        config.s2attn_sink = True
+    if window is not None:
+        config.s2attn_window = check_window("window", window)
 
 
 def _own_length(config: PreTrainedConfig) -> int:
@@ -227,9 +256,9 @@ def _present_length(config: PreTrainedConfig) -> int:
 
 def _group_size(context: int, ratio: float, size: int | None) -> int:
     if size is not None:
-        if not is_int(size) or size < 2 or size % 2 or size > context:
+        if not is_int(size) or size < 2 or size % 2 or size > 2 * context:
             raise ValueError(
-                f"group_size must be an even integer from 2 to the context of {context}, but it is {size!r}"
+                f"group_size must be an even integer from 2 to twice the context of {context}, but it is {size!r}"
             )
         return size
     if not 0 < ratio <= 1:

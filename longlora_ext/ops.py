@@ -2,10 +2,13 @@
 
 import math
 from pathlib import Path
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from longlora_ext.sinks import add_key
 
 __all__ = ["check_runs", "has_cuda_kernels", "s2attn", "why_unsupported"]
 
@@ -18,6 +21,7 @@ except OSError as error:
     raise ImportError(f"{_LIBRARY} cannot be loaded: {error.__cause__ or error}") from error  # torch says no reason
 
 
+@overload
 def s2attn(
     q: Tensor,
     k: Tensor,
@@ -29,7 +33,41 @@ def s2attn(
     wrap: bool = False,
     scale: float | None = None,
     deterministic: bool = False,
-) -> Tensor:
+    sink: bool = False,
+    window: int | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def s2attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    group_size: int,
+    doc_start: Tensor | None = None,
+    *,
+    first_shifted_head: int | None = None,
+    wrap: bool = False,
+    scale: float | None = None,
+    deterministic: bool = False,
+    sink: bool = False,
+    window: int | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+def s2attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    group_size: int,
+    doc_start: Tensor | None = None,
+    *,
+    first_shifted_head: int | None = None,
+    wrap: bool = False,
+    scale: float | None = None,
+    deterministic: bool = False,
+    sink: bool = False,
+    window: int | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Shifted short attention (S2-Attn) of LongLoRA, https://arxiv.org/abs/2309.12307.
 
     A query row attends causally to its group: [0, G), [G, 2G), ... in an unshifted head, [0, G/2), [G/2, 3G/2), ...
@@ -42,12 +80,15 @@ def s2attn(
             rows that do not: kernels compute tiles of up to a few hundred tokens, in which what is masked weighs 0, and
             0 * NaN is NaN. So a NaN in `v` may reach earlier rows and other documents, and in the backward pass one in
             any input or in the gradient may; none reaches other rows of the batch or other KV heads.
-        k (`Tensor`): [B, N, Hkv, D], dtype and device of `q`; Hkv divides H.
+        k (`Tensor`): [B, Nk, Hkv, D], dtype and device of `q`; Hkv divides H. Nk >= N: the queries are the last of the
+            keys' tokens, as with a KV cache or a prompt in parts.
         v (`Tensor`): like `k`.
         group_size (`int`): G, tokens in a group, even. With G >= N and no shifted head this is dense causal attention.
         doc_start (`Tensor`, *optional*): int32 [B, N]: for each token the index, within its row, of the first token of
-            its document. Groups restart there and nothing is seen across. `longlora_ext.documents` makes it. Checked
-            on a CPU; on CUDA, where to look would be to wait, a wrong one gives wrong numbers or NaN.
+            its document. Groups restart there and nothing is seen across. `longlora_ext.documents` makes it. It counts
+            in rows of `k`, and is negative where a document began before these, by less than 2^29 on CUDA. Without it
+            the document begins at the first key. Checked on a CPU; on CUDA, where to look would be to wait, a wrong one
+            gives wrong numbers or NaN, and rows whose document began before the keys see no sink.
         first_shifted_head (`int`, *optional*): query heads from this one on are shifted; H // 2 by default. A rank that
             holds only some heads passes clamp(H_total // 2 - its_first_head, 0, H).
         wrap (`bool`): Algorithm 1 of the paper to the letter: shifted heads are rolled by G/2, so that the last half
@@ -56,15 +97,25 @@ def s2attn(
         scale (`float`, *optional*): factor of q k^T; D ** -0.5 by default.
         deterministic (`bool`): gradients are the same bits in every run. Also follows
             `torch.use_deterministic_algorithms`.
+        sink (`bool`): a query row sees the first token of its document besides, on which pretrained models rest (the
+            attention sink). It changes nothing for rows whose group begins there. With `doc_start`, the first tokens
+            of all documents must be among the keys.
+        window (`int`, *optional*): a query row sees at most so many keys, the last ones of its group up to itself; the
+            sink is not counted. With G >= N and no shifted head this is sliding-window attention.
+        return_lse (`bool`): return the log-sum-exp of each row's scores as well. Attention over other keys of the same
+            rows can be merged by it; see [`~longlora_ext.add_key`] and [`~longlora_ext.add_learned_sink`].
 
     Returns:
-        `Tensor`: [B, N, H, D], contiguous, dtype of `q`. Under autocast, inputs are cast to its dtype.
+        `Tensor`: [B, N, H, D], contiguous, dtype of `q`. Under autocast, inputs are cast to its dtype. With
+        `return_lse` a tuple of it and the natural log-sum-exp, [B, H, N] of float32 (float64 for float64 inputs), which
+        counts the sink. Both can be differentiated.
 
     Raises:
         RuntimeError: for an argument that does not fit, named, before any work starts. Differentiating twice, or in
             forward mode, is refused as well.
     """
-    return torch.ops.longlora.s2attn(
+    op = torch.ops.longlora.s2attn_with_lse if return_lse else torch.ops.longlora.s2attn
+    return op(
         q,
         k,
         v,
@@ -74,6 +125,8 @@ def s2attn(
         wrap=wrap,
         scale=scale,
         deterministic=deterministic,
+        sink=sink,
+        window=window,
     )
 
 
@@ -125,7 +178,11 @@ def _check(ok: bool, message: str) -> None:
 
 
 @torch.library.impl("longlora::s2attn", "CompositeImplicitAutograd")
-def _s2attn(
+def _without_lse(*args: Any, **kwargs: Any) -> Tensor:
+    return _attend(*args, **kwargs)[0]
+
+
+def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -136,7 +193,9 @@ def _s2attn(
     wrap: bool = False,
     scale: float | None = None,
     deterministic: bool = False,
-) -> Tensor:
+    sink: bool = False,
+    window: int | None = None,
+) -> tuple[Tensor, Tensor]:
     _check(q.dim() == 4, f"q must have 4 dimensions [batch, seqlen, heads, head_dim], but is {list(q.shape)}")
     if q.device.type == "cuda" and not has_cuda_kernels():
         _check(False, "this build of longlora_ext has no CUDA kernels; use attn_implementation='sdpa' or the CPU")
@@ -156,8 +215,14 @@ def _s2attn(
         q, scale = -q, -scale
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     if wrap:
-        return _wrapped(q, k, v, group_size, doc_start, first_shifted_head, scale, deterministic)
-    return torch.ops.longlora.s2attn_fwd(q, k, v, group_size, first_shifted_head, doc_start, scale, deterministic)[0]
+        _check(doc_start is None, "wrap=True takes no doc_start: rolling mixes documents")
+        return _wrapped(q, k, v, group_size, first_shifted_head, scale, deterministic, sink, window)
+    return torch.ops.longlora.s2attn_fwd(
+        q, k, v, group_size, first_shifted_head, doc_start, scale, deterministic, sink=sink, window=window
+    )
+
+
+torch.library.impl("longlora::s2attn_with_lse", "CompositeImplicitAutograd", _attend)
 
 
 def _wrapped(
@@ -165,13 +230,14 @@ def _wrapped(
     k: Tensor,
     v: Tensor,
     group_size: int,
-    doc_start: Tensor | None,
     first_shifted_head: int,
     scale: float,
     deterministic: bool,
-) -> Tensor:
+    sink: bool,
+    window: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Algorithm 1: roll the shifted heads, attend, roll back."""
     seqlen, heads = q.shape[1], q.shape[2]
-    _check(doc_start is None, "wrap=True takes no doc_start: rolling mixes documents")
     _check(
         group_size > 0 and group_size % 2 == 0 and seqlen % group_size == 0,
         f"wrap=True needs a seqlen divisible by an even group_size, but they are {seqlen} and {group_size}",
@@ -185,19 +251,27 @@ def _wrapped(
         f"k and v must be [batch, seqlen, kv_heads, head_dim] with kv_heads dividing {heads}, but k is {list(k.shape)}",
     )
     _check(k.shape == v.shape, f"k and v must have the same shape, but are {list(k.shape)} and {list(v.shape)}")
+    _check(k.shape[1] == seqlen, f"wrap=True needs as many keys as queries, but they are {k.shape[1]} and {seqlen}")
     # One KV head for each query head: with GQA the boundary may fall between two heads of one KV head.
     k, v = (x.repeat_interleave(heads // k.shape[2], dim=2) for x in (k, v))
 
     def roll_shifted(x: Tensor, by: int) -> Tensor:
         return torch.cat([x[:, :, :first_shifted_head], x[:, :, first_shifted_head:].roll(by, dims=1)], dim=2)
 
-    q, k, v = (roll_shifted(x, -(group_size // 2)) for x in (q, k, v))
-    out = torch.ops.longlora.s2attn_fwd(q, k, v, group_size, heads, None, scale, deterministic)[0]
-    return roll_shifted(out, group_size // 2)
+    half = group_size // 2
+    rolled = (roll_shifted(x, -half) for x in (q, k, v))
+    out, lse = torch.ops.longlora.s2attn_fwd(*rolled, group_size, heads, None, scale, deterministic, window=window)
+    out, lse = roll_shifted(out, half), roll_shifted(lse.transpose(1, 2), half).transpose(1, 2)
+    if not sink:
+        return out, lse
+    # The first token is somewhere else after rolling, so that the kernels cannot be asked for it.
+    head, row = torch.arange(heads, device=q.device)[:, None], torch.arange(seqlen, device=q.device)
+    seen_by = torch.where(head < first_shifted_head, group_size, half).clamp(max=seqlen if window is None else window)
+    return add_key(out, lse, q, k[:, :1], v[:, :1], scale, where=(row >= seen_by)[None])
 
 
 @torch.library.register_fake("longlora::s2attn_fwd")
-def _fake_fwd(q, k, v, group_size, first_shifted_head, doc_start, scale, deterministic):
+def _fake_fwd(q, k, v, group_size, first_shifted_head, doc_start, scale, deterministic, *, sink=False, window=None):
     for name, x in (("k", k), ("v", v), ("doc_start", doc_start)):
         _check(x is None or x.device == q.device, f"{name} must be on q's device")
     batch, seqlen, heads, _ = q.shape
@@ -206,33 +280,37 @@ def _fake_fwd(q, k, v, group_size, first_shifted_head, doc_start, scale, determi
 
 
 @torch.library.register_fake("longlora::s2attn_bwd")
-def _fake_bwd(dout, q, k, v, out, lse, group_size, first_shifted_head, doc_start, scale, deterministic):
+def _fake_bwd(dout, q, k, v, *args, **kwargs):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx, inputs, keyword_only_inputs, output):
     q, k, v, ctx.group_size, ctx.first_shifted_head, doc_start, ctx.scale, ctx.deterministic = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, doc_start, out, lse)
+    ctx.pattern = keyword_only_inputs
+    ctx.set_materialize_grads(False)  # lse has seldom a gradient
+    ctx.save_for_backward(q, k, v, doc_start, *output)
 
 
-def _backward(ctx, dout, _dlse):
+def _backward(ctx, dout, dlse):
     q, k, v, doc_start, out, lse = ctx.saved_tensors
-    dq, dk, dv = torch.ops.longlora.s2attn_bwd(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        ctx.group_size,
-        ctx.first_shifted_head,
-        doc_start,
-        ctx.scale,
-        ctx.deterministic,
-    )
-    return dq, dk, dv, None, None, None, None, None
+    grads = (None, None, None)
+    if dout is not None or dlse is not None:
+        grads = torch.ops.longlora.s2attn_bwd(
+            torch.zeros_like(out) if dout is None else dout,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            ctx.group_size,
+            ctx.first_shifted_head,
+            doc_start,
+            ctx.scale,
+            ctx.deterministic,
+            dlse,
+            **ctx.pattern,
+        )
+    return (*grads, None, None, None, None, None)
 
 
 def _double_backward(ctx, *grads):

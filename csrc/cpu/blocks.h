@@ -23,30 +23,51 @@ Acc scale_log2_of(const Problem& problem) {
   return greater(static_cast<Acc>(problem.scale * M_LOG2E), static_cast<Acc>(1.2e-38));
 }
 
-// One block of query rows of one head, and which keys each row sees: row r of it sees first[r]..row+r. `first`
-// never decreases, so the rows that see a given key are one run, [row_begin(key), row_end(key)).
+// Of query row `row`, in rows of k.
+inline int64_t document_of(const Problem& p, int64_t batch, int64_t row) {
+  return p.doc_start ? p.doc_start[batch * p.seqlen + row] : 0;
+}
+
+// One block of query rows of one head, and which keys each row sees: row r sees first[r]..own_key+r, the latter its
+// own. `first` never decreases, so the rows that see a given key are one run, [row_begin(key), row_end(key)).
 template <int kRows>
 struct QueryBlock {
-  int64_t row;
+  int64_t row;      // the first one, of q
+  int64_t own_key;  // and the key that is its own
   int rows;
   int64_t first[kRows];
 
-  QueryBlock(const Problem& p, int64_t batch, int64_t head, int64_t first_row)
-      : row(first_row), rows(static_cast<int>(lesser<int64_t>(kRows, p.seqlen - first_row))) {
-    const auto first_of = [&](int r) {
-      const int64_t doc_start = p.doc_start ? p.doc_start[batch * p.seqlen + row + r] : 0;
-      return first_key<int64_t>(row + r, doc_start, p.group_size, head >= p.first_shifted_head);
+  QueryBlock(const Problem& p, int64_t batch, int64_t head, int64_t row_, int64_t row_end)
+      : row(row_), own_key(row_ + p.query_offset()), rows(static_cast<int>(lesser(row_end, p.seqlen) - row_)) {
+    const auto group_of = [&](int r) {
+      return group_start<int64_t>(own_key + r, document_of(p, batch, row + r), p.group_size,
+                                  head >= p.first_shifted_head);
     };
-    first[0] = first_of(0);
-    first[rows - 1] = first_of(rows - 1);
+    first[0] = group_of(0);
+    first[rows - 1] = group_of(rows - 1);
     const bool same = first[0] == first[rows - 1];  // then so are those between, and no division is needed
-    for (int r = 1; r < rows - 1; ++r) first[r] = same ? first[0] : first_of(r);
+    for (int r = 1; r < rows - 1; ++r) first[r] = same ? first[0] : group_of(r);
+    for (int r = 0; r < rows; ++r) first[r] = greater<int64_t>(greater(first[r], own_key + r - p.window + 1), 0);
+  }
+
+  // Calls f(d, begin, end) for each document whose first token, d, is seen by the rows [begin, end) besides.
+  template <typename F>
+  void for_each_sink(const Problem& p, int64_t batch, F&& f) const {
+    if (!p.sink) return;
+    for (int begin = 0, end; begin < rows; begin = end) {
+      const int64_t d = document_of(p, batch, row + begin);
+      for (end = begin + 1; end < rows && document_of(p, batch, row + end) == d;) ++end;
+      while (begin < end && !sees_sink(first[begin], d)) ++begin;
+      if (begin < end) f(d, begin, end);
+    }
   }
 
   int64_t begin_key() const { return first[0]; }
-  int64_t end_key() const { return row + rows; }
+  int64_t end_key() const { return own_key + rows; }
 
-  int row_begin(int64_t key) const { return static_cast<int>(lesser<int64_t>(greater<int64_t>(key - row, 0), rows)); }
+  int row_begin(int64_t key) const {
+    return static_cast<int>(lesser<int64_t>(greater<int64_t>(key - own_key, 0), rows));
+  }
   int row_end(int64_t key) const {  // how many rows have first <= key
     int low = 0;
     for (int high = rows; low < high;) {
@@ -62,7 +83,7 @@ struct QueryBlock {
   // scores[keys, kRows], transposed: -inf where a row in [begin, end) does not see one of the keys.
   template <typename Acc>
   void mask(Acc* scores, int64_t key, int keys, int begin, int end) const {
-    if (first[rows - 1] <= key && key + keys - 1 <= row + begin) return;
+    if (first[rows - 1] <= key && key + keys - 1 <= own_key + begin) return;
     for (int j = 0; j < keys; ++j) {
       Acc* line = scores + j * kRows;
       const int run_begin = lesser(row_begin(key + j), end);
@@ -79,8 +100,9 @@ struct RowRun {
   int begin, end;
 
   RowRun(const QueryBlock<kRows>& block, int64_t key, int keys)
-      : begin(block.row_begin(key) / kLanes<Acc> * kLanes<Acc>),
-        end(static_cast<int>(round_up(block.row_end(key + keys - 1), kLanes<Acc>))) {}
+      : RowRun(block.row_begin(key), block.row_end(key + keys - 1)) {}
+  RowRun(int first_row, int last_row_end)
+      : begin(first_row / kLanes<Acc> * kLanes<Acc>), end(static_cast<int>(round_up(last_row_end, kLanes<Acc>))) {}
 
   int size() const { return end - begin; }
 };

@@ -1,4 +1,4 @@
-// Forward: FlashAttention-2's loop with the left bound of groups.h.
+// Forward: FlashAttention-2's loop with the left bound of groups.h. The sink is a tile of one key.
 //
 // Scores are kept transposed, [keys, query rows]: lanes are query rows, so the online softmax needs no
 // reduction across lanes, and K and V are read as they lie.
@@ -34,7 +34,7 @@ struct Forward {
 
   void run(int64_t batch, int64_t head, int64_t row) {
     const Problem& problem = p.problem;
-    const QueryBlock<kForwardRows> block(problem, batch, head, row);
+    const QueryBlock<kForwardRows> block(problem, batch, head, row, row + kForwardRows);
     const int64_t kv_head = head / (problem.heads / problem.kv_heads);
 
     load_transposed<T>({p.q, batch, row, head, block.rows}, head_dim, kForwardRows, q_t);
@@ -43,6 +43,11 @@ struct Forward {
       row_max[r] = -INFINITY;
       row_sum[r] = 0;
     }
+    block.for_each_sink(problem, batch, [&](int64_t d, int begin, int end) {
+      load_rows<T>({p.k, batch, d, kv_head, 1}, head_dim, pitch, k);
+      load_summed_rows<T>({p.v, batch, d, kv_head, 1}, head_dim, pitch, v);
+      step_of_sink(begin, end);
+    });
     for (int64_t key = block.begin_key(); key < block.end_key(); key += kForwardKeys) {
       const int keys = static_cast<int>(lesser<int64_t>(kForwardKeys, block.end_key() - key));
       const RowRun<Acc, kForwardRows> run(block, key, keys);
@@ -56,13 +61,31 @@ struct Forward {
 
  private:
   void step(const QueryBlock<kForwardRows>& block, const RowRun<Acc, kForwardRows>& run, int64_t key, int keys) {
-    gemm<Operand::kPlain>(Update::kStore, keys, run.size(), head_dim / kPack<E>, k, pitch / kPack<E>, q_t + run.begin,
-                          kForwardRows, scores + run.begin, kForwardRows);
+    score(run, keys);
     block.mask(scores, key, keys, run.begin, run.end);
     for (int r = run.begin; r < run.end; r += kLanes<Acc>) softmax(keys, r);
+    add_values(run.begin, run.end, keys);
+  }
+
+  // Rows [begin, end), among which the neighbours in their vectors are not, see the one key.
+  void step_of_sink(int begin, int end) {
+    const RowRun<Acc, kForwardRows> run(begin, end);
+    score(run, 1);
+    for (int r = run.begin; r < begin; ++r) scores[r] = -INFINITY;
+    for (int r = end; r < run.end; ++r) scores[r] = -INFINITY;
+    for (int r = run.begin; r < run.end; r += kLanes<Acc>) softmax(1, r);
+    add_values(begin, end, 1);
+  }
+
+  void score(const RowRun<Acc, kForwardRows>& run, int keys) {
+    gemm<Operand::kPlain>(Update::kStore, keys, run.size(), head_dim / kPack<E>, k, pitch / kPack<E>, q_t + run.begin,
+                          kForwardRows, scores + run.begin, kForwardRows);
+  }
+
+  void add_values(int begin, int end, int keys) {
     const int summed = (keys + kPack<E> - 1) / kPack<E>;
-    gemm<Operand::kTransposed>(Update::kAdd, run.size(), pitch, summed, weights + run.begin, kForwardRows, v, pitch,
-                               out + run.begin * pitch, pitch);
+    gemm<Operand::kTransposed>(Update::kAdd, end - begin, pitch, summed, weights + begin, kForwardRows, v, pitch,
+                               out + begin * pitch, pitch);
   }
 
   // Online softmax in base 2 over one tile of keys, for kLanes query rows from row r on: scores become

@@ -6,6 +6,7 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "preprocess.h"
 
 namespace longlora::cpu::LONGLORA_ISA {
 namespace {
@@ -58,7 +59,7 @@ void backward(const BackwardParams& params) {
   const Problem& p = params.problem;
   for_each_block<Preprocess<T>>(params, kBackwardBlock);
 
-  const int64_t blocks = (p.seqlen + kBackwardBlock - 1) / kBackwardBlock;
+  const int64_t blocks = (p.seqlen_k + kBackwardBlock - 1) / kBackwardBlock;
   const int64_t kv_heads = p.batch * p.kv_heads;
   const int64_t heads_per_kv = p.heads / p.kv_heads;
   const auto query_gradients = [&](int64_t kv_heads, Arena& arena) {

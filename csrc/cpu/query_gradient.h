@@ -14,16 +14,18 @@ namespace longlora::cpu::LONGLORA_ISA {
 // order, so no two write at once and the result is the same from run to run for any number of threads. Blocks of keys
 // are begun in ascending order too, so the one that is waited for is always at work.
 //
-// A block of rows is whole after the keys of its own diagonal, and sees no key further back than its group: as many
-// blocks as a group spans, and some, take turns in the memory.
+// Blocks of rows count like those of keys, by position. One is whole after the keys of its own diagonal, and sees no
+// key further back than its group and window (the sink comes with the first of these): as many blocks as they span, and
+// some, take turns in the memory.
 template <typename Acc>
 class QueryGradients {
  public:
   // `threads` blocks more than needed: that many are begun before one is whole.
   QueryGradients(const Problem& p, int64_t heads, int64_t block_rows, int64_t pitch, int threads, Arena& arena)
       : heads_(heads),
-        blocks_((p.seqlen + block_rows - 1) / block_rows),
-        live_(lesser(blocks_, (p.group_size + block_rows - 1) / block_rows + 2 + threads)),
+        begin_(p.query_offset() / block_rows),
+        blocks_((p.seqlen_k + block_rows - 1) / block_rows),
+        live_(lesser(blocks_ - begin_, (lesser(p.group_size, p.window) + block_rows - 1) / block_rows + 2 + threads)),
         block_size_(block_rows * pitch),
         sums_(arena.take<Acc>(heads_ * live_ * block_size_)),
         turns_(arena.take<Turn>(heads_ * blocks_)) {}
@@ -37,7 +39,8 @@ class QueryGradients {
     if (key_block > first) {
       wait(head, block, key_block);
     } else {
-      if (block >= live_) wait(head, block - live_, block - live_ + 1);  // until the one whose memory it was is whole
+      if (block - live_ >= begin_)
+        wait(head, block - live_, block - live_ + 1);  // until the one whose memory it was is whole
       std::memset(sums, 0, sizeof(Acc) * block_size_);
     }
     return sums;
@@ -56,9 +59,9 @@ class QueryGradients {
     while (__atomic_load_n(&current.key_block, __ATOMIC_ACQUIRE) != turn) sched_yield();
   }
 
-  const int64_t heads_, blocks_, live_, block_size_;
-  Acc* const sums_;    // [heads, live blocks, block_rows, pitch]
-  Turn* const turns_;  // [heads, blocks]
+  const int64_t heads_, begin_, blocks_, live_, block_size_;  // rows begin in the block begin_
+  Acc* const sums_;                                           // [heads, live blocks, block_rows, pitch]
+  Turn* const turns_;                                         // [heads, blocks]
 };
 
 }  // namespace longlora::cpu::LONGLORA_ISA

@@ -29,25 +29,35 @@ class Problem:
     first_shifted_head: int | None = None
     documents: bool = False
     scale: float | None = None
+    sink: bool = False
+    window: int | None = None
+    seqlen_k: int | None = None  # the queries are the last of so many tokens; absent, all
     dtype: torch.dtype = field(default_factory=default_dtype)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         def random(heads: int) -> Tensor:
-            return torch.randn(self.batch, self.seqlen, heads, self.head_dim, dtype=torch.float64).to(self.dtype)
+            return torch.randn(self.batch, self.tokens, heads, self.head_dim, dtype=torch.float64).to(self.dtype)
 
-        return random(self.heads), random(self.kv_heads), random(self.kv_heads)
+        q, k, v = random(self.heads), random(self.kv_heads), random(self.kv_heads)
+        return q[:, self.tokens - self.seqlen :], k, v
+
+    @property
+    def tokens(self) -> int:
+        return self.seqlen if self.seqlen_k is None else self.seqlen_k
 
     def doc_start(self) -> Tensor | None:
         """A new document with probability 1/8 at each token, each row cut differently."""
         if not self.documents:
             return None
-        begins = torch.rand(self.batch, self.seqlen) < 1 / 8
+        begins = torch.rand(self.batch, self.tokens) < 1 / 8
         begins[:, 0] = True
-        index = torch.arange(self.seqlen, dtype=torch.int32)
-        return torch.where(begins, index, 0).cummax(dim=1).values.to(torch.int32)
+        index = torch.arange(self.tokens, dtype=torch.int32)
+        documents = torch.where(begins, index, 0).cummax(dim=1).values.to(torch.int32)
+        return documents[:, self.tokens - self.seqlen :]
 
     def kwargs(self) -> dict[str, float | int | None]:
-        return {"first_shifted_head": self.first_shifted_head, "scale": self.scale}
+        names = ("first_shifted_head", "scale", "sink", "window")
+        return {name: getattr(self, name) for name in names}
 
 
 def outputs_and_grads(function, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> tuple[Tensor, ...]:

@@ -28,15 +28,15 @@ def with_value(tensor: torch.Tensor, index: int, value: int) -> torch.Tensor:
         ({"v": torch.randn(1, 64, 1, 16)}, r"k and v must have the same shape"),
         (
             {"k": torch.randn(1, 63, 2, 16), "v": torch.randn(1, 63, 2, 16)},
-            r"k and v must have q's batch, seqlen",
+            r"k and v must have at least q's seqlen, .* but q is \[1, 64, 2, 16\] and k \[1, 63, 2, 16\]",
         ),
         (
             {"k": torch.randn(2, 64, 2, 16), "v": torch.randn(2, 64, 2, 16)},
-            r"k and v must have q's batch, seqlen",
+            r"k and v must have q's batch and head_dim",
         ),
         (
             {"k": torch.randn(1, 64, 2, 8), "v": torch.randn(1, 64, 2, 8)},
-            r"k and v must have q's batch, seqlen",
+            r"k and v must have q's batch and head_dim",
         ),
         (
             {"q": torch.randn(1, 64, 3, 16)},
@@ -74,6 +74,13 @@ def with_value(tensor: torch.Tensor, index: int, value: int) -> torch.Tensor:
         ({"wrap": True, "group_size": 1}, r"wrap=True needs a seqlen divisible by an even group_size"),
         ({"wrap": True, "first_shifted_head": 3}, r"first_shifted_head must be from 0 to .* 2, but is 3"),
         ({"wrap": True, "q": torch.randn(1, 64, 3, 16)}, r"kv_heads dividing 3"),
+        (
+            {"wrap": True, "k": torch.randn(1, 80, 2, 16), "v": torch.randn(1, 80, 2, 16)},
+            r"wrap=True needs as many keys as queries, but they are 80 and 64",
+        ),
+        ({"window": 0}, r"window must be at least 1 token, but is 0"),
+        ({"window": -5, "sink": True}, r"window must be at least 1 token, but is -5"),
+        ({"window": 0, "wrap": True}, r"window must be at least 1 token, but is 0"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
@@ -94,13 +101,33 @@ def test_bad_argument_is_named(device: str, change: dict, message: str) -> None:
         (with_value(DOCUMENTS, 10, 11), r"doc_start\[0, 10\] is 11, but must be 10 .*or 0"),
         (with_value(DOCUMENTS, 10, -1), r"doc_start\[0, 10\] is -1"),
         (with_value(with_value(DOCUMENTS, 10, 10), 20, 5), r"doc_start\[0, 20\] is 5"),
-        (with_value(DOCUMENTS, 0, 1), r"doc_start\[0, 0\] is 1, but must be 0"),
+        (with_value(DOCUMENTS, 0, 1), r"doc_start\[0, 0\] is 1, but must be at most 0, the key of the first query"),
     ],
     ids=["future", "negative", "back", "first"],
 )
 def test_wrong_value_of_doc_start_is_named(doc_start: torch.Tensor, message: str) -> None:
     with pytest.raises(RuntimeError, match=f"^s2attn: .*{message}"):
         s2attn(*Problem().tensors(), 16, doc_start)
+
+
+@pytest.mark.only("cpu", "looking at values would wait for a GPU; there they are clamped")
+def test_wrong_value_of_doc_start_of_the_last_queries_is_named() -> None:
+    q, k, v = Problem(seqlen=64, seqlen_k=100).tensors()
+    s2attn(q, k, v, 16, with_value(DOCUMENTS, 10, 46))
+    for index, value, message in [
+        (0, 37, r"doc_start\[0, 0\] is 37, but must be at most 36"),
+        (10, 45, r"doc_start\[0, 10\] is 45, but must be 46 .*or 0"),
+    ]:
+        with pytest.raises(RuntimeError, match=f"^s2attn: {message}"):
+            s2attn(q, k, v, 16, with_value(DOCUMENTS, index, value))
+
+
+@pytest.mark.only("cpu", "looking at values would wait for a GPU; such rows see no sink there")
+def test_sink_of_a_document_that_began_before_the_keys_is_refused() -> None:
+    before = with_value(DOCUMENTS, 0, -3)
+    s2attn(*Problem().tensors(), 16, before)
+    with pytest.raises(RuntimeError, match=r"^s2attn: sink=True needs the first token .*doc_start\[0, 0\] is -3: pass"):
+        s2attn(*Problem().tensors(), 16, before, sink=True)
 
 
 def test_devices_must_agree() -> None:
@@ -135,11 +162,11 @@ def test_kernels_take_no_negative_scale() -> None:
         torch.ops.longlora.s2attn_fwd(q, k, v, 16, 1, None, -0.25, False)
 
 
-@pytest.mark.parametrize("name", ["dout", "out", "lse"])
+@pytest.mark.parametrize("name", ["dout", "out", "lse", "dlse"])
 def test_backward_checks_its_own_arguments(name: str) -> None:
     q, k, v = Problem().tensors()
     out, lse = torch.ops.longlora.s2attn_fwd(q, k, v, 16, 1, None, 0.25, False)
-    arguments = {"dout": out, "q": q, "k": k, "v": v, "out": out, "lse": lse}
+    arguments = {"dout": out, "q": q, "k": k, "v": v, "out": out, "lse": lse, "dlse": lse}
     arguments[name] = arguments[name][:, :1]
     with pytest.raises(RuntimeError, match=f"^s2attn: {name} must"):
         torch.ops.longlora.s2attn_bwd(

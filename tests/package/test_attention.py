@@ -221,4 +221,4 @@ def test_mixed_dtypes_compute_in_that_of_v() -> None:
 def test_a_layer_that_gets_no_position_ids_is_told_the_documents_by_the_mask() -> None:
     assert mask_of(position_ids=torch.arange(12)[None]) is None
     positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
-    assert mask_of(position_ids=positions).tolist() == [[[[0] * 5 + [5] * 7]]] * 2
+    assert mask_of(position_ids=positions).tolist() == [[[[0] * 5 + [5] * 7]] * 2] * 2

@@ -112,20 +112,67 @@ def test_compiled_eval_keeps_documents_apart() -> None:
     assert_close(compiled(**batch, use_cache=False).logits, model(**batch).logits)
 
 
-def test_mode_s2_in_eval_takes_no_cache() -> None:
-    ids = tokens(1, 13)
+@pytest.mark.parametrize("pattern", [{}, {"s2attn_sink": True, "s2attn_window": 3}], ids=["groups", "sink-window"])
+@pytest.mark.parametrize("padding", ["none", "left"])
+def test_mode_s2_with_a_cache_is_that_without(padding: str, pattern: dict) -> None:
+    """Token by token and a prompt in parts."""
+    ids, mask = prompts(2, padding)
+    model = tiny_model(s2attn_mode="s2", **pattern)
+    model.generation_config.eos_token_id = None
+    options = {"attention_mask": mask, "max_new_tokens": NEW, "do_sample": False}
+    with_cache, without = (model.generate(ids, use_cache=cache, **options) for cache in (True, False))
+    assert torch.equal(with_cache, without)
+
+    whole = model(ids, attention_mask=mask, position_ids=positions_of(mask), use_cache=False).logits
+    cache, parts = DynamicCache(), []
+    for begin, end in [(0, 4), (4, 5), (5, 13)]:
+        positions = positions_of(mask)[:, begin:end]
+        inputs = {"attention_mask": mask[:, :end], "position_ids": positions, "past_key_values": cache}
+        parts.append(model(ids[:, begin:end], **inputs).logits)
+    assert_close(torch.cat(parts, dim=1)[mask.bool()], whole[mask.bool()])
+
+
+def test_mode_s2_takes_no_cache_with_room_to_spare() -> None:
     model = tiny_model(s2attn_mode="s2")
-    with pytest.raises(ValueError, match="pass use_cache=False"):
-        model.generate(ids, max_new_tokens=3)
-    longer = model.generate(ids, max_new_tokens=3, use_cache=False, do_sample=False)
-    assert torch.equal(longer[0, -1], model(longer[:, :-1]).logits[0, -1].argmax())
+    with pytest.raises(ValueError, match=r"holds as many keys as there are tokens .* room for 32"):
+        model(tokens(1, 5), past_key_values=StaticCache(config=model.config, max_cache_len=32))
 
 
-def test_training_mode_takes_no_cache() -> None:
+def test_training_mode_goes_on_with_a_cache_where_its_mask_was_made_for_it() -> None:
     model = tiny_model().train()
-    cache = model(tokens(1, 5), use_cache=True).past_key_values
-    with pytest.raises(ValueError, match=r"a KV cache makes them 2 and 7: call model.eval\(\)"):
-        model(tokens(1, 2), past_key_values=cache)
+    ids = tokens(1, 12)
+    cache = model(ids[:, :5], use_cache=True).past_key_values
+    second = model(ids[:, 5:], past_key_values=cache).logits
+    assert_close(second, model(ids, use_cache=False).logits[:, 5:])
+    with pytest.raises(ValueError, match=r"1 tokens, 13 keys\): call model.eval\(\)"):
+        model(ids[:, :1], past_key_values=cache)
+
+
+class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+    """The largest tensor, in elements, that is made while it is on."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [x for x in torch.utils._pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
+        self.largest = max([self.largest, *(x.untyped_storage().nbytes() // x.element_size() for x in tensors)])
+        return result
+
+
+@pytest.mark.parametrize("case", ["a prompt in parts", "packed documents", "S2 with a cache"])
+def test_no_mask_of_all_pairs_is_made(case: str) -> None:
+    """Memory grows with the tokens, not with their square."""
+    model = tiny_model(dtype=default_dtype(), s2attn_mode="s2" if case.startswith("S2") else "auto")
+    ids = tokens(1, 2048)
+    with torch.no_grad(), Sizes() as sizes:
+        if case == "packed documents":
+            model(ids, position_ids=torch.cat([torch.arange(700), torch.arange(1348)])[None], use_cache=False)
+        else:
+            cache = DynamicCache()
+            for part in ids.split(1024, dim=1):
+                model(part, past_key_values=cache)
+    assert sizes.largest <= 2048 * 64  # of the logits; a mask would have half a million
 
 
 @pytest.mark.full

@@ -14,12 +14,18 @@ from tiny_models import SIZES, assert_close, mask_of, tiny_config, tiny_model, t
 pytestmark = pytest.mark.usefixtures("device")
 
 
-@pytest.mark.parametrize("window", [4, 0])
-def test_sliding_windows_are_refused(window: int) -> None:
-    config = MistralConfig(**{**tiny_config("mistral").to_dict(), "sliding_window": window})
+def test_a_window_of_no_tokens_is_refused() -> None:
+    config = MistralConfig(**{**tiny_config("mistral").to_dict(), "sliding_window": 0})
     for model in (tiny_model(config=config), tiny_model(config=config).train()):
-        with pytest.raises(ValueError, match=rf"sliding-window .*{window} tokens.* set config.sliding_window=None"):
+        with pytest.raises(ValueError, match=r"a window of no tokens: this model asks for 0 tokens, and there are \d"):
             model(tokens(1, 9))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_chunked_attention_is_refused(training: bool) -> None:
+    config = AutoConfig.for_model("llama4_text", **SIZES, attention_chunk_size=4, num_local_experts=2)
+    with pytest.raises(ValueError, match=r"cannot express chunked attention.*4 tokens, and there are 9"):
+        tiny_model(config=config, dtype=default_dtype()).train(training)(tokens(1, 9))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -34,8 +40,8 @@ def test_a_window_that_holds_all_tokens_is_none(training: bool) -> None:
         ids = tokens(1, 5)
         longer = [model.generate(ids, max_new_tokens=7, do_sample=False) for model in (windowed, full)]
         assert torch.equal(*longer)
-    with pytest.raises(ValueError, match="sliding-window"):
-        windowed(tokens(1, 13))
+        differ = [model(tokens(1, 13)).logits for model in (windowed, full)]
+        assert not torch.equal(*differ)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +97,6 @@ def test_bidirectional_attention_is_refused() -> None:
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"sliding_window": 4}, "sliding window"),
         ({"softcap": 30.0}, "soft-capping"),
         ({"s_aux": torch.zeros(4)}, "attention sinks"),
         ({"position_bias": torch.zeros(1, 4, 9, 9)}, "position bias"),

@@ -1,0 +1,159 @@
+"""What rows see beside their group, through a model: `s2attn_sink`, `s2attn_window`, and windows of its own."""
+
+from typing import Any
+
+import pytest
+import torch
+from test_attention import packed, pad, positions_of
+from torch import Tensor
+from transformers import AutoConfig, DynamicCache, PreTrainedModel
+
+import longlora_ext.attention as attention
+from longlora_ext.ops import s2attn
+from op_checks import default_dtype
+from tiny_models import SIZES, assert_close, tiny_model, tokens
+
+pytestmark = pytest.mark.usefixtures("device")
+
+BOTH = {"s2attn_sink": True, "s2attn_window": 3}
+MIXED = ["full_attention", "sliding_attention"]
+# Some tell the window to their layers, others (qwen2_moe) by the mask alone.
+WINDOWED: dict[str, dict[str, Any]] = {
+    "mistral": {},
+    "starcoder2": {},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
+    "qwen3": {"use_sliding_window": True, "layer_types": MIXED},
+    "qwen2_moe": {
+        "use_sliding_window": True,
+        "layer_types": ["sliding_attention"] * 2,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+    },
+    "olmo3": {"layer_types": MIXED},
+    "phi3": {},
+}
+
+
+DTYPES = {"qwen2_moe": default_dtype()}  # its experts know no fp64
+
+
+def windowed(kind: str, implementation: str = "s2attn", window: int = 5, **fields: Any) -> PreTrainedModel:
+    config = AutoConfig.for_model(kind, **{**SIZES, **WINDOWED[kind], **fields}, sliding_window=window)
+    return tiny_model(attn_implementation=implementation, config=config, dtype=DTYPES.get(kind))
+
+
+@pytest.mark.parametrize("kind", WINDOWED)
+def test_eval_of_a_model_with_a_window_is_that_of_sdpa(kind: str) -> None:
+    """Whole, padded, in parts with a cache, and token by token."""
+    ours, theirs = windowed(kind), windowed(kind, "sdpa")
+    ids = tokens(2, 21)
+    assert_close(ours(ids).logits, theirs(ids).logits)
+    assert (ours(ids).logits - windowed(kind, window=64)(ids).logits).abs().max() > 0.01  # it matters
+
+    padded, mask = pad([tokens(1, 13, seed=1), tokens(1, 21, seed=2)], "left")
+    logits = [m(padded, attention_mask=mask, position_ids=positions_of(mask)).logits for m in (ours, theirs)]
+    assert_close(*(x[mask.bool()] for x in logits))
+
+    results = []
+    for model in (ours, theirs):
+        cache, parts = DynamicCache(config=model.config), []
+        for begin, end in [(0, 9), (9, 16), (16, 17), (17, 21)]:
+            parts.append(model(ids[:, begin:end], past_key_values=cache).logits)
+        results.append(torch.cat(parts, dim=1))
+    assert_close(*results)
+
+    for model in (ours, theirs):
+        model.generation_config.eos_token_id = None
+    options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(*(model.generate(padded, **options) for model in (ours, theirs)))
+
+
+@pytest.mark.parametrize("kind", WINDOWED)
+def test_packed_documents_of_a_model_with_a_window(kind: str) -> None:
+    """In training and in eval: each gets what it gets alone."""
+    for training in (True, False):
+        model = windowed(kind).train(training)
+        batch, rows = packed([17, 8, 14])
+        logits = model(**batch, use_cache=False).logits
+        alone = torch.cat([model(row, use_cache=False).logits for row in rows], dim=1)
+        assert_close(logits, alone)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen2_moe"])
+@pytest.mark.parametrize("own, asked, expected", [(5, None, 5), (5, 3, 3), (3, 5, 3), (100, 5, 5)])
+def test_the_op_takes_the_smaller_window(
+    kind: str, own: int, asked: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def spy(*args: Tensor, **kwargs: Any) -> Tensor:
+        seen.append(kwargs["window"])
+        return s2attn(*args, **kwargs)
+
+    monkeypatch.setattr(attention, "s2attn", spy)
+    model = windowed(kind, window=own, **({} if asked is None else {"s2attn_window": asked})).train()
+    model(tokens(1, 21))
+    assert seen == [expected] * 2
+    model.config.s2attn_mode = "dense"  # its own alone, as in eval
+    model(tokens(1, 21))
+    assert seen[2:] == [own if own < 21 else None] * 2
+
+
+def visible(model: PreTrainedModel, ids: Tensor, **inputs: Any) -> Tensor:
+    """[tokens, tokens]: whose embedding the logits of a one-layer model depend on."""
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+    logits = model(inputs_embeds=embedded, use_cache=False, **inputs).logits[0].pow(2).sum(-1)
+    rows = [torch.autograd.grad(row, embedded, retain_graph=True)[0][0].abs().sum(-1) > 0 for row in logits]
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("documents", ["one", "packed", "padded"])
+@pytest.mark.parametrize("pattern", [{}, {"s2attn_sink": True}, {"s2attn_window": 3}, BOTH], ids=str)
+def test_a_model_sees_what_its_config_says(pattern: dict, documents: str, checkpointing: bool) -> None:
+    from longlora_ext.reference import s2attn_mask
+
+    model = tiny_model(num_hidden_layers=1, **pattern).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    starts, inputs = torch.zeros(1, 27, dtype=torch.int32), {}
+    if documents == "packed":
+        starts[:, 11:] = 11
+        inputs = {"position_ids": torch.cat([torch.arange(11), torch.arange(16)])[None]}
+    elif documents == "padded":
+        starts[:, 4:] = 4
+        inputs = {"attention_mask": (torch.arange(27) >= 4).long()[None]}
+    sees = {name.removeprefix("s2attn_"): value for name, value in pattern.items()}
+    masks = [s2attn_mask(27, 8, shifted, starts, **sees)[0] for shifted in (False, True)]
+    assert torch.equal(visible(model, tokens(1, 27), **inputs), masks[0] | masks[1])
+
+
+def test_a_config_without_the_fields_is_one_of_before() -> None:
+    with_none = tiny_model(s2attn_sink=False, s2attn_window=None).train()
+    ids = tokens(2, 21)
+    assert torch.equal(with_none(ids).logits, tiny_model().train()(ids).logits)
+    assert not torch.equal(tiny_model(**BOTH).train()(ids).logits, tiny_model().train()(ids).logits)
+    assert torch.equal(tiny_model(**BOTH)(ids).logits, tiny_model()(ids).logits)  # dense evaluation does not change
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("s2attn_window", 0, "config.s2attn_window must be a positive integer, but it is 0"),
+        ("s2attn_window", True, "config.s2attn_window must be a positive integer, but it is True"),
+        ("s2attn_window", "512", "config.s2attn_window must be a positive integer, but it is '512'"),
+        ("s2attn_sink", "yes", "config.s2attn_sink must be true or false, but it is 'yes'"),
+        ("s2attn_sink", 1, "config.s2attn_sink must be true or false, but it is 1"),
+    ],
+)
+def test_wrong_fields_are_named(field: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_model(**{field: value}).train()(tokens(1, 9))
+
+
+def test_a_layer_with_a_window_of_its_own_has_no_sink(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It never had one; a full layer of the same model has."""
+    seen = []
+    monkeypatch.setattr(attention, "s2attn", lambda *a, **k: seen.append(k["sink"]) or s2attn(*a, **k))
+    windowed("qwen3", s2attn_sink=True).train()(tokens(1, 21))
+    assert seen == [True, False]
