@@ -11,7 +11,8 @@ import torch
 
 import longlora_ext
 
-TESTS = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent
+HELPERS = HERE.parent / "helpers"
 TORCH = Path(torch.__file__).parent
 KERNELS = """
 #include "avx512_bf16.h"
@@ -25,9 +26,9 @@ static_assert(kPack<Multiplied<BFloat16>> == 2, "not the kernels that this is ab
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with longlora_ext in it, of which these are the only kernels."""
     folder = tmp_path_factory.mktemp("pairs")
-    csrc, ops = TESTS.parent / "csrc", folder / "ops.o"
+    csrc, ops = HERE.parents[1] / "csrc", folder / "ops.o"
     compiler = ["g++", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wno-psabi"]
-    compiler += [f"-I{TESTS}", f"-I{csrc}"]
+    compiler += [f"-I{HELPERS}", f"-I{csrc}"]
     compiling = subprocess.Popen([*compiler, "-isystem", TORCH / "include", "-c", csrc / "ops.cpp", "-o", ops])
     kernels = ["-O2", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-D__AVX512BF16__"]
     kernels += ["-DLONGLORA_ISA=baseline", "-DLONGLORA_VECTOR_BYTES=64"]
@@ -53,7 +54,7 @@ def test_numerics_in_pairs(package: Path, chosen: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_op_numerics.py", "-k", chosen]
     environment = os.environ | {"PYTHONPATH": str(package)}
     where = [sys.executable, "-c", "import longlora_ext; print(longlora_ext.__file__)"]
-    found = subprocess.run(where, env=environment, cwd=TESTS, capture_output=True, text=True, check=True).stdout
+    found = subprocess.run(where, env=environment, cwd=HERE, capture_output=True, text=True, check=True).stdout
     assert found.startswith(str(package)), found
-    result = subprocess.run(command, env=environment, cwd=TESTS, capture_output=True, text=True)
+    result = subprocess.run(command, env=environment, cwd=HERE, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]
