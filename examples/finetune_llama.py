@@ -48,6 +48,7 @@ from longlora_ext.loss import refusal, tile_loss
 from models.convert_gguf import convert_gguf
 from models.folders import check_model_folder
 from models.four_bits import four_bits
+from models.source import check_config
 from models.suitable import (
     check_attention,
     check_context,
@@ -85,6 +86,7 @@ def main(argv: Sequence[str]) -> None:
 
     with one_clear_error(f"--model_name_or_path {model_path}: "):
         check_model_folder(model_path)
+        check_config(model_path, options.gguf_file)
         source = {"gguf_file": options.gguf_file} if options.gguf_file else {}
         base_config = AutoConfig.from_pretrained(model_path, **source)
         check_attention(base_config)

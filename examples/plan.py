@@ -25,7 +25,7 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
 from longlora_ext.context import context_length
 from models.folders import check_model_folder
-from models.source import GGUF_HELP, find_model
+from models.source import GGUF_HELP, check_config, find_model
 from models.suitable import check_attention, check_context
 from planning.planner import MOST, Plan, Run, Way
 from runs.command_line import Parser, as_program, one_clear_error
@@ -110,6 +110,7 @@ def read_config(model: str, gguf_file: str | None = None) -> PreTrainedConfig:
     if not model.endswith(".json"):
         model, gguf_file = find_model(model, gguf_file)
         check_model_folder(model)
+        check_config(model, gguf_file)
     config = AutoConfig.from_pretrained(model, **({"gguf_file": gguf_file} if gguf_file else {}))
     check_attention(config)
     return config
