@@ -9,6 +9,7 @@ The program reads top to bottom: the options, the model, the task with its cells
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -170,6 +171,7 @@ def _add_options(parser: argparse.ArgumentParser, task: str) -> None:
     if task == "perplexity":
         group.add_argument(
             "--text",
+            type=os.path.expanduser,
             nargs="+",
             help="files (.txt .md .rst .py: a document each; .jsonl .json .parquet: a document a row; packed as .gz "
             "or .zst too), folders, glob patterns, or hub datasets OWNER/NAME[:CONFIG[:SPLIT]]; .bin: token ids of 16 "
@@ -224,6 +226,7 @@ def _add_options(parser: argparse.ArgumentParser, task: str) -> None:
     group = parser.add_argument_group("output")
     group.add_argument(
         "--output",
+        type=os.path.expanduser,
         help="folder to write; default: evaluated/MODEL-TASK, with a number "
         "after it where that holds another evaluation",
     )

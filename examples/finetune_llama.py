@@ -43,6 +43,7 @@ from app.inputs.tokens import Tokenised, hold_out, tokenise
 from app.models.convert_gguf import convert_gguf
 from app.models.folders import check_model_folder
 from app.models.four_bits import four_bits
+from app.models.source import check_config
 from app.models.suitable import (
     check_attention,
     check_context,
@@ -87,6 +88,7 @@ def main(argv: Sequence[str]) -> None:
 
     with one_clear_error(f"--model_name_or_path {model_path}: "):
         check_model_folder(model_path)
+        check_config(model_path, options.gguf_file)
         source = {"gguf_file": options.gguf_file} if options.gguf_file else {}
         base_config = AutoConfig.from_pretrained(model_path, **source)
         base_config = settle_context(base_config, options.present_context_length)

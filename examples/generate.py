@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -95,7 +96,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     group = parser.add_argument_group("text")
-    group.add_argument("--file", required=True, help="the text to read (UTF-8); - for standard input")
+    group.add_argument(
+        "--file", type=os.path.expanduser, required=True, help="the text to read (UTF-8); - for standard input"
+    )
     group.add_argument("--question", help="what to ask about it; without it, the model goes on with the text")
     group.add_argument(
         "--chat_template",

@@ -24,7 +24,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where installed,
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
 from app.models.folders import check_model_folder
-from app.models.source import GGUF_HELP, find_model
+from app.models.source import GGUF_HELP, check_config, find_model
 from app.models.suitable import check_attention, check_context
 from app.planning.planner import MOST, Plan, Run, Way
 from app.runs.command_line import Parser, as_program, one_clear_error
@@ -116,6 +116,7 @@ def read_config(model: str, gguf_file: str | None = None) -> PreTrainedConfig:
     if not model.endswith(".json"):
         model, gguf_file = find_model(model, gguf_file)
         check_model_folder(model)
+        check_config(model, gguf_file)
     config = AutoConfig.from_pretrained(model, **({"gguf_file": gguf_file} if gguf_file else {}))
     check_attention(config)
     return config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,15 +106,25 @@ def load_base(model: str, *, what: str = "the base model", **from_pretrained_kwa
             For `from_pretrained`.
 
     Raises:
-        `ValueError`: the model cannot be loaded, its files lack weights, or an adapter lies with it.
+        `ValueError`: the model cannot be loaded, its files lack weights or are not those of its config, or an adapter lies
+            with it.
     """
     check_one_model(model)
     with naming(f"{what} {model}"):
         if os.path.isdir(model) and "gguf_file" not in from_pretrained_kwargs:
             for file in weight_files(model):
                 refuse_pointer(file)
-        loading: Any = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True, **from_pretrained_kwargs)
+        wanted = {"output_loading_info": True, "ignore_mismatched_sizes": True, **from_pretrained_kwargs}
+        loading: Any = AutoModelForCausalLM.from_pretrained(model, **wanted)
         loaded, found = loading
+    for name, in_files, by_config in sorted(found["mismatched_keys"]):
+        raise ValueError(
+            f"{what} {model}: {name} is {list(in_files)} in its files, and {list(by_config)} by its config. The config "
+            "is another model's"
+        )
+    layers = getattr(loaded.config, "num_hidden_layers", None)
+    if layers is not None and (further := [name for name in found["unexpected_keys"] if _layer_of(name) >= layers]):
+        raise ValueError(f"{what} {model} has {layers} layers by its config, but its files have {listed(further)}")
     if missing := found["missing_keys"]:
         raise ValueError(f"{what} {model} is incomplete: its files have no {listed(missing)}")
     if getattr(loaded, "_hf_peft_config_loaded", False):  # by transformers, off a hub
@@ -130,6 +141,12 @@ def check_one_model(folder: str | os.PathLike[str]) -> None:
             f"{folder} holds a model (config.json) and an adapter (adapter_config.json), and which is meant "
             "is not clear: give each a folder of its own"
         )
+
+
+def _layer_of(name: str) -> int:
+    """The number of the layer that a weight belongs to, or -1."""
+    found = re.search(r"\.layers\.(\d+)\.", name)
+    return int(found[1]) if found else -1
 
 
 def weights_of_base(base: str, **hub_arguments: Any) -> Checkpoint:

@@ -146,7 +146,7 @@ UNSUITABLE = {
     "narrow": ({"num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 2}, "its heads have 2 dimensions"),
     "odd": ({"head_dim": 12}, "its heads have 12 dimensions, and S2-Attn takes multiples of 8 up to 256"),
     "vocabulary": ({"vocab_size": 100}, "the text has the token id 256, but the model's vocabulary has 100 tokens"),
-    "shapes": ({"intermediate_size": 128}, "mismatch"),
+    "shapes": ({"intermediate_size": 128}, "is [32, 64] in its files, and [32, 128] by its config"),
     "weights": ({}, "weights: Error while deserializing header"),
     "tokenizer": ({}, "the tokenizer of "),
 }

@@ -273,3 +273,22 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     with appearing(tmp_path / "out"):
         assert not theirs.exists()
     assert {path.name for path in tmp_path.iterdir()} == {"out", "other", "another"}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"vocab_size": 50}, r"lm_head.weight is \[61, 32\] in its files, and \[50, 32\] by its config"),
+        ({"num_key_value_heads": 4}, r"k_proj.weight is \[16, 32\] in its files, and \[32, 32\] by its config"),
+        ({"num_hidden_layers": 1}, r"has 1 layers by its config, but its files have model.layers.1.input_layernorm"),
+        ({"num_hidden_layers": 0}, r"has 0 layers by its config, but its files have model.layers.0.input_layernorm"),
+        ({"num_hidden_layers": 3}, r"incomplete: its files have no model.layers.2.input_layernorm"),
+    ],
+)
+def test_a_config_of_another_model(changes: dict[str, int], message: str, models: Path) -> None:
+    """Which would be filled with random numbers, or cut short."""
+    rewrite_json(models / "base/config.json", **changes)
+    with pytest.raises(ValueError, match=message):
+        load_base(str(models / "base"))
+    with pytest.raises(ValueError, match="base"):  # the record of the base model may notice first
+        load(models / "adapter")

@@ -6,9 +6,12 @@ import os
 import re
 from pathlib import Path
 
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
 from app.models.folders import is_adapter
 from longlora_ext.adapter._checkpoint import listed, refuse_pointer
 
+LENGTH = "max_position_embeddings"
 GGUF_HELP = "The GGUF file to load, where the model is a folder (or hub repository) that holds one."
 
 
@@ -27,6 +30,8 @@ def find_model(name: str, gguf_file: str | None = None) -> tuple[str, str | None
         ValueError, OSError: There is no such folder or file, it is not said which file, or it is no GGUF file.
     """
     name = os.path.expanduser(name)
+    if not name.strip():
+        raise ValueError("the name is empty")
     if name.lower().endswith(".gguf") and not os.path.isdir(name):
         if gguf_file is not None:
             raise ValueError("this is a file already: --gguf_file goes with the folder that it is in")
@@ -41,6 +46,35 @@ def find_model(name: str, gguf_file: str | None = None) -> tuple[str, str | None
     elif _is_path(name):
         raise FileNotFoundError("there is no such folder")
     return name, gguf_file
+
+
+def check_config(name: str, gguf_file: str | None = None) -> None:
+    """
+    Raise an error for a model without a config, and for a config without the length that the model was trained on.
+
+    Transformers would take one of its own for that, silently.
+
+    Args:
+        name: As `find_model` gives it.
+        gguf_file: Likewise.
+
+    Raises:
+        ValueError, OSError: What it says.
+    """
+    if os.path.isdir(name) and gguf_file is None and not (Path(name) / "config.json").is_file():
+        raise FileNotFoundError("there is no config.json in it")
+    try:
+        said, _ = PreTrainedConfig.get_config_dict(name, **({"gguf_file": gguf_file} if gguf_file else {}))
+    except OSError as error:
+        raise OSError(f"{'' if os.path.isdir(name) else 'there is no such folder, and on the hub: '}{error}") from error
+    kind = CONFIG_MAPPING[said["model_type"]] if said.get("model_type") in CONFIG_MAPPING else None
+    default = getattr(kind, LENGTH, None)
+    spellings = (LENGTH, getattr(kind, "attribute_map", {}).get(LENGTH))
+    if isinstance(default, int) and not any(spelling in said for spelling in spellings):
+        raise ValueError(
+            f"its config says no {LENGTH}, and transformers would take {default:,}: write into it what the model was "
+            "trained on"
+        )
 
 
 def _is_path(name: str) -> bool:

@@ -26,12 +26,12 @@ from transformers import (
 from app.models.convert_gguf import load_gguf
 from app.models.folders import check_run_folder, is_adapter
 from app.models.four_bits import check_bitsandbytes, four_bits
-from app.models.source import GGUF_HELP, find_model
+from app.models.source import GGUF_HELP, check_config, find_model
 from app.models.suitable import check_attention, check_kernels, check_tokenizer
 from app.runs.command_line import TINY_LLAMA, Parser, one_clear_error
 from app.runs.launch import WORLD_SIZE
 from longlora_ext.adapter import load, load_base
-from longlora_ext.adapter._load import base_of
+from longlora_ext.adapter._load import base_of, naming
 from longlora_ext.attention import NAME
 from longlora_ext.config import context_length, extend_config, group_size, settle_context
 
@@ -179,6 +179,8 @@ def open_model(options: argparse.Namespace, attention: str = "dense", groups: in
     check_run_folder(path)
     if options.base_model and not is_adapter(path):
         raise ValueError("--base_model is for adapters, and this is none: it has no adapter_config.json")
+    if not is_adapter(path):
+        check_config(path, gguf_file)
     implementation = NAME if attention == "s2" else "sdpa"
     dtype, device = dtype_of(options.dtype), _device()
     keywords: dict[str, Any] = {"dtype": dtype, "attn_implementation": implementation}
@@ -215,8 +217,10 @@ def open_model(options: argparse.Namespace, attention: str = "dense", groups: in
         if groups is not None:
             base_config.s2attn_group_size = groups
         described = {"attention": "S2-Attn", "group_size": group_size(base_config)}
-    tokenizer = AutoTokenizer.from_pretrained(_tokenizer_source(path, options.base_model), **source)
-    check_tokenizer(tokenizer)
+    named = _tokenizer_source(path, options.base_model)
+    with naming(f"the tokenizer of {named}"):
+        tokenizer = AutoTokenizer.from_pretrained(named, **source)
+        check_tokenizer(tokenizer)
     model = (model if options.load_in_4bit or options.device_map else model.to(device)).eval()
     description = {
         "model": os.path.join(os.path.abspath(path) if os.path.isdir(path) else path, gguf_file or "").rstrip("/"),
