@@ -88,7 +88,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         ("--deepspeed gone.json", "--deepspeed gone.json: no such file"),
         ("--deepspeed {empty}.bad", "empty.jsonl.bad: no JSON: "),
         ("--deepspeed []", "--deepspeed []: no such file"),
-        ("--load_in_4bit", "--load_in_4bit needs the package bitsandbytes (pip install 'longlora-ext[qlora]')"),
+        ("--load_in_4bit", "--load_in_4bit needs the package bitsandbytes (pip install '.[qlora]')"),
         ("--sequence_parallel_size 0", "--sequence_parallel_size must be 1 or more, got 0"),
         ("--sequence_parallel_size 2", "--sequence_parallel_size 2 needs DeepSpeed"),
         ("--sequence_parallel_size 2 --deepspeed {}", "does not divide the number of processes, 1"),

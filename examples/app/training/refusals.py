@@ -140,7 +140,7 @@ def _check_4bit(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> N
 def _check_liger(parser: argparse.ArgumentParser) -> None:
     missing = [] if torch.cuda.is_available() else ["a GPU"]
     if not is_liger_kernel_available():
-        missing.append("the package liger-kernel (pip install 'longlora-ext[liger]')")
+        missing.append("the package liger-kernel (pip install '.[liger]')")
     if missing:
         parser.error(
             f"--use_liger_kernel needs {' and '.join(missing)}; without it the loss is computed in tiles, on any device"
