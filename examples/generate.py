@@ -130,7 +130,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if not 0 <= options.seed < 2**32:
         parser.error(f"--seed must be in 0..{2**32 - 1}, got {options.seed}")
     if options.question is not None and not options.question.strip():
-        parser.error("--question is empty; without it, the model goes on with the text")
+        parser.error("--question is empty; without it, the model continues the text")
     if any("\ud800" <= character <= "\udfff" for character in options.question or ""):
         parser.error("--question is no text in UTF-8")
     if options.chat_template is not None and options.question is None:

@@ -90,10 +90,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if options.offload and options.zero not in (None, 3):
         parser.error("--offload goes with --zero 3 (examples/ds_configs/zero3_offload.json)")
     if options.full_finetune and options.lora_r is not None:
-        parser.error("--lora_r says nothing with --full_finetune, which trains no adapter")
+        parser.error("--lora_r has no effect with --full_finetune, which trains no adapter")
     options.zero = 3 if options.offload else 2 if options.zero is None else options.zero
     if options.load_in_4bit and (options.full_finetune or options.zero == 3):
-        parser.error("--load_in_4bit is for weights that do not train, and that ZeRO-3 does not cut up")
+        parser.error("--load_in_4bit is for frozen weights that ZeRO-3 does not shard")
     if options.gpus % options.sequence_parallel_size:
         parser.error(f"--sequence_parallel_size {options.sequence_parallel_size} does not divide --gpus {options.gpus}")
     if options.sequence_parallel_size > 1 and options.zero == 0:

@@ -205,7 +205,7 @@ def open_model(options: argparse.Namespace, attention: str = "dense", groups: in
             model = load_base(path, what="the model", config=config, **keywords)
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if any(weight.is_meta for weight in base.parameters()):
-        raise ValueError("the GPUs have no room for all of it; --load_in_4bit would take about a quarter")
+        raise ValueError("it does not fit into the memory of all GPUs; --load_in_4bit would take about a quarter")
     base_config: PreTrainedConfig = base.config
     described: dict[str, Any] = {"attention": f"dense ({implementation})"}
     if attention == "s2":
