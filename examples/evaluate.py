@@ -173,10 +173,10 @@ def _add_options(parser: argparse.ArgumentParser, task: str) -> None:
             "--text",
             type=os.path.expanduser,
             nargs="+",
-            help="files (.txt .md .rst .py: a document each; .jsonl .json .parquet: a document a row; packed as .gz "
-            "or .zst too), folders, glob patterns, or hub datasets OWNER/NAME[:CONFIG[:SPLIT]]; .bin: token ids of 16 "
-            "bits, a document each, as the original project publishes them; default: the held-out part of Python's "
-            "standard library",
+            help="files (.txt .md .rst .py: one document each; .jsonl .json .parquet: one document per row; also "
+            "compressed as .gz or .zst), folders, glob patterns, or hub datasets OWNER/NAME[:CONFIG[:SPLIT]]; .bin: "
+            "16-bit token ids, one document per file, as published by the original project; default: the held-out "
+            "part of Python's standard library",
         )
         group.add_argument("--text_column", default="text", help="column of JSON, Parquet and hub datasets")
         group.add_argument(
@@ -189,23 +189,22 @@ def _add_options(parser: argparse.ArgumentParser, task: str) -> None:
             "--score",
             choices=tuple(SCORES),
             default="last",
-            help="last: each token once, with the most context; all: all tokens of each window again, as the program "
-            "that the paper was measured with",
+            help="last: score each token once, with the most context; all: score all tokens of each window, as the "
+            "paper's program does",
         )
         group.add_argument(
             "--keep_short",
             action="store_true",
-            help="measure documents shorter than the longest length too, with what context they have; they are left "
-            "out otherwise",
+            help="also measure documents shorter than the longest length, with as much context as they have",
         )
         group.add_argument("--max_documents", type=int, help="measure the first documents only")
         group.add_argument("--max_tokens", type=int, help="measure the first tokens of each document only")
-        group.add_argument("--batch_tokens", type=int, default=8192, help="tokens at once; one window always goes")
+        group.add_argument("--batch_tokens", type=int, default=8192, help="tokens per batch; at least one window")
         group.add_argument(
             "--attention",
             choices=("dense", "s2"),
             default="dense",
-            help="s2: S2-Attn at test time, as in training, which the paper compares",
+            help="s2: S2-Attn at test time, as in training: a comparison of the paper",
         )
         group.add_argument("--group_size", type=int, help="tokens of a group of S2-Attn; default: as in training")
     else:
@@ -216,8 +215,8 @@ def _add_options(parser: argparse.ArgumentParser, task: str) -> None:
             default=[0.0, 0.25, 0.5, 0.75, 1.0],
             help="where the needle is: 0 at the start of the text, 1 at its end",
         )
-        group.add_argument("--trials", type=int, default=5, help="questions a cell, each for other digits")
-        group.add_argument("--seed", type=int, default=0, help="of the digits, names and places")
+        group.add_argument("--trials", type=int, default=5, help="questions per length and depth, each with new digits")
+        group.add_argument("--seed", type=int, default=0, help="seed of the digits, names and places")
         parser.set_defaults(attention="dense", group_size=None)
     if task == "needles":
         group.add_argument("--needles", type=int, default=4, help="codes in the text")

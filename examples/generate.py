@@ -99,11 +99,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     group.add_argument(
         "--file", type=os.path.expanduser, required=True, help="the text to read (UTF-8); - for standard input"
     )
-    group.add_argument("--question", help="what to ask about it; without it, the model goes on with the text")
+    group.add_argument("--question", help="what to ask about it; without it, the model continues the text")
     group.add_argument(
         "--chat_template",
-        help="a Jinja file, or llama2, in place of the tokenizer's own: for models that were taught to follow "
-        "instructions and come without one",
+        help="a Jinja file, or llama2, in place of the tokenizer's own; for instruction-tuned models that have no "
+        "chat template",
     )
     group = parser.add_argument_group("answer (default: as the model's generation_config says)")
     group.add_argument(
@@ -113,9 +113,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     group.add_argument("--temperature", type=float, help="0: the likeliest token each time; above: sampled")
     group.add_argument("--top_p", type=float, help="sample from the likeliest tokens that make up this probability")
-    group.add_argument("--top_k", type=int, help="sample from so many likeliest tokens")
-    group.add_argument("--repetition_penalty", type=float, help="above 1: against repetitions")
-    group.add_argument("--seed", type=int, default=0, help="of the sampling")
+    group.add_argument("--top_k", type=int, help="sample from this many of the likeliest tokens")
+    group.add_argument("--repetition_penalty", type=float, help="above 1: penalise repetitions")
+    group.add_argument("--seed", type=int, default=0, help="seed of the sampling")
     add_model_options(parser)
     add_scaling_options(parser)
     options = parser.parse_args(argv)
@@ -133,7 +133,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if not 0 <= options.seed < 2**32:
         parser.error(f"--seed must be in 0..{2**32 - 1}, got {options.seed}")
     if options.question is not None and not options.question.strip():
-        parser.error("--question is empty; without it, the model goes on with the text")
+        parser.error("--question is empty; without it, the model continues the text")
     if any("\ud800" <= character <= "\udfff" for character in options.question or ""):
         parser.error("--question is no text in UTF-8")
     if options.chat_template is not None and options.question is None:

@@ -43,7 +43,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         type=int,
         required=True,
         metavar="TOKENS",
-        help="what it was trained for: none of its files says, but its name (8k is 8192, 100k is 100000)",
+        help="the trained context: none of the files records it, but the name does (8k is 8192, 100k is 100000)",
     )
     parser.add_argument(
         "--base_model",

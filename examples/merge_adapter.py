@@ -54,20 +54,20 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--base_model",
         type=os.path.expanduser,
         metavar="MODEL",
-        help="where the base model is now, if it is no longer where it was in training",
+        help="where the base model is now, if it was moved since training",
     )
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
         default="auto",
-        help="of the merged weights; auto (the default) is the base model's. The adapter is kept in float32: "
-        "merging into bfloat16 rounds what training changed, as computing in bfloat16 does",
+        help="dtype of the merged weights; auto (the default) is the base model's. The adapter is in float32: "
+        "merging into bfloat16 rounds it, as computing in bfloat16 does",
     )
     parser.add_argument(
         "--max_shard_size",
         default="5GB",
         metavar="SIZE",
-        help="of a weight file, which is also about what is in memory at once, in bytes or with KB, MB, GB or TB "
+        help="size of a weight file, in bytes or with KB, MB, GB or TB; merging needs about as much memory "
         "(default: 5GB)",
     )
     return parser.parse_args(argv)

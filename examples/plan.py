@@ -68,19 +68,19 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--present_context_length",
         type=int,
         metavar="TOKENS",
-        help="tokens that the model reads as it is, where its config can be read in two ways, as for finetune_llama.py",
+        help="tokens of the model's context; needed only if its config is ambiguous, as for finetune_llama.py",
     )
-    parser.add_argument("--gpus", type=int, default=1, help="GPUs in all (default: 1)")
+    parser.add_argument("--gpus", type=int, default=1, help="total number of GPUs (default: 1)")
     parser.add_argument("--zero", type=int, choices=range(4), help="stage of ZeRO; 0 is none (default: 2)")
-    parser.add_argument("--offload", action="store_true", help="ZeRO-3 with weights and optimizer in the host's memory")
+    parser.add_argument("--offload", action="store_true", help="ZeRO-3 with weights and optimizer in host memory")
     parser.add_argument("--batch", type=int, default=1, help="sequences on a GPU at a time (default: 1)")
-    parser.add_argument("--full_finetune", action="store_true", help="all weights are trained")
+    parser.add_argument("--full_finetune", action="store_true", help="train all weights")
     parser.add_argument("--lora_r", type=int, help="rank of the adapter (default: 8)")
-    parser.add_argument("--load_in_4bit", action="store_true", help="weights that do not train in 4 bits")
+    parser.add_argument("--load_in_4bit", action="store_true", help="frozen weights in 4 bits")
     parser.add_argument(
         "--sequence_parallel_size", type=int, default=1, metavar="GPUS", help="GPUs that share a sequence (default: 1)"
     )
-    parser.add_argument("--gpu_memory", type=float, default=80, metavar="GB", help="of one GPU (default: 80)")
+    parser.add_argument("--gpu_memory", type=float, default=80, metavar="GB", help="memory of one GPU (default: 80)")
     parser.add_argument("--json", action="store_true", help="print the numbers, in bytes and operations, as JSON")
     options = parser.parse_args(argv)
     for name in ("context", "gpus", "batch", "lora_r", "sequence_parallel_size", "gpu_memory"):
@@ -90,10 +90,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if options.offload and options.zero not in (None, 3):
         parser.error("--offload goes with --zero 3 (examples/ds_configs/zero3_offload.json)")
     if options.full_finetune and options.lora_r is not None:
-        parser.error("--lora_r says nothing with --full_finetune, which trains no adapter")
+        parser.error("--lora_r has no effect with --full_finetune, which trains no adapter")
     options.zero = 3 if options.offload else 2 if options.zero is None else options.zero
     if options.load_in_4bit and (options.full_finetune or options.zero == 3):
-        parser.error("--load_in_4bit is for weights that do not train, and that ZeRO-3 does not cut up")
+        parser.error("--load_in_4bit is for frozen weights that ZeRO-3 does not shard")
     if options.gpus % options.sequence_parallel_size:
         parser.error(f"--sequence_parallel_size {options.sequence_parallel_size} does not divide --gpus {options.gpus}")
     if options.sequence_parallel_size > 1 and options.zero == 0:

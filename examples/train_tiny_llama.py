@@ -53,31 +53,31 @@ PADDING = "<|padding|>"
 CARD = """\
 # A tiny Llama to test with
 
-{parameters:,} parameters, context {context} tokens, trained from nothing by `examples/train_tiny_llama.py`
+{parameters:,} parameters, context {context} tokens, trained from scratch by `examples/train_tiny_llama.py`
 on the standard library of CPython {python} ({train_tokens:,} tokens of source code and of the language
-reference; one part in twelve, chosen by the modules' names, is held out: see `examples/app/inputs/corpus.py`). It has
+reference; one twelfth, chosen by module name, is held out: see `examples/app/inputs/corpus.py`). It has
 learned what Python source looks like, and nothing else. It exists so that the examples and tests of this
-project run everywhere in minutes, without a download and without a GPU; it is not fit for any other use.
+project run everywhere in minutes, without a download or a GPU. Do not use it for anything else.
 
 - Architecture: `LlamaForCausalLM`, {layers} layers, hidden size {hidden}, {heads} heads on {kv_heads} KV
   heads of {head_dim} dimensions, RoPE theta 10000, tied embeddings. The weights are stored in bfloat16 and
   load as float32.
-- Tokenizer: byte-level BPE, {vocab:,} tokens, trained on the same text. Any bytes can be encoded; nothing
-  is added to a text, and `{end_of_text}` separates documents.
+- Tokenizer: byte-level BPE, {vocab:,} tokens, trained on the same text. It can encode any bytes, adds nothing
+  to a text, and `{end_of_text}` separates documents.
 - Training: {steps:,} steps of {batch} x {context} tokens, seed {seed}, {minutes:.0f} minutes{resumed}; the loss
   curve, the versions and the corpus' SHA-256 are in `training_log.json`.
 
-Perplexity of these stored weights on held-out documents, cut into windows of so many tokens, with dense
+Perplexity of the stored weights on held-out documents, in windows of the given number of tokens, with dense
 attention:
 
-| tokens | as it is | RoPE scaled x4, nothing trained |
+| tokens | RoPE unscaled | RoPE scaled x4, not trained |
 |---|---|---|
 {table}
 
-It does not extrapolate beyond its {context} tokens, and scaling alone does not help: that is what
-`examples/finetune_llama.py` is there to repair.
+It does not extrapolate beyond its {context} tokens, and scaling RoPE alone does not help.
+`examples/finetune_llama.py` extends it.
 
-The text it was trained on is part of CPython, under the PSF License Agreement. The model is licensed like
+The text it was trained on is part of CPython, under the PSF License Agreement. The model has the licence of
 this project.
 """
 

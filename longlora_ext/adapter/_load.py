@@ -106,8 +106,8 @@ def load_base(model: str, *, what: str = "the base model", **from_pretrained_kwa
             For `from_pretrained`.
 
     Raises:
-        `ValueError`: the model cannot be loaded, its files lack weights or are not those of its config, or an adapter lies
-            with it.
+        `ValueError`: the model cannot be loaded, its files lack weights or are not those of its config, or an adapter
+            lies with it.
     """
     check_one_model(model)
     with naming(f"{what} {model}"):

@@ -246,7 +246,9 @@ def test_a_model_is_spread_over_gpus(
     if fits:
         assert evaluate.open_model(options).description["kind"] == kind
     else:
-        message = "the GPUs have no room for all of it" if kind == "model" else "does not fit: device_map leaves"
+        message = (
+            "it does not fit into the memory of all GPUs" if kind == "model" else "does not fit: device_map leaves"
+        )
         with pytest.raises(ValueError, match=message):
             evaluate.open_model(options)
     assert asked == ["auto"]

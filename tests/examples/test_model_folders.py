@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_merge import save_random_adapter
 from transformers import AutoModelForCausalLM
 
 import evaluate
@@ -15,6 +14,7 @@ import generate
 import merge_adapter
 import plan
 from longlora_ext.adapter import load, load_base, lora_config, merge, prepare_model
+from merged_models import save_random_adapter
 from tiny_training import save_base
 
 
@@ -42,7 +42,7 @@ EVERYWHERE = pytest.mark.parametrize(
 def test_the_folder_of_a_run_is_told_from_what_it_made(command, run_folder: Path, capsys) -> None:
     with pytest.raises(SystemExit, match="2"):
         command(str(run_folder))
-    assert f"this is the folder of a run: take what it made, {run_folder / 'adapter'}" in capsys.readouterr().err
+    assert f"this is the folder of a run: use what it made, {run_folder / 'adapter'}" in capsys.readouterr().err
 
 
 @EVERYWHERE

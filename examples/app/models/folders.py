@@ -27,7 +27,7 @@ def check_run_folder(path: str) -> None:
         )
     made = [Path(path) / name for name in ("adapter", "model") if (Path(path) / name).is_dir()]
     if made and not is_adapter(path) and not (Path(path) / "config.json").is_file():
-        raise ValueError(f"this is the folder of a run: take what it made, {made[0]}")
+        raise ValueError(f"this is the folder of a run: use what it made, {made[0]}")
 
 
 def check_model_folder(path: str) -> None:

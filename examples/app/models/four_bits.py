@@ -21,4 +21,4 @@ def four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
 def check_bitsandbytes() -> None:
     """Raise `ValueError` if bitsandbytes is not installed."""
     if find_spec("bitsandbytes") is None:
-        raise ValueError("--load_in_4bit needs the package bitsandbytes (pip install 'longlora-ext[qlora]')")
+        raise ValueError("--load_in_4bit needs the package bitsandbytes (pip install '.[qlora]')")

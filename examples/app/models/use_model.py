@@ -94,7 +94,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--present_context_length",
         type=int,
-        help="tokens that the model reads as it is, where its config can be read in two ways, which an error says",
+        help="tokens of the model's context; needed only if its config is ambiguous, which is reported as an error",
     )
     group.add_argument(
         "--dtype",
@@ -105,18 +105,18 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--load_in_4bit",
         action="store_true",
-        help="keep the base model in 4 bits, as an adapter trained with --load_in_4bit knows it; needs bitsandbytes",
+        help="load the base model in 4 bits, as in training with --load_in_4bit; needs bitsandbytes",
     )
     group.add_argument(
         "--device_map",
         choices=("auto",),
-        help="auto: a model that is too large for one GPU is spread over all of this machine's, for one process; by "
-        "default each process has the whole model on one",
+        help="auto: spread a model that is too large for one GPU over all GPUs of this machine, in one process; "
+        "default: each process has the whole model on one GPU",
     )
     group.add_argument(
         "--beyond_trained_length",
         action="store_true",
-        help="read more tokens than the model was trained on, which is refused otherwise",
+        help="allow more tokens than the model was trained on",
     )
 
 
@@ -207,7 +207,7 @@ def open_model(options: argparse.Namespace, attention: str = "dense", groups: in
             model = load_base(path, what="the model", config=config, **keywords)
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if any(weight.is_meta for weight in base.parameters()):
-        raise ValueError("the GPUs have no room for all of it; --load_in_4bit would take about a quarter")
+        raise ValueError("it does not fit into the memory of all GPUs; --load_in_4bit would take about a quarter")
     base_config: PreTrainedConfig = base.config
     described: dict[str, Any] = {"attention": f"dense ({implementation})"}
     if attention == "s2":

@@ -46,22 +46,22 @@ defaults are those for the tiny Llama; with --model_name_or_path MODEL, --help s
 
 #: What options of TrainingArguments mean here, where its own text says something else, or not enough.
 HELP = {
-    "output_dir": "Folder to write. Default: finetuned/MODEL-CONTEXT, with a number after it where there is one "
-    "already. A folder that holds something is never written to, but to go on with its run.",
-    "resume_from_checkpoint": "latest: go on from the newest complete checkpoint in --output_dir, or begin where there "
-    "is none. Or the folder of a checkpoint.",
+    "output_dir": "Folder to write. Default: finetuned/MODEL-CONTEXT, with a number appended if that exists "
+    "already. A folder that is not empty is an error, except to resume its run.",
+    "resume_from_checkpoint": "latest: resume from the newest complete checkpoint in --output_dir, or start from the "
+    "first step if there is none. Or the folder of a checkpoint.",
     "deepspeed": "DeepSpeed's configuration, a JSON file. Default: examples/ds_configs/zero2.json if deepspeed starts "
     "the program, else none.",
     "fsdp": "Shard the model over the processes by torch's FSDP, without DeepSpeed: full_shard; or shard_grad_op, that "
     'takes more memory and sends less; either with offload, to the host\'s memory ("full_shard offload"). Start the '
     "program with torchrun.",
     "fsdp_config": f"More about that, a JSON file or object with {', '.join(FIELDS)}. docs/gpus.md tells of them.",
-    "use_cpu": "Train on the CPU. Default: where there is no GPU.",
+    "use_cpu": "Train on the CPU. Default: only if there is no GPU.",
     "do_train": argparse.SUPPRESS,  # these three are for scripts that look at them
     "do_eval": argparse.SUPPRESS,
     "do_predict": argparse.SUPPRESS,
 }
-ACCUMULATION_HELP = f"Batches that make a step together. Default: what makes {GLOBAL_BATCH} sequences."
+ACCUMULATION_HELP = f"Batches accumulated in a step. Default: so many that a step has {GLOBAL_BATCH} sequences."
 
 EXAMPLE_COMMANDS = """\
 examples:
@@ -79,7 +79,7 @@ examples:
     torchrun --nproc_per_node 8 examples/finetune_llama.py --model_name_or_path my/llama --train_file 'data/*.jsonl' \\
         --context_length 32768 --rope_type yarn --group_size 4096 --fsdp full_shard
 
-  to answer questions (LongAlpaca's JSON, or JSON Lines of chat messages), with the loss on the answers alone:
+  to answer questions (LongAlpaca's JSON, or JSON Lines of chat messages), with the loss on the answers only:
     deepspeed examples/finetune_llama.py --task sft --train_file examples/data/questions.jsonl --max_steps 12
 
   do a run again, the very same: its arguments are in run.json, and so is this command
@@ -130,7 +130,7 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingArgum
         "--from_manifest",
         metavar="RUN_JSON",
         default=argparse.SUPPRESS,
-        help="Do the run again that wrote this run.json. It stops if it would be another one: other text or settings.",
+        help="Repeat the run that wrote this run.json. It is an error if the text or a setting has changed.",
     )
     probe = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     probe.add_argument("--model_name_or_path", "--model-name-or-path")

@@ -60,7 +60,7 @@ def check_fsdp(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> No
         )
     if not asked.fsdp:
         if asked.fsdp_config:
-            parser.error("--fsdp_config says nothing without --fsdp")
+            parser.error("--fsdp_config has no effect without --fsdp")
         return
     for library, version in NEEDED.items():
         if Version(library.__version__).release < Version(version).release:
@@ -82,7 +82,7 @@ def check_fsdp(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> No
     }
     for option, why in instead.items():
         if getattr(asked, option):
-            parser.error(f"--fsdp cannot be had with --{option}: {why}")
+            parser.error(f"--fsdp does not work with --{option}: {why}")
     if "RANK" not in os.environ:
         parser.error("--fsdp needs processes to share the model: start the program with torchrun --nproc_per_node 2")
     if config["cpu_offload"] and not torch.accelerator.is_available():

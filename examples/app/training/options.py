@@ -30,8 +30,8 @@ class ModelOptions:
     present_context_length: int | None = field(
         default=None,
         metadata={
-            "help": "Tokens that the model reads as it is. To be given where its config can be read in two ways, which "
-            "an error says: RoPE is scaled linearly, and max_position_embeddings is the length before or after that."
+            "help": "Tokens of the model's context. Needed only if its config is ambiguous, which is reported as an "
+            "error: RoPE is scaled linearly, and max_position_embeddings may be the length before or after scaling."
         },
     )
     rope_type: str = field(
@@ -52,8 +52,8 @@ class ModelOptions:
     dense_steps: float = field(
         default=0.0,
         metadata={
-            "help": "End the training with steps of dense attention: below 1 a share of all steps (0.1), from 1 on "
-            "their number."
+            "help": "Use dense attention in the last steps: below 1 a share of all steps (0.1), from 1 on a number of "
+            "steps."
         },
     )
     full_finetune: bool = field(
@@ -63,7 +63,7 @@ class ModelOptions:
     lora_alpha: int = field(default=16, metadata={"help": "Scale of the adapter."})
     load_in_4bit: bool = field(
         default=False,
-        metadata={"help": "Keep the weights that do not train in 4 bits (QLoRA, by the package bitsandbytes)."},
+        metadata={"help": "Keep the frozen weights in 4 bits (QLoRA, with the package bitsandbytes)."},
     )
     sequence_parallel_size: int = field(
         default=1,
@@ -92,21 +92,21 @@ class DataOptions:
             "help": "What to learn: text, or sft, the answers in conversations (supervised fine-tuning). For sft the "
             'rows of --train_file are {"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}]}, '
             '{"conversations": [{"from": "human", "value": ...}, {"from": "gpt", ...}]} or {"instruction": ..., '
-            '"output": ...}; docs/instruct.md has all that may be in them. They are written with the model\'s chat '
-            "template or, where it has none, that of Llama 2."
+            '"output": ...}; docs/instruct.md lists all fields. They are written with the model\'s chat template '
+            "or, if it has none, with Llama 2's."
         },
     )
     train_file: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Text to train on: files (.txt .md .rst .py: a document each; .jsonl .json .parquet: "
-            "a document a row; packed as .gz or .zst too), folders, glob patterns, or hub datasets "
+            "help": "Text to train on: files (.txt .md .rst .py: one document each; .jsonl .json .parquet: "
+            "one document per row; also compressed as .gz or .zst), folders, glob patterns, or hub datasets "
             "OWNER/NAME[:CONFIG[:SPLIT]]. Default: Python's standard library."
         },
     )
     eval_file: list[str] | None = field(
         default=None,
-        metadata={"help": "Text to measure on, given likewise. Default: every 20th document is held out."},
+        metadata={"help": "Text to evaluate on, in the same forms. Default: every 20th document is held out."},
     )
     text_column: str = field(
         default="text", metadata={"help": "Column that holds the text of JSON, Parquet and hub datasets."}
@@ -114,12 +114,12 @@ class DataOptions:
     rows: Literal["packed", "padded"] = field(
         default="packed",
         metadata={
-            "help": "packed: several documents, or whole samples of --task sft, share a row of the new context, apart "
-            "from each other. padded: each has rows of its own, as in the original; for models with layers that would "
-            "mix the documents of a row (Mamba, linear attention, convolution), which are refused otherwise."
+            "help": "packed: several documents, or whole samples of --task sft, share a row of the new context without "
+            "attending to each other. padded: each has rows of its own, as in the original. Models with layers that "
+            "mix the documents of a row (Mamba, linear attention, convolution) need padded."
         },
     )
     eval_tokens: int = field(
         default=65536,
-        metadata={"help": "Held-out tokens to measure perplexity on, before and after; 0: do not."},
+        metadata={"help": "Held-out tokens to measure perplexity on, before and after training; 0: none."},
     )

@@ -56,9 +56,9 @@ def _check_idle(parser: argparse.ArgumentParser, argv: Sequence[str], asked: arg
         parser.error("--group_ratio and --group_size say the same thing: give one of them")
     for option in ("lora_r", "lora_alpha"):
         if asked.full_finetune and is_given(argv, option):
-            parser.error(f"--{option} says nothing with --full_finetune, which trains no adapter")
+            parser.error(f"--{option} has no effect with --full_finetune, which trains no adapter")
     if asked.task != "text" and is_given(argv, "text_column"):
-        parser.error(f"--text_column says nothing with --task {asked.task}")
+        parser.error(f"--text_column has no effect with --task {asked.task}")
 
 
 def _check_numbers(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None:
@@ -132,15 +132,15 @@ def _check_4bit(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> N
     with one_clear_error():
         check_bitsandbytes()
     if asked.full_finetune:
-        parser.error("--load_in_4bit is for weights that do not train, and --full_finetune trains all")
+        parser.error("--load_in_4bit is for frozen weights, and --full_finetune trains all")
     if asked.deepspeed and _read_deepspeed(asked.deepspeed).get("zero_optimization", {}).get("stage") == 3:
-        parser.error("--load_in_4bit cannot be had with ZeRO-3, which cuts weights up: take ds_configs/zero2.json")
+        parser.error("--load_in_4bit does not work with ZeRO-3, which shards the weights: use ds_configs/zero2.json")
 
 
 def _check_liger(parser: argparse.ArgumentParser) -> None:
     missing = [] if torch.cuda.is_available() else ["a GPU"]
     if not is_liger_kernel_available():
-        missing.append("the package liger-kernel (pip install 'longlora-ext[liger]')")
+        missing.append("the package liger-kernel (pip install '.[liger]')")
     if missing:
         parser.error(
             f"--use_liger_kernel needs {' and '.join(missing)}; without it the loss is computed in tiles, on any device"
