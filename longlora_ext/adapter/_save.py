@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longlora_ext._folders import appearing, on_first_process, refuse_to_overwrite
+from longlora_ext.adapter._card import write_card
 from longlora_ext.adapter._checkpoint import listed
 from longlora_ext.adapter._config_file import complete_config
 from longlora_ext.adapter._generation import save_generation_config
@@ -34,8 +35,8 @@ def save_adapter(
             DeepSpeed).
         folder (`str` or `os.PathLike`):
             Must not exist, or be empty. It receives `adapter_model.safetensors` (LoRA, embedding, norms),
-            `adapter_config.json`, `longlora.json` and the model's `generation_config.json`, which [`load`] and
-            [`merge`] take over; after full fine-tuning it becomes a plain model folder.
+            `adapter_config.json`, `longlora.json`, a model card (`README.md`) and the model's `generation_config.json`,
+            which [`load`] and [`merge`] take over; after full fine-tuning it becomes a plain model folder.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Saved beside.
 
@@ -96,7 +97,8 @@ def _write_adapter(
     peft_config.save_pretrained(str(folder))
     peft_config.inference_mode = was
     save_generation_config(model, folder)
-    write_record(folder, model.get_base_model().config, fingerprint, tensors)
+    record = write_record(folder, model.get_base_model().config, fingerprint, tensors)
+    write_card(folder, record, peft_config)
 
 
 def _write_model(model: PreTrainedModel, state: dict[str, torch.Tensor], folder: Path) -> None:
