@@ -25,7 +25,7 @@ from longlora_ext._as_trained import in_training, setting, undisturbed
 from longlora_ext._movement import largest, movement, where_it_begins
 from longlora_ext._sharded import device_of, gathered, is_sharded
 from longlora_ext._ulysses import sequence_parallel
-from longlora_ext.adapter import _unwrapped
+from longlora_ext.adapter._save import unwrapped
 from longlora_ext.attention import NAME
 from longlora_ext.config import MODE
 
@@ -86,7 +86,7 @@ class _Probe:
     """The experiments on one model. Their result is the largest share for each of `_LEAKS` that they look for."""
 
     def __init__(self, model: nn.Module, packed: bool) -> None:
-        whole = _unwrapped(model)
+        whole = unwrapped(model)
         self.whole: Any = whole
         base: Any = whole.get_base_model() if isinstance(whole, PeftModel) else whole
         self.base, self.config = base, base.config.get_text_config()

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from longlora_ext._folders import appearing, refuse_to_overwrite
+from longlora_ext.adapter._card import write_card
 from longlora_ext.adapter._checkpoint import listed, load_pickled
 from longlora_ext.adapter._load import base_of, naming, weights_of_base
 from longlora_ext.adapter._lora import PREFIX, NeedsWholeModel, obstacle
@@ -115,7 +116,8 @@ def import_longlora(
     with appearing(target) as unfinished:
         save_file(tensors, unfinished / WEIGHTS, metadata={"format": "pt"})
         peft_config.save_pretrained(str(unfinished))
-        write_record(unfinished, config, fingerprint(frozen), tensors)
+        record = write_record(unfinished, config, fingerprint(frozen), tensors)
+        write_card(unfinished, record, peft_config)
         if finish:
             finish(unfinished)
 

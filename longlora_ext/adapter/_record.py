@@ -39,9 +39,11 @@ _SAMPLES = 16  # weights a tensor in the fingerprint of the base model
 _SAME = 0.01  # relative distance of two fingerprints: rounding to bf16 makes 0.002
 
 
-def write_record(folder: Path, config: Any, fingerprint: dict[str, list[float]], tensors: Iterable[str]) -> None:
+def write_record(
+    folder: Path, config: Any, fingerprint: dict[str, list[float]], tensors: Iterable[str]
+) -> dict[str, Any]:
     """Write what `load` needs beside the adapter: the extended context of `config`, the base model's shape and
-    `fingerprint`, and the names of the adapter's tensors."""
+    `fingerprint`, and the names of the adapter's tensors. Returns what is written."""
     record = {
         "format": _FORMAT,
         "context_length": context_length(config),
@@ -55,6 +57,7 @@ def write_record(folder: Path, config: Any, fingerprint: dict[str, list[float]],
         "tensors": sorted(tensors),
     }
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    return record
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -98,6 +98,8 @@ def test_the_imported_model_is_the_original_one(release: Path, tmp_path: Path, c
 
 def test_an_import_knows_its_base_model(release: Path, tmp_path: Path) -> None:
     import_longlora(release / "longlora", tmp_path / "adapter", context_length=CONTEXT)
+    card = (tmp_path / "adapter/README.md").read_text()
+    assert f"# base, {CONTEXT} tokens" in card and "rank 8, alpha 16" in card
     tied = AutoConfig.from_pretrained(release / "base").tie_word_embeddings
     other = save_base(tmp_path / "other", seed=1, tie_word_embeddings=tied)
     with pytest.raises(ValueError, match="it has the same shape but other weights"):

@@ -1,0 +1,131 @@
+"""`lora_config` and `prepare_model`: what trains, and in which dtype.
+
+Embedding and norms must train in fp32: at a learning rate of 2e-5 a step is smaller than half the distance
+between two bfloat16 numbers, so in bf16 most of their weights never move. Without a launcher and under DDP the
+trainable weights themselves are fp32 while activations keep the base model's dtype; DeepSpeed, where it trains
+in bf16, makes all weights bf16 and has fp32 masters of its own.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from longlora_ext.adapter._generation import keep_generation_config
+from longlora_ext.adapter._norms import names_for_peft, norms_of
+from longlora_ext.adapter._precision import train_in_fp32
+from longlora_ext.adapter._tying import is_tied, settle_tying
+
+ADAPTER = "default"  # PEFT's name for the one adapter of a model
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def lora_config(model: PreTrainedModel, **overrides: Any) -> LoraConfig:
+    """
+    The recipe of LongLoRA as a PEFT config: LoRA on the attention projections, embedding and norms trained in
+    full.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model to fine-tune; its modules are looked at, not changed.
+        overrides:
+            Fields of [`peft.LoraConfig`], in place of r=8, lora_alpha=16, no dropout, the four projections as
+            `target_modules` and embedding and norms as `modules_to_save`.
+
+    Returns:
+        [`peft.LoraConfig`]: tied embeddings are trained as one and stay tied.
+
+    Raises:
+        `ValueError`: the model has not all of `q_proj`, `k_proj`, `v_proj`, `o_proj`, and `target_modules` are
+        not given; or it has a norm that could not be trained, and `modules_to_save` are not given.
+    """
+    modules = dict(model.named_modules())
+    last = {name.rpartition(".")[2] for name in modules}
+    targets = [name for name in _PROJECTIONS if name in last]
+    missing = [name for name in _PROJECTIONS if name not in targets]
+    if missing and "target_modules" not in overrides:  # what is there alone would be another recipe
+        there = f"{', '.join(targets)} but " if targets else ""
+        raise ValueError(
+            f"{type(model).__name__} has {there}no {', '.join(missing)}: pass target_modules=[...] with the names of "
+            "its attention projections"
+        )
+    embedding = next(name for name, module in modules.items() if module is model.get_input_embeddings())
+    fields: dict[str, Any] = {
+        "r": 8,
+        "lora_alpha": 16,
+        "lora_dropout": 0.0,
+        "task_type": "CAUSAL_LM",
+        "target_modules": targets,
+    }
+    fields.update(overrides)
+    if "modules_to_save" not in fields:
+        outside = [name for name in norms_of(model) if not name.startswith(f"{embedding}.")]  # Inkling has one within
+        fields["modules_to_save"] = names_for_peft(model, [embedding, *outside])
+    if is_tied(model) and any(embedding.endswith(name) for name in fields["modules_to_save"] or ()):
+        fields.setdefault("ensure_weight_tying", True)
+    return LoraConfig(**fields)
+
+
+def prepare_model(model: PreTrainedModel, peft_config: PeftConfig | None) -> PreTrainedModel | PeftModel:
+    """
+    Make a model trainable, with trainable weights that take small steps.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The extended model, in the dtype to compute in; it is changed.
+        peft_config ([`peft.PeftConfig`], *optional*):
+            Such as [`lora_config`] makes. `None` is full fine-tuning: all weights train.
+
+    Returns:
+        The model with its adapter, or the model itself. Trainable weights are fp32, except under ZeRO-3,
+        which keeps fp32 masters of them.
+
+    Raises:
+        `ValueError`: the model has an adapter already, or PEFT leaves a module frozen that `peft_config` names in
+            `modules_to_save`, or unties what it says is tied.
+    """
+    if isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError("the model has an adapter already: pass the base model")
+    settle_tying(model)
+    in_fp32 = not is_deepspeed_zero3_enabled()
+    if peft_config is None:
+        model.requires_grad_(True)
+        keep_generation_config(model)
+        return model.float() if in_fp32 else model
+    dtype, base, tied = model.dtype, model.name_or_path or "", is_tied(model)
+    prepared = get_peft_model(model, peft_config, autocast_adapter_dtype=in_fp32)
+    if os.path.isdir(base):  # an adapter must find its base from any working directory
+        prepared.peft_config[ADAPTER].base_model_name_or_path = os.path.abspath(base)
+    for module in prepared.modules():
+        copies = getattr(module, "modules_to_save", None)
+        if isinstance(copies, nn.ModuleDict) and in_fp32:
+            train_in_fp32(copies[ADAPTER], dtype)
+    if not in_fp32:
+        for parameter in prepared.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+    _check_trained(prepared, peft_config)
+    if tied and getattr(peft_config, "ensure_weight_tying", False) and not is_tied(model):
+        raise ValueError(
+            f"PEFT does not keep the output layer of {type(model).__name__} tied to its embedding while that is "
+            "trained: pass modules_to_save=[...] without the embedding"
+        )
+    return prepared
+
+
+def _check_trained(prepared: PeftModel, peft_config: PeftConfig) -> None:
+    """Raise `ValueError` for a module that should train and does not: PEFT passes over what it does not find."""
+    trained = [
+        name
+        for name, module in prepared.named_modules()
+        if isinstance(getattr(module, "modules_to_save", None), nn.ModuleDict)
+        and all(weight.requires_grad for weight in module.modules_to_save.parameters())
+    ]
+    for name in getattr(peft_config, "modules_to_save", None) or ():
+        if not any(full.endswith(name) for full in trained):
+            raise ValueError(f"{name} is to be trained in full (modules_to_save), but PEFT leaves it frozen")
