@@ -35,12 +35,12 @@ QUARTERS = 4  # a warp's registers are in one quarter of a multiprocessor
 
 COUNTED = ("HMMA", "LDSM", "LDGSTS", "BAR", "LDL", "STL")
 
-# The kernels with matrix products, and the class that holds their tile.
+# The kernels with matrix products, by the names of their Work (csrc/cuda/kernel.h), and that Work itself.
 TILES = {
-    "forward_kernel": "Forward<cute::bfloat16_t, {}>",
-    "backward_kernel<true>": "Backward<cute::bfloat16_t, {}, true>",  # dq by atomics
-    "backward_kernel<false>": "Backward<cute::bfloat16_t, {}, false>",  # deterministic: without dq
-    "dq_kernel": "BackwardDq<cute::bfloat16_t, {}>",
+    "Forward": "Forward<cute::bfloat16_t, {}>",
+    "Backward<true>": "Backward<cute::bfloat16_t, {}, true>",  # dq by atomics
+    "Backward<false>": "Backward<cute::bfloat16_t, {}, false>",  # deterministic: without dq
+    "BackwardDq": "BackwardDq<cute::bfloat16_t, {}>",
 }
 
 
@@ -87,10 +87,10 @@ def dq_counts(tile: dict[str, int], head_dim: int) -> Counter[str]:
 
 
 EXPECTED = {
-    "forward_kernel": forward_counts,
-    "backward_kernel<true>": partial(backward_counts, with_dq=True),
-    "backward_kernel<false>": partial(backward_counts, with_dq=False),
-    "dq_kernel": dq_counts,
+    "Forward": forward_counts,
+    "Backward<true>": partial(backward_counts, with_dq=True),
+    "Backward<false>": partial(backward_counts, with_dq=False),
+    "BackwardDq": dq_counts,
 }
 
 
@@ -142,8 +142,8 @@ def tiles(head_dims: set[int]) -> dict[tuple[str, int], dict[str, int]]:
     )
     program = f"""
         #include <cstdio>
-        #include "kernel_backward.h"
-        #include "kernel_forward.h"
+        #include "kernel_bwd.h"
+        #include "kernel_fwd.h"
         using namespace longlora::cuda;
         void print(const ForwardTile& tile) {{
           std::printf("rows %d keys %d warps %d", tile.rows, tile.keys, tile.warps);
@@ -152,10 +152,10 @@ def tiles(head_dims: set[int]) -> dict[tuple[str, int], dict[str, int]]:
           std::printf("rows %d keys %d warps %d score_warps %d dkv_warps %d dq_warps %d stages %d", tile.rows,
                       tile.keys, tile.warps, tile.score_warps, tile.dkv_warps, tile.dq_warps, tile.stages);
         }}
-        template <class Kernel>
-        void print(const char* kernel, int head_dim, Kernel) {{
-          std::printf("%s %d threads %d dynamic_shared %d ", kernel, head_dim, Kernel::kThreads, Kernel::kSharedBytes);
-          print(Kernel::kTile);
+        template <class Work>
+        void print(const char* kernel, int head_dim, Work) {{
+          std::printf("%s %d threads %d dynamic_shared %d ", kernel, head_dim, Work::kThreads, kSharedBytes<Work>);
+          print(Work::kTile);
           std::printf("\\n");
         }}
         int main() {{ {rows} }}
@@ -192,7 +192,7 @@ def measure_unit(name: str, tile_table: dict[tuple[str, int], dict[str, int]]) -
     mangled = sorted(log)
     demangled = subprocess.run(["c++filt", *mangled], capture_output=True, text=True, check=True).stdout.splitlines()
     for symbol, readable in zip(mangled, demangled, strict=True):
-        parts = find(r"(\w+)<[^,]+, \d+(?:, (\w+))?>", readable)  # name<Element, head dim, more>
+        parts = find(r"(\w+)<[^<,]+, \d+(?:, (\w+))?>", readable)  # Work<Element, head dim, more>
         kernel = f"{parts[1]}<{parts[2]}>" if parts[2] else parts[1]
         tile = tile_table.get((kernel, int(head_dim)))
         row: dict[str, Any] = {"kernel": kernel, "dtype": element, "head_dim": int(head_dim)} | log[symbol]

@@ -27,6 +27,15 @@ void check(bool ok, const Parts&... parts) {
   throw std::runtime_error(message.str());
 }
 
+// Why an operator cannot take something, or nothing: what longlora::why_unsupported answers is what the operators
+// throw.
+inline void check_supported(const std::string& why) { check(why.empty(), why); }
+
+inline std::string why_unsupported_head_dim(int64_t head_dim) {
+  if (head_dim >= 8 && head_dim <= 256 && head_dim % 8 == 0) return "";
+  return "head_dim must be a multiple of 8 from 8 to 256, but is " + std::to_string(head_dim);
+}
+
 inline std::string shape_of(const Tensor& tensor) {
   std::ostringstream text;
   text << "[";
@@ -110,8 +119,7 @@ inline Problem make_problem(const Tensor& q, const Tensor& k, const Tensor& v, i
   check(q.size(1) >= 1, "seqlen must be at least 1, but q is ", shape_of(q));
   check(q.size(2) >= 1 && k.size(2) >= 1 && q.size(2) % k.size(2) == 0,
         "the heads of q must be a positive multiple of those of k and v, but are ", q.size(2), " and ", k.size(2));
-  check(q.size(3) >= 8 && q.size(3) <= 256 && q.size(3) % 8 == 0,
-        "head_dim must be a multiple of 8 from 8 to 256, but is ", q.size(3));
+  check_supported(why_unsupported_head_dim(q.size(3)));
   check(group_size > 0 && group_size % 2 == 0, "group_size must be a positive even number, but is ", group_size);
   check(first_shifted_head >= 0 && first_shifted_head <= q.size(2),
         "first_shifted_head must be from 0 to the number of query heads ", q.size(2), ", but is ", first_shifted_head);

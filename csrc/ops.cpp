@@ -1,11 +1,13 @@
 // The operators as torch sees them: schemas, allocation, dispatch. This file and checks.h alone know torch, through its
 // stable ABI, so that one library loads under every torch from TORCH_TARGET_VERSION on.
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include "checks.h"
@@ -55,19 +57,23 @@ Tensor readable(const Tensor& tensor) {
 
 // What differs between the devices:
 //   kAlignment, kRowStrides        what a row must begin at, in bytes; the bound of how many elements it is to the next
-//   check_dtype, check_problem     the dtypes that there are kernels for; what else a kernel relies on
+//   why_unsupported_dtype          why there are no kernels for a dtype, or nothing
+//   why_unsupported                why they do not run on that one of the devices, or nothing: a launch asks by itself
+//   check_problem                  what else a kernel relies on
 //   dq_scratch_floats              fp32 scratch for backward
 //   forward, backward              the launch
 struct Cpu {
   static constexpr size_t kAlignment = 1;
   static constexpr int64_t kRowStrides = INT64_MAX;
 
-  static void check_dtype(const Tensor& q) {
-    const ScalarType dtype = q.scalar_type();
-    check(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
-              dtype == ScalarType::Half,
-          "q must be float32, float64, bfloat16 or float16, but is ", torch::headeronly::toString(dtype));
+  static std::string why_unsupported_dtype(ScalarType dtype) {
+    if (dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
+        dtype == ScalarType::Half)
+      return "";
+    return std::string("q must be float32, float64, bfloat16 or float16, but is ") + torch::headeronly::toString(dtype);
   }
+
+  static std::string why_unsupported(int /*device*/, int64_t /*head_dim*/, bool /*backward*/) { return ""; }
 
   static void check_problem(const Problem& problem) { check_doc_start_values(problem); }
 
@@ -92,10 +98,14 @@ struct Cuda {
   static constexpr int64_t kRowStrides = 1 << 23;       // inside of a tile of 128 rows, 32 bits count
   static constexpr int64_t kSequenceLengths = 1 << 29;  // as they do inside of a sequence, up to four times its length
 
-  static void check_dtype(const Tensor& q) {
-    const ScalarType dtype = q.scalar_type();
-    check(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, "q must be bfloat16 or float16 on CUDA, but is ",
-          torch::headeronly::toString(dtype), "; cast it, or use attn_implementation='sdpa'");
+  static std::string why_unsupported_dtype(ScalarType dtype) {
+    if (dtype == ScalarType::BFloat16 || dtype == ScalarType::Half) return "";
+    return std::string("q must be bfloat16 or float16 on CUDA, but is ") + torch::headeronly::toString(dtype) +
+           "; cast it, or use attn_implementation='sdpa'";
+  }
+
+  static std::string why_unsupported(int device, int64_t head_dim, bool backward) {
+    return aoti_torch_get_current_cuda_stream ? cuda::why_unsupported(device, head_dim, backward) : kNoCuda;
   }
 
   // Not what doc_start says: to look would be to wait for the stream. Kernels clamp it: a wrong value gives a wrong
@@ -120,9 +130,11 @@ struct Cuda {
   }
 
  private:
+  static constexpr char kNoCuda[] = "this torch was built without CUDA";
+
   template <typename Launch>
   static void on_current_stream(const Tensor& q, Launch launch) {
-    check(aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA");
+    check(aoti_torch_get_current_cuda_stream != nullptr, kNoCuda);
     const int32_t device = q.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
     void* stream = nullptr;
@@ -134,9 +146,27 @@ struct Cuda {
 #endif  // LONGLORA_CUDA
 
 template <typename Device>
+std::string why_unsupported_on(int device, ScalarType dtype, int64_t head_dim, bool backward) {
+  std::string why = Device::why_unsupported_dtype(dtype);
+  if (why.empty()) why = why_unsupported_head_dim(head_dim);
+  return why.empty() ? Device::why_unsupported(device, head_dim, backward) : why;
+}
+
+// Why s2attn_fwd, or s2attn_bwd, would throw there, whatever the shapes; empty where it would not.
+std::string why_unsupported(torch::stable::Device device, ScalarType dtype, int64_t head_dim, bool backward) {
+  if (device.is_cpu()) return why_unsupported_on<Cpu>(device.index(), dtype, head_dim, backward);
+  if (!device.is_cuda()) return "there are kernels for the CPU and CUDA alone; use attn_implementation='sdpa'";
+#ifdef LONGLORA_CUDA
+  return why_unsupported_on<Cuda>(device.index(), dtype, head_dim, backward);
+#else
+  return "this build of longlora_ext has no CUDA kernels; use attn_implementation='sdpa' or the CPU";
+#endif
+}
+
+template <typename Device>
 std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, int64_t group_size, int64_t first_shifted_head,
                                    std::optional<Tensor> doc_start, double scale, bool /*deterministic: always is*/) {
-  Device::check_dtype(q);
+  check_supported(Device::why_unsupported_dtype(q.scalar_type()));
   doc_start = contiguous(doc_start);
   const Problem problem = make_problem(q, k, v, group_size, first_shifted_head, doc_start, scale);
   Device::check_problem(problem);
@@ -154,7 +184,7 @@ template <typename Device>
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
                                             int64_t group_size, int64_t first_shifted_head,
                                             std::optional<Tensor> doc_start, double scale, bool deterministic) {
-  Device::check_dtype(q);
+  check_supported(Device::why_unsupported_dtype(q.scalar_type()));
   doc_start = contiguous(doc_start);
   const Problem problem = make_problem(q, k, v, group_size, first_shifted_head, doc_start, scale);
   Device::check_problem(problem);
@@ -199,6 +229,11 @@ STABLE_TORCH_LIBRARY(longlora, m) {
       "s2attn_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, SymInt group_size, "
       "SymInt first_shifted_head, Tensor? doc_start, float scale, bool deterministic) -> "
       "(Tensor dq, Tensor dk, Tensor dv)");
+  m.def("why_unsupported(Device device, ScalarType dtype, int head_dim, *, bool backward=True) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(longlora, CompositeExplicitAutograd, m) {
+  m.impl("why_unsupported", TORCH_BOX(&longlora::why_unsupported));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(longlora, CPU, m) {

@@ -172,9 +172,9 @@ def _add_options(parser: argparse.ArgumentParser, task: str) -> None:
             "--text",
             nargs="+",
             help="files (.txt .md .rst .py: a document each; .jsonl .json .parquet: a document a row; packed as .gz "
-            "too), folders, glob patterns, or hub datasets OWNER/NAME[:CONFIG[:SPLIT]]; .bin: token ids of 16 bits, a "
-            "document each, as the original project publishes them; default: the held-out part of Python's standard "
-            "library",
+            "or .zst too), folders, glob patterns, or hub datasets OWNER/NAME[:CONFIG[:SPLIT]]; .bin: token ids of 16 "
+            "bits, a document each, as the original project publishes them; default: the held-out part of Python's "
+            "standard library",
         )
         group.add_argument("--text_column", default="text", help="column of JSON, Parquet and hub datasets")
         group.add_argument(

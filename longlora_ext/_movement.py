@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 def movement(before: Tensor, after: Tensor, changed: Tensor) -> Tensor:
     """
-    How far each token's vector moved, as a share of how far those of changed tokens do (their median).
+    How far each token's vector moved, as a share of how far those of changed tokens do (their median). What was not
+    finite and is the same did not move.
 
     Args:
         before, after (`Tensor`): [rows, tokens, ...].
@@ -21,8 +22,10 @@ def movement(before: Tensor, after: Tensor, changed: Tensor) -> Tensor:
     Returns:
         `Tensor`: float64 [rows, tokens], on the CPU.
     """
-    moved = (after.double() - before.double()).flatten(2).norm(dim=-1).cpu()
-    return moved / moved[changed].median().clamp(min=torch.finfo(torch.float64).tiny)
+    same = (after == before) | (after.isnan() & before.isnan())
+    difference = (after.double() - before.double()).masked_fill(same, 0.0).nan_to_num(nan=torch.inf)
+    moved = difference.flatten(2).norm(dim=-1).cpu()
+    return (moved / moved[changed].median().clamp(min=torch.finfo(torch.float64).tiny)).nan_to_num(nan=torch.inf)
 
 
 def largest(values: Tensor, where: Tensor) -> float:

@@ -36,7 +36,7 @@ from longlora_ext.documents import (
     doc_start_from_cu_seqlens,
     doc_start_from_position_ids,
 )
-from longlora_ext.ops import has_cuda_kernels, s2attn
+from longlora_ext.ops import s2attn, why_unsupported
 
 __all__ = [
     "DEFAULT_GROUP_RATIO",
@@ -255,18 +255,12 @@ def _has_kernel(query: torch.Tensor) -> bool:
     device, dtype = query.device, query.dtype
     if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.type)
-    has_dtype = device.type == "cpu" or dtype in (torch.bfloat16, torch.float16)
-    return has_dtype and query.shape[-1] in range(8, 257, 8) and _has_kernels(device)
+    return _runs(device, dtype, query.shape[-1])
 
 
 @torch.compiler.assume_constant_result
-def _has_kernels(device: torch.device) -> bool:
-    if device.type != "cuda":
-        return device.type == "cpu"
-    if not has_cuda_kernels():
-        return False
-    gpu: Any = torch.cuda.get_device_properties(device)
-    return gpu.major >= 8 and gpu.shared_memory_per_block_optin >= 160 * 1024
+def _runs(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    return why_unsupported(device, dtype, head_dim) is None
 
 
 AttentionInterface.register(NAME, s2attn_forward)

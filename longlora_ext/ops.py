@@ -7,12 +7,15 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["s2attn"]
+__all__ = ["check_runs", "has_cuda_kernels", "s2attn", "why_unsupported"]
 
 _LIBRARY = Path(__file__).with_name("_C.so")
 if not _LIBRARY.is_file():
     raise ImportError(f"{_LIBRARY} is missing: this is a source tree that was never built; run `pip install .` in it")
-torch.ops.load_library(_LIBRARY)
+try:
+    torch.ops.load_library(_LIBRARY)
+except OSError as error:
+    raise ImportError(f"{_LIBRARY} cannot be loaded: {error.__cause__ or error}") from error  # torch says no reason
 
 
 def s2attn(
@@ -77,6 +80,43 @@ def s2attn(
 def has_cuda_kernels() -> bool:
     """Whether this build of the library has them."""
     return torch._C._dispatch_has_kernel_for_dispatch_key("longlora::s2attn_fwd", "CUDA")
+
+
+def why_unsupported(
+    device: torch.device | str, dtype: torch.dtype, head_dim: int, *, backward: bool = True
+) -> str | None:
+    """Why `s2attn` cannot run there, whatever the other shapes. The library answers, by the limits of its kernels.
+
+    Args:
+        device (`torch.device` or `str`): Where the tensors would be. "cuda" is the current GPU.
+        dtype (`torch.dtype`): What they would be of.
+        head_dim (`int`): Their last dimension.
+        backward (`bool`): The backward pass is needed too. It takes more of a GPU than the forward.
+
+    Returns:
+        `str`: The reason, in words that go on after a colon; `None` if there is none.
+    """
+    return torch.ops.longlora.why_unsupported(torch.device(device), dtype, head_dim, backward=backward) or None
+
+
+def check_runs(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> None:
+    """
+    Try `s2attn` on eight tokens, forward and backward.
+
+    That finds what nobody knows before, such as a driver that is too old.
+
+    Args:
+        device (`torch.device` or `str`): Where.
+        dtype (`torch.dtype`): In which dtype.
+        head_dim (`int`): With heads of so many dimensions.
+
+    Raises:
+        RuntimeError: It does not run there.
+    """
+    if reason := why_unsupported(device, dtype, head_dim):
+        raise RuntimeError(reason)
+    q, k, v = torch.zeros(3, 1, 8, 1, head_dim, dtype=dtype, device=device, requires_grad=True).unbind()
+    s2attn(q, k, v, group_size=8).sum().backward()
 
 
 def _check(ok: bool, message: str) -> None:

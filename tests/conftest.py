@@ -10,9 +10,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin for wor
 
 import pytest
 import torch
+from hypothesis import settings
 
 from app.runs import launch
 from longlora_ext.ops import has_cuda_kernels
+
+# On a busy machine any example may take long. Limits of time are those of patience.py.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 HAS_CUDA = torch.cuda.is_available() and has_cuda_kernels()
 

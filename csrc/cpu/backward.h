@@ -1,5 +1,8 @@
 // Backward in one pass over the tiles, five matrix products each: dK and dV of a block of keys stay in scratch while
 // its queries pass by, dQ is summed in query_gradient.h.
+//
+// In the paper's letters (FlashAttention-2, algorithm 2): `scores` are S, `weights` P, `dweights` dP, `ds` dS and
+// `delta` D.
 #pragma once
 
 #include "blocks.h"
@@ -12,21 +15,21 @@ namespace longlora::cpu::LONGLORA_ISA {
 // delta = rowsum(dout * out) of one block of query rows, lanes being rows, summed in gemm's order: in a row that sees
 // one key, where out = v, it then cancels dout * v to exactly nothing.
 template <typename T>
-struct DeltaTile {
+struct Preprocess {
   using E = Multiplied<T>;
   using Acc = Accumulate<T>;
 
-  DeltaTile(const BackwardParams& params, Arena& arena)
+  Preprocess(const BackwardParams& params, Arena& arena)
       : p(params),
         head_dim(static_cast<int>(params.problem.head_dim)),
         dout_t(arena.take<E>(head_dim / kPack<E> * kBackwardBlock)),
         out_t(arena.take<E>(head_dim / kPack<E> * kBackwardBlock)),
         delta(arena.take<Acc>(kBackwardBlock)) {}
 
-  void run(int64_t batch, int64_t head, int64_t m0) {
-    const int rows = static_cast<int>(lesser<int64_t>(kBackwardBlock, p.problem.seqlen - m0));
-    load_transposed<T>({p.dout, batch, m0, head, rows}, head_dim, kBackwardBlock, dout_t);
-    load_transposed<T>({p.out, batch, m0, head, rows}, head_dim, kBackwardBlock, out_t);
+  void run(int64_t batch, int64_t head, int64_t row) {
+    const int rows = static_cast<int>(lesser<int64_t>(kBackwardBlock, p.problem.seqlen - row));
+    load_transposed<T>({p.dout, batch, row, head, rows}, head_dim, kBackwardBlock, dout_t);
+    load_transposed<T>({p.out, batch, row, head, rows}, head_dim, kBackwardBlock, out_t);
     const int summed = head_dim / kPack<E>;
     for (int r = 0; r < rows; r += kLanes<Acc>) {
       Vector<Acc> sum = {};
@@ -39,7 +42,7 @@ struct DeltaTile {
       }
       as_vector(delta + r) = sum;
     }
-    const int64_t row_stats = (batch * p.problem.heads + head) * p.problem.seqlen + m0;
+    const int64_t row_stats = (batch * p.problem.heads + head) * p.problem.seqlen + row;
     std::memcpy(static_cast<Acc*>(p.delta) + row_stats, delta, sizeof(Acc) * rows);
   }
 
@@ -54,11 +57,11 @@ struct DeltaTile {
 // dK and dV of one block of keys, over every query head of its group (GQA is reduced here) and every query block from
 // the diagonal up to the first whose keys all lie past this block; and its part of their dQ.
 template <typename T>
-struct GradientTile {
+struct Backward {
   using E = Multiplied<T>;
   using Acc = Accumulate<T>;
 
-  GradientTile(const BackwardParams& params, Arena& arena)
+  Backward(const BackwardParams& params, Arena& arena)
       : p(params),
         head_dim(static_cast<int>(params.problem.head_dim)),
         pitch(static_cast<int>(round_up(head_dim, kPad))),
@@ -73,51 +76,51 @@ struct GradientTile {
         dk(arena.take<Acc>(kBackwardBlock * pitch)),
         dv(arena.take<Acc>(kBackwardBlock * pitch)),
         scores(arena.take<Acc>(kBackwardBlock * kBackwardBlock)),
-        dprobs(arena.take<Acc>(kBackwardBlock * kBackwardBlock)),
-        probs(arena.take<E>(kBackwardBlock * kBackwardBlock / kPack<E>)),
-        dscores(arena.take<E>(kBackwardBlock * kBackwardBlock / kPack<E>)),
-        dscore_rows(kPack<E> == 1 ? dscores : arena.take<E>(kBackwardBlock * kBackwardBlock / kPack<E>)) {}
+        dweights(arena.take<Acc>(kBackwardBlock * kBackwardBlock)),
+        weights(arena.take<E>(kBackwardBlock * kBackwardBlock / kPack<E>)),
+        ds(arena.take<E>(kBackwardBlock * kBackwardBlock / kPack<E>)),
+        ds_rows(kPack<E> == 1 ? ds : arena.take<E>(kBackwardBlock * kBackwardBlock / kPack<E>)) {}
 
-  void run(const QueryGradients<Acc>& dq, int64_t dq_head, int64_t batch, int64_t kv_head, int64_t n0) {
+  void run(const QueryGradients<Acc>& dq, int64_t dq_head, int64_t batch, int64_t kv_head, int64_t key) {
     const Problem& problem = p.problem;
-    const int keys = static_cast<int>(lesser<int64_t>(kBackwardBlock, problem.seqlen - n0));
-    load_transposed<T>({p.k, batch, n0, kv_head, keys}, head_dim, kBackwardBlock, k_t);
-    load_transposed<T>({p.v, batch, n0, kv_head, keys}, head_dim, kBackwardBlock, v_t);
-    load_summed_rows<T>({p.k, batch, n0, kv_head, keys}, head_dim, pitch, k);
+    const int keys = static_cast<int>(lesser<int64_t>(kBackwardBlock, problem.seqlen - key));
+    load_transposed<T>({p.k, batch, key, kv_head, keys}, head_dim, kBackwardBlock, k_t);
+    load_transposed<T>({p.v, batch, key, kv_head, keys}, head_dim, kBackwardBlock, v_t);
+    load_summed_rows<T>({p.k, batch, key, kv_head, keys}, head_dim, pitch, k);
     std::memset(dk, 0, sizeof(Acc) * kBackwardBlock * pitch);
     std::memset(dv, 0, sizeof(Acc) * kBackwardBlock * pitch);
 
     const int64_t heads_per_kv = problem.heads / problem.kv_heads;
     for (int64_t i = 0; i < heads_per_kv; ++i) {
       const int64_t head = kv_head * heads_per_kv + i;
-      for (int64_t m0 = n0; m0 < problem.seqlen; m0 += kBackwardBlock) {
-        const QueryBlock<kBackwardBlock> block(problem, batch, head, m0);
-        const int rows = block.row_end(n0 + keys - 1);
+      for (int64_t row = key; row < problem.seqlen; row += kBackwardBlock) {
+        const QueryBlock<kBackwardBlock> block(problem, batch, head, row);
+        const int rows = block.row_end(key + keys - 1);
         if (rows == 0) break;  // nor does any later row look back this far
-        load(batch, head, m0, rows);
-        products(block, batch, head, n0, keys, rows);
-        const int64_t key_block = n0 / kBackwardBlock, query_block = m0 / kBackwardBlock;
+        load(batch, head, row, rows);
+        products(block, batch, head, key, keys, rows);
+        const int64_t key_block = key / kBackwardBlock, query_block = row / kBackwardBlock;
         Acc* sums = dq.wait_for_turn(dq_head + i, query_block, key_block, block.begin_key() / kBackwardBlock);
-        add_to_dq(sums, m0 - n0, keys, rows);
-        for (int r = 0; m0 == n0 && r < rows; ++r)  // the diagonal comes last
+        add_to_dq(sums, row - key, keys, rows);
+        for (int r = 0; row == key && r < rows; ++r)  // the diagonal comes last
           store_row<T>(sums + r * pitch, static_cast<Acc>(problem.scale), head_dim,
-                       row_of<T>(p.dq, batch, m0 + r, head));
+                       row_of<T>(p.dq, batch, row + r, head));
         dq.pass_turn(dq_head + i, query_block, key_block);
       }
     }
     for (int j = 0; j < keys; ++j) {
-      store_row<T>(dk + j * pitch, static_cast<Acc>(problem.scale), head_dim, row_of<T>(p.dk, batch, n0 + j, kv_head));
-      store_row<T>(dv + j * pitch, 1, head_dim, row_of<T>(p.dv, batch, n0 + j, kv_head));
+      store_row<T>(dk + j * pitch, static_cast<Acc>(problem.scale), head_dim, row_of<T>(p.dk, batch, key + j, kv_head));
+      store_row<T>(dv + j * pitch, 1, head_dim, row_of<T>(p.dv, batch, key + j, kv_head));
     }
   }
 
  private:
-  void load(int64_t batch, int64_t head, int64_t m0, int rows) {
-    load_rows<T>({p.q, batch, m0, head, rows}, head_dim, pitch, q);
-    load_rows<T>({p.dout, batch, m0, head, rows}, head_dim, pitch, dout);
+  void load(int64_t batch, int64_t head, int64_t row, int rows) {
+    load_rows<T>({p.q, batch, row, head, rows}, head_dim, pitch, q);
+    load_rows<T>({p.dout, batch, row, head, rows}, head_dim, pitch, dout);
     if (kPack<E> == 1) return;
-    load_summed_rows<T>({p.q, batch, m0, head, rows}, head_dim, pitch, summed_q);
-    load_summed_rows<T>({p.dout, batch, m0, head, rows}, head_dim, pitch, summed_dout);
+    load_summed_rows<T>({p.q, batch, row, head, rows}, head_dim, pitch, summed_q);
+    load_summed_rows<T>({p.dout, batch, row, head, rows}, head_dim, pitch, summed_dout);
   }
 
   // How many keys the rows up to `row` see, where the block of rows is `ahead` of that of keys.
@@ -125,23 +128,23 @@ struct GradientTile {
     return static_cast<int>(lesser<int64_t>(ahead + row, keys));
   }
 
-  // Scores and probabilities, and what they give dK and dV.
-  void products(const QueryBlock<kBackwardBlock>& block, int64_t batch, int64_t head, int64_t n0, int keys, int rows) {
-    const int64_t ahead = block.m0 - n0;
+  // Scores and weights, and what they give dK and dV.
+  void products(const QueryBlock<kBackwardBlock>& block, int64_t batch, int64_t head, int64_t key, int keys, int rows) {
+    const int64_t ahead = block.row - key;
     const int strip = ahead == 0 ? kStrip : kBackwardBlock;
-    const int64_t row_stats = (batch * p.problem.heads + head) * p.problem.seqlen + block.m0;
+    const int64_t row_stats = (batch * p.problem.heads + head) * p.problem.seqlen + block.row;
     const Acc* lse = static_cast<const Acc*>(p.lse) + row_stats;
     const Acc* delta = static_cast<const Acc*>(p.delta) + row_stats;
     for (int r = 0; r < rows; r += strip) {
       const int count = lesser(strip, rows - r);
       const int seen = static_cast<int>(round_up(keys_seen(ahead, r + count, keys), kLanes<Acc>));
-      const int64_t row = r * pitch / kPack<E>;
-      gemm<Operand::kPlain>(Update::kStore, count, seen, head_dim / kPack<E>, q + row, pitch / kPack<E>, k_t,
+      const int64_t at = r * pitch / kPack<E>;
+      gemm<Operand::kPlain>(Update::kStore, count, seen, head_dim / kPack<E>, q + at, pitch / kPack<E>, k_t,
                             kBackwardBlock, scores + r * kBackwardBlock, kBackwardBlock);
-      gemm<Operand::kPlain>(Update::kStore, count, seen, head_dim / kPack<E>, dout + row, pitch / kPack<E>, v_t,
-                            kBackwardBlock, dprobs + r * kBackwardBlock, kBackwardBlock);
+      gemm<Operand::kPlain>(Update::kStore, count, seen, head_dim / kPack<E>, dout + at, pitch / kPack<E>, v_t,
+                            kBackwardBlock, dweights + r * kBackwardBlock, kBackwardBlock);
       for (int i = r; i < r + count; i += kPack<E>)
-        softmax(block, n0, i, lesser(kPack<E>, rows - i), keys, seen, lse, delta);
+        softmax(block, key, i, lesser(kPack<E>, rows - i), keys, seen, lse, delta);
     }
     for (int j = 0; j < keys; j += strip) {
       const int count = lesser(strip, keys - j);
@@ -149,36 +152,36 @@ struct GradientTile {
       if (first >= rows) break;
       const int summed = (rows - first + kPack<E> - 1) / kPack<E>;
       const int64_t from = first / kPack<E>;
-      gemm<Operand::kTransposed>(Update::kAdd, count, pitch, summed, probs + from * kBackwardBlock + j, kBackwardBlock,
-                                 summed_dout + from * pitch, pitch, dv + j * pitch, pitch);
-      gemm<Operand::kTransposed>(Update::kAdd, count, pitch, summed, dscores + from * kBackwardBlock + j,
-                                 kBackwardBlock, summed_q + from * pitch, pitch, dk + j * pitch, pitch);
+      gemm<Operand::kTransposed>(Update::kAdd, count, pitch, summed, weights + from * kBackwardBlock + j,
+                                 kBackwardBlock, summed_dout + from * pitch, pitch, dv + j * pitch, pitch);
+      gemm<Operand::kTransposed>(Update::kAdd, count, pitch, summed, ds + from * kBackwardBlock + j, kBackwardBlock,
+                                 summed_q + from * pitch, pitch, dk + j * pitch, pitch);
     }
   }
 
-  // P and dS of `count` rows from r on, which make one row of operand elements.
-  void softmax(const QueryBlock<kBackwardBlock>& block, int64_t n0, int r, int count, int keys, int seen,
+  // Weights and ds of `count` rows from r on, which make one row of operand elements.
+  void softmax(const QueryBlock<kBackwardBlock>& block, int64_t key, int r, int count, int keys, int seen,
                const Acc* lse, const Acc* delta) {
     Acc lse_log2[kPack<E>];
     for (int i = 0; i < count; ++i) {
       Acc* const score = scores + (r + i) * kBackwardBlock;
-      const int begin = static_cast<int>(greater<int64_t>(block.first[r + i] - n0, 0));
-      const int end = static_cast<int>(lesser<int64_t>(block.m0 + r + i + 1 - n0, keys));
+      const int begin = static_cast<int>(greater<int64_t>(block.first[r + i] - key, 0));
+      const int end = static_cast<int>(lesser<int64_t>(block.row + r + i + 1 - key, keys));
       for (int j = 0; j < begin; ++j) score[j] = -INFINITY;
       for (int j = end; j < seen; ++j) score[j] = -INFINITY;
       lse_log2[i] = static_cast<Acc>(lse[r + i] * M_LOG2E);
     }
     for (int j = 0; j < seen; j += kLanes<Acc>) {
-      Vector<Acc> prob[kPack<E>] = {}, dscore[kPack<E>] = {};
+      Vector<Acc> weight[kPack<E>] = {}, ds_lanes[kPack<E>] = {};
       for (int i = 0; i < count; ++i) {
         const int64_t at = (r + i) * kBackwardBlock + j;
-        prob[i] = exp2(as_vector(scores + at) * scale_log2 - lse_log2[i]);
-        dscore[i] = prob[i] * (as_vector(dprobs + at) - delta[r + i]);
-        store_packed(dscore[i], dscore_rows + at / kPack<E>);
+        weight[i] = exp2(as_vector(scores + at) * scale_log2 - lse_log2[i]);
+        ds_lanes[i] = weight[i] * (as_vector(dweights + at) - delta[r + i]);
+        store_packed(ds_lanes[i], ds_rows + at / kPack<E>);
       }
       const int64_t at = r / kPack<E> * kBackwardBlock + j;
-      as_vector(probs + at) = pack(prob, E());
-      as_vector(dscores + at) = pack(dscore, E());
+      as_vector(weights + at) = pack(weight, E());
+      as_vector(ds + at) = pack(ds_lanes, E());
     }
   }
 
@@ -187,7 +190,7 @@ struct GradientTile {
     for (int r = 0; r < rows; r += strip) {
       const int count = lesser(strip, rows - r);
       const int summed = (keys_seen(ahead, r + count, keys) + kPack<E> - 1) / kPack<E>;
-      gemm<Operand::kPlain>(Update::kAdd, count, pitch, summed, dscore_rows + r * kBackwardBlock / kPack<E>,
+      gemm<Operand::kPlain>(Update::kAdd, count, pitch, summed, ds_rows + r * kBackwardBlock / kPack<E>,
                             kBackwardBlock / kPack<E>, k, pitch, sums + r * pitch, pitch);
     }
   }
@@ -206,10 +209,10 @@ struct GradientTile {
   Acc* const dk;  // [keys, pitch], not yet times scale
   Acc* const dv;
   Acc* const scores;  // [rows, keys]
-  Acc* const dprobs;
-  E* const probs;        // [rows, keys], summed over rows
-  E* const dscores;      // likewise
-  E* const dscore_rows;  // [rows, keys], summed over keys
+  Acc* const dweights;
+  E* const weights;  // [rows, keys], summed over rows
+  E* const ds;       // likewise
+  E* const ds_rows;  // [rows, keys], summed over keys
 };
 
 }  // namespace longlora::cpu::LONGLORA_ISA

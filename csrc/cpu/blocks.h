@@ -23,19 +23,19 @@ Acc scale_log2_of(const Problem& problem) {
   return greater(static_cast<Acc>(problem.scale * M_LOG2E), static_cast<Acc>(1.2e-38));
 }
 
-// One block of query rows of one head, and which keys each row sees: row r sees first[r]..m0+r. `first`
+// One block of query rows of one head, and which keys each row sees: row r of it sees first[r]..row+r. `first`
 // never decreases, so the rows that see a given key are one run, [row_begin(key), row_end(key)).
 template <int kRows>
 struct QueryBlock {
-  int64_t m0;
+  int64_t row;
   int rows;
   int64_t first[kRows];
 
-  QueryBlock(const Problem& p, int64_t batch, int64_t head, int64_t m0_)
-      : m0(m0_), rows(static_cast<int>(lesser<int64_t>(kRows, p.seqlen - m0_))) {
+  QueryBlock(const Problem& p, int64_t batch, int64_t head, int64_t first_row)
+      : row(first_row), rows(static_cast<int>(lesser<int64_t>(kRows, p.seqlen - first_row))) {
     const auto first_of = [&](int r) {
-      const int64_t doc_start = p.doc_start ? p.doc_start[batch * p.seqlen + m0 + r] : 0;
-      return first_key<int64_t>(m0 + r, doc_start, p.group_size, head >= p.first_shifted_head);
+      const int64_t doc_start = p.doc_start ? p.doc_start[batch * p.seqlen + row + r] : 0;
+      return first_key<int64_t>(row + r, doc_start, p.group_size, head >= p.first_shifted_head);
     };
     first[0] = first_of(0);
     first[rows - 1] = first_of(rows - 1);
@@ -44,9 +44,9 @@ struct QueryBlock {
   }
 
   int64_t begin_key() const { return first[0]; }
-  int64_t end_key() const { return m0 + rows; }
+  int64_t end_key() const { return row + rows; }
 
-  int row_begin(int64_t key) const { return static_cast<int>(lesser<int64_t>(greater<int64_t>(key - m0, 0), rows)); }
+  int row_begin(int64_t key) const { return static_cast<int>(lesser<int64_t>(greater<int64_t>(key - row, 0), rows)); }
   int row_end(int64_t key) const {  // how many rows have first <= key
     int low = 0;
     for (int high = rows; low < high;) {
@@ -59,15 +59,15 @@ struct QueryBlock {
     return low;
   }
 
-  // scores[keys, kRows], transposed: -inf where a row in [begin, end) does not see a key of n0.. .
+  // scores[keys, kRows], transposed: -inf where a row in [begin, end) does not see one of the keys.
   template <typename Acc>
-  void mask(Acc* scores, int64_t n0, int keys, int begin, int end) const {
-    if (first[rows - 1] <= n0 && n0 + keys - 1 <= m0 + begin) return;
+  void mask(Acc* scores, int64_t key, int keys, int begin, int end) const {
+    if (first[rows - 1] <= key && key + keys - 1 <= row + begin) return;
     for (int j = 0; j < keys; ++j) {
-      Acc* row = scores + j * kRows;
-      const int run_begin = lesser(row_begin(n0 + j), end);
-      for (int r = begin; r < run_begin; ++r) row[r] = -INFINITY;
-      for (int r = greater(row_end(n0 + j), begin); r < end; ++r) row[r] = -INFINITY;
+      Acc* line = scores + j * kRows;
+      const int run_begin = lesser(row_begin(key + j), end);
+      for (int r = begin; r < run_begin; ++r) line[r] = -INFINITY;
+      for (int r = greater(row_end(key + j), begin); r < end; ++r) line[r] = -INFINITY;
     }
   }
 };
@@ -78,9 +78,9 @@ template <typename Acc, int kRows>
 struct RowRun {
   int begin, end;
 
-  RowRun(const QueryBlock<kRows>& block, int64_t n0, int keys)
-      : begin(block.row_begin(n0) / kLanes<Acc> * kLanes<Acc>),
-        end(static_cast<int>(round_up(block.row_end(n0 + keys - 1), kLanes<Acc>))) {}
+  RowRun(const QueryBlock<kRows>& block, int64_t key, int keys)
+      : begin(block.row_begin(key) / kLanes<Acc> * kLanes<Acc>),
+        end(static_cast<int>(round_up(block.row_end(key + keys - 1), kLanes<Acc>))) {}
 
   int size() const { return end - begin; }
 };

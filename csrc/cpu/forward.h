@@ -2,6 +2,9 @@
 //
 // Scores are kept transposed, [keys, query rows]: lanes are query rows, so the online softmax needs no
 // reduction across lanes, and K and V are read as they lie.
+//
+// In the paper's letters (FlashAttention-2, algorithm 1): `scores` are S, and `weights` P, not yet divided by their
+// sums; `out` is O, `lse` L.
 #pragma once
 
 #include "blocks.h"
@@ -11,11 +14,11 @@
 namespace longlora::cpu::LONGLORA_ISA {
 
 template <typename T>
-struct ForwardTile {
+struct Forward {
   using E = Multiplied<T>;
   using Acc = Accumulate<T>;
 
-  ForwardTile(const ForwardParams& params, Arena& arena)
+  Forward(const ForwardParams& params, Arena& arena)
       : p(params),
         head_dim(static_cast<int>(params.problem.head_dim)),
         pitch(static_cast<int>(round_up(head_dim, kPad))),
@@ -25,45 +28,45 @@ struct ForwardTile {
         row_max(arena.take<Acc>(kForwardRows)),
         row_sum(arena.take<Acc>(kForwardRows)),
         scores(arena.take<Acc>(kForwardKeys * kForwardRows)),
-        probs(arena.take<E>(kForwardKeys / kPack<E> * kForwardRows)),
+        weights(arena.take<E>(kForwardKeys / kPack<E> * kForwardRows)),
         k(arena.take<E>(kForwardKeys * pitch / kPack<E>)),
         v(arena.take<E>(kForwardKeys / kPack<E> * pitch)) {}
 
-  void run(int64_t batch, int64_t head, int64_t m0) {
+  void run(int64_t batch, int64_t head, int64_t row) {
     const Problem& problem = p.problem;
-    const QueryBlock<kForwardRows> block(problem, batch, head, m0);
+    const QueryBlock<kForwardRows> block(problem, batch, head, row);
     const int64_t kv_head = head / (problem.heads / problem.kv_heads);
 
-    load_transposed<T>({p.q, batch, m0, head, block.rows}, head_dim, kForwardRows, q_t);
+    load_transposed<T>({p.q, batch, row, head, block.rows}, head_dim, kForwardRows, q_t);
     std::memset(out, 0, sizeof(Acc) * kForwardRows * pitch);
     for (int r = 0; r < kForwardRows; ++r) {
       row_max[r] = -INFINITY;
       row_sum[r] = 0;
     }
-    for (int64_t n0 = block.begin_key(); n0 < block.end_key(); n0 += kForwardKeys) {
-      const int keys = static_cast<int>(lesser<int64_t>(kForwardKeys, block.end_key() - n0));
-      const RowRun<Acc, kForwardRows> run(block, n0, keys);
+    for (int64_t key = block.begin_key(); key < block.end_key(); key += kForwardKeys) {
+      const int keys = static_cast<int>(lesser<int64_t>(kForwardKeys, block.end_key() - key));
+      const RowRun<Acc, kForwardRows> run(block, key, keys);
       if (run.size() <= 0) continue;  // the end of a document that this block does not reach back to
-      load_rows<T>({p.k, batch, n0, kv_head, keys}, head_dim, pitch, k);
-      load_summed_rows<T>({p.v, batch, n0, kv_head, keys}, head_dim, pitch, v);
-      step(block, run, n0, keys);
+      load_rows<T>({p.k, batch, key, kv_head, keys}, head_dim, pitch, k);
+      load_summed_rows<T>({p.v, batch, key, kv_head, keys}, head_dim, pitch, v);
+      step(block, run, key, keys);
     }
     finish(block, batch, head);
   }
 
  private:
-  void step(const QueryBlock<kForwardRows>& block, const RowRun<Acc, kForwardRows>& run, int64_t n0, int keys) {
+  void step(const QueryBlock<kForwardRows>& block, const RowRun<Acc, kForwardRows>& run, int64_t key, int keys) {
     gemm<Operand::kPlain>(Update::kStore, keys, run.size(), head_dim / kPack<E>, k, pitch / kPack<E>, q_t + run.begin,
                           kForwardRows, scores + run.begin, kForwardRows);
-    block.mask(scores, n0, keys, run.begin, run.end);
+    block.mask(scores, key, keys, run.begin, run.end);
     for (int r = run.begin; r < run.end; r += kLanes<Acc>) softmax(keys, r);
     const int summed = (keys + kPack<E> - 1) / kPack<E>;
-    gemm<Operand::kTransposed>(Update::kAdd, run.size(), pitch, summed, probs + run.begin, kForwardRows, v, pitch,
+    gemm<Operand::kTransposed>(Update::kAdd, run.size(), pitch, summed, weights + run.begin, kForwardRows, v, pitch,
                                out + run.begin * pitch, pitch);
   }
 
   // Online softmax in base 2 over one tile of keys, for kLanes query rows from row r on: scores become
-  // probabilities relative to the running maximum, and what was summed before is rescaled to it.
+  // weights relative to the running maximum, and what was summed before is rescaled to it.
   void softmax(int keys, int r) {
     Vector<Acc> tile_max = as_vector(scores + r);
     for (int j = 1; j < keys; ++j) tile_max = maximum<Acc>(tile_max, as_vector(scores + j * kForwardRows + r));
@@ -73,12 +76,12 @@ struct ForwardTile {
     const Vector<Acc> origin = new_max == -INFINITY ? Vector<Acc>{} : new_max;
     Vector<Acc> sum = {};
     for (int j = 0; j < keys; j += kPack<E>) {
-      Vector<Acc> prob[kPack<E>] = {};
+      Vector<Acc> weight[kPack<E>] = {};
       for (int i = 0; i < kPack<E> && j + i < keys; ++i) {
-        prob[i] = exp2(as_vector(scores + (j + i) * kForwardRows + r) * scale_log2 - origin);
-        sum += prob[i];
+        weight[i] = exp2(as_vector(scores + (j + i) * kForwardRows + r) * scale_log2 - origin);
+        sum += weight[i];
       }
-      as_vector(probs + j / kPack<E> * kForwardRows + r) = pack(prob, E());
+      as_vector(weights + j / kPack<E> * kForwardRows + r) = pack(weight, E());
     }
     const Vector<Acc> rescale = exp2(old_max - origin);
     as_vector(row_max + r) = new_max;
@@ -86,16 +89,16 @@ struct ForwardTile {
     for (int lane = 0; lane < kLanes<Acc>; ++lane) {
       const Acc factor = rescale[lane];
       if (factor == 1) continue;
-      Acc* row = out + (r + lane) * pitch;
-      for (int d = 0; d < pitch; ++d) row[d] *= factor;
+      Acc* line = out + (r + lane) * pitch;
+      for (int d = 0; d < pitch; ++d) line[d] *= factor;
     }
   }
 
   void finish(const QueryBlock<kForwardRows>& block, int64_t batch, int64_t head) {
-    Acc* lse = static_cast<Acc*>(p.lse) + (batch * p.problem.heads + head) * p.problem.seqlen + block.m0;
+    Acc* lse = static_cast<Acc*>(p.lse) + (batch * p.problem.heads + head) * p.problem.seqlen + block.row;
     for (int r = 0; r < block.rows; ++r) {
       lse[r] = static_cast<Acc>(row_max[r] * M_LN2 + ::log(row_sum[r]));
-      store_row<T>(out + r * pitch, 1 / row_sum[r], head_dim, row_of<T>(p.out, batch, block.m0 + r, head));
+      store_row<T>(out + r * pitch, 1 / row_sum[r], head_dim, row_of<T>(p.out, batch, block.row + r, head));
     }
   }
 
@@ -108,7 +111,7 @@ struct ForwardTile {
   Acc* const row_max;  // of the scores times scale_log2, rounded: where it stays, the rescaling is exactly 1
   Acc* const row_sum;
   Acc* const scores;  // [keys, rows]
-  E* const probs;     // [keys, rows]
+  E* const weights;   // [keys, rows]
   E* const k;         // [keys, pitch]
   E* const v;         // [keys, pitch]
 };

@@ -46,7 +46,7 @@ void for_each_block(const Params& params, int64_t block_rows) {
 
 template <typename T>
 void forward(const ForwardParams& params) {
-  for_each_block<ForwardTile<T>>(params, kForwardRows);
+  for_each_block<Forward<T>>(params, kForwardRows);
 }
 
 // As many KV heads at a time as have this much of dQ in fp32, and at least one.
@@ -56,7 +56,7 @@ template <typename T>
 void backward(const BackwardParams& params) {
   using Acc = Accumulate<T>;
   const Problem& p = params.problem;
-  for_each_block<DeltaTile<T>>(params, kBackwardBlock);
+  for_each_block<Preprocess<T>>(params, kBackwardBlock);
 
   const int64_t blocks = (p.seqlen + kBackwardBlock - 1) / kBackwardBlock;
   const int64_t kv_heads = p.batch * p.kv_heads;
@@ -73,7 +73,7 @@ void backward(const BackwardParams& params) {
   Arena arena(memory.data());
   const QueryGradients<Acc> dq = query_gradients(at_once, arena);
 
-  const Scratch scratch = scratch_for<GradientTile<T>>(params);
+  const Scratch scratch = scratch_for<Backward<T>>(params);
   for (int64_t begin = 0; begin < kv_heads; begin += at_once) {
     const int64_t count = lesser(at_once, kv_heads - begin);
     dq.begin();
@@ -81,7 +81,7 @@ void backward(const BackwardParams& params) {
 #pragma omp parallel for schedule(monotonic : dynamic) if (count * blocks > 1)
     for (int64_t item = 0; item < count * blocks; ++item) {
       Arena arena = scratch.of_this_thread();
-      GradientTile<T> tile(params, arena);
+      Backward<T> tile(params, arena);
       const int64_t head = begin + item % count;
       tile.run(dq, item % count * heads_per_kv, head / p.kv_heads, head % p.kv_heads, item / count * kBackwardBlock);
     }

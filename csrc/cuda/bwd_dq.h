@@ -1,5 +1,5 @@
 // Backward, deterministic: dq of one tile of query rows, summed over its keys from right to left by one block. It works
-// the scores out a second time (seven products for five) and needs no atomics.
+// the scores out a second time (seven products for five) and needs no atomics. The letters are those of mainloop_bwd.h.
 #pragma once
 
 #include "bwd_tiles.h"
@@ -9,23 +9,22 @@ namespace longlora::cuda {
 template <typename Element, int kHeadDim>
 struct BackwardDq : BackwardTiles<Element, kHeadDim> {
   using Tiles = BackwardTiles<Element, kHeadDim>;
-  using Tiles::kRows, Tiles::kKeys, Tiles::kThreads, Tiles::kRowsSize, Tiles::kKeysSize, Tiles::kScoresSize;
-  static constexpr int kSharedBytes =
-      sizeof(Element) * (2 * kRowsSize + 2 * kKeysSize + kScoresSize) + RowStatistics<kRows>::kBytes;
+  using Tiles::kRows, Tiles::kKeys, Tiles::kThreads;
+  using Shared = BackwardDqShared<Element, kHeadDim>;
 
-  DEVICE static void run(const BackwardParams& params, int batch, int head, int row, Element* shared, int thread) {
+  DEVICE static void run(const BackwardParams& params, const Turn& turn, Shared& shared) {
     const Problem& problem = params.problem;
+    const int batch = turn.batch, head = turn.head, row = turn.tile * kRows, thread = threadIdx.x;
     const int seqlen = static_cast<int>(problem.seqlen), head_dim = static_cast<int>(problem.head_dim);
     const int kv_head = static_cast<int>(head / (problem.heads / problem.kv_heads));
     const float scale_log2 = scale_log2_of(problem);
 
-    Element* const k_at = shared + 2 * kRowsSize;
-    auto q_tile = make_tensor(make_smem_ptr(shared), typename Tiles::RowsTile{});
-    auto dout_tile = make_tensor(make_smem_ptr(shared + kRowsSize), typename Tiles::RowsTile{});
-    auto k_tile = make_tensor(make_smem_ptr(k_at), typename Tiles::KeysTile{});
-    auto v_tile = make_tensor(make_smem_ptr(k_at + kKeysSize), typename Tiles::KeysTile{});
-    auto ds_tile = make_tensor(make_smem_ptr(k_at + 2 * kKeysSize), typename Tiles::ScoresTile{});
-    const RowStatistics<kRows> statistics{reinterpret_cast<float*>(k_at + 2 * kKeysSize + kScoresSize)};
+    auto q_tile = make_tensor(make_smem_ptr(shared.q), typename Tiles::RowsTile{});
+    auto dout_tile = make_tensor(make_smem_ptr(shared.dout), typename Tiles::RowsTile{});
+    auto k_tile = make_tensor(make_smem_ptr(shared.k), typename Tiles::KeysTile{});
+    auto v_tile = make_tensor(make_smem_ptr(shared.v), typename Tiles::KeysTile{});
+    auto ds_tile = make_tensor(make_smem_ptr(shared.ds), typename Tiles::ScoresTile{});
+    const RowStatistics<kRows> statistics{shared.statistics};
 
     const typename Tiles::ScoresMma scores_mma;
     const typename Tiles::DqMma dq_mma;
@@ -67,10 +66,10 @@ struct BackwardDq : BackwardTiles<Element, kHeadDim> {
       if (rows.masks(n * kKeys, kKeys))
         apply_mask(score_matrix, where, [&](int i) { return visible.first_key(row + i); }, row, n * kKeys);
       statistics.normalize(score_matrix, where, scale_log2);
-      auto gradient = zeros<kRows, kKeys>(scores_mma);
-      multiply(gradient, scores_mma, dout, v);
-      statistics.differentiate(as_matrix(gradient), score_matrix, where);
-      share(gradient, scores_mma, ds_tile, thread);
+      auto dweights = zeros<kRows, kKeys>(scores_mma);
+      multiply(dweights, scores_mma, dout, v);
+      statistics.differentiate(as_matrix(dweights), score_matrix, where);
+      share(dweights, scores_mma, ds_tile, thread);
       sync_block();  // ds is whole, and nobody reads this V any more
       if (n > first_tile) load_keys(params.v, v_tile, n - 1);
       multiply(dq, dq_mma, ds, k_t);

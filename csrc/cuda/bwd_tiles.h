@@ -1,27 +1,43 @@
 // What the kernels of the backward pass share: tiles, products, and the gradient of the scores.
 #pragma once
 
+#include <algorithm>
+
 #include "copy.h"
 #include "gemm.h"
 #include "mask.h"
+#include "scheduler.h"
+#include "shared_memory.h"
 #include "softmax.h"
 #include "tile_config.h"
 
 namespace longlora::cuda {
 
+// The kernels of the backward pass are Works (kernel.h) that go by tiles of query rows, or, as Backward says itself, of
+// keys.
 template <typename Element, int kHeadDim>
 struct BackwardTiles {
+  using Params = BackwardParams;
   static constexpr BackwardTile kTile = backward_tile(kHeadDim);
   static constexpr int kRows = kTile.rows, kKeys = kTile.keys, kThreads = kTile.warps * 32;
+  static constexpr bool kLastFirst = true;
   using RowsTile = SharedTile<kRows, kHeadDim>;  // q, dout
   using KeysTile = SharedTile<kKeys, kHeadDim>;  // k, v
   using ScoresTile = SharedTile<kRows, kKeys>;   // weights, ds
   using ScoresMma = WarpMma<Element, kTile.warps, kTile.score_warps>;
   using DkvMma = WarpMma<Element, kTile.warps, kTile.dkv_warps>;
   using DqMma = WarpMma<Element, kTile.warps, kTile.dq_warps>;
-  static constexpr int kRowsSize = kRows * kHeadDim, kKeysSize = kKeys * kHeadDim, kScoresSize = kRows * kKeys;
+  static constexpr int kRowsSize = kRows * kHeadDim, kRowBytes = kHeadDim * sizeof(Element);
+  static_assert(kTile.warps % kTile.score_warps == 0 && kTile.warps % kTile.dkv_warps == 0 &&
+                kTile.warps % kTile.dq_warps == 0);
 
-  // A tile of rows among those of all heads and sequences. Each is a block of prepare_kernel: 32 bits count them.
+  // What tiles of query rows share are keys.
+  static Schedule schedule(const Problem& problem) {
+    const int64_t shared_bytes = 2 * kRowBytes / (problem.heads / problem.kv_heads);
+    return Schedule(problem, kRows, problem.heads, problem.first_shifted_head, std::max<int64_t>(1, shared_bytes));
+  }
+
+  // A tile of rows among those of all heads and sequences. Each has a block (of Preprocess): 32 bits count them.
   DEVICE static int row_tile(const Problem& problem, int batch, int head, int tile) {
     const int heads = static_cast<int>(problem.heads), seqlen = static_cast<int>(problem.seqlen);
     return (batch * heads + head) * ((seqlen + kRows - 1) / kRows) + tile;
@@ -37,7 +53,7 @@ struct BackwardTiles {
 // needed, they took 8% of an H200's time at a head dim of 128, and there are no registers to fetch them earlier.
 template <int kRows>
 struct RowStatistics {
-  static constexpr int kSize = 2 * kRows, kBytes = kSize * sizeof(float);
+  static constexpr int kSize = 2 * kRows;
   float* shared;  // lse, then delta
 
   // Starts to copy. Past the last row come zeros: dout is 0 there, and nothing comes of them.
@@ -62,14 +78,14 @@ struct RowStatistics {
     }
   }
 
-  // d(weights) becomes d(scale * scores).
-  template <class Gradient, class Weights, class Where>
-  DEVICE void differentiate(Gradient&& gradient, const Weights& weights, const Where& where) const {
+  // d(weights) become ds, d(scale * scores).
+  template <class Dweights, class Weights, class Where>
+  DEVICE void differentiate(Dweights&& dweights, const Weights& weights, const Where& where) const {
     CUTE_UNROLL
-    for (int m = 0; m < size<0>(gradient); ++m) {
+    for (int m = 0; m < size<0>(dweights); ++m) {
       const float delta = at(kRows + get<0>(where(m, 0)));
       CUTE_UNROLL
-      for (int n = 0; n < size<1>(gradient); ++n) gradient(m, n) = weights(m, n) * (gradient(m, n) - delta);
+      for (int n = 0; n < size<1>(dweights); ++n) dweights(m, n) = weights(m, n) * (dweights(m, n) - delta);
     }
   }
 

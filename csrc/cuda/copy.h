@@ -25,6 +25,7 @@ using TileCopy =
 template <int kThreads, class Global, class Shared>
 DEVICE void load_tile(const Global& global, Shared&& shared, int rows, int columns, int thread) {
   using Element = typename std::decay_t<Global>::value_type;
+  static_assert(decltype(size<0>(shared))::value % (kThreads / 8) == 0, "every thread has the same share of a tile");
   const TileCopy<CpAsync16, Element, kThreads> copy;
   const auto mine = copy.get_thread_slice(thread);
   const auto from = mine.partition_S(global);
@@ -46,6 +47,7 @@ template <int kThreads, class Accumulator, class Mma, class Shared, class Global
 DEVICE void store_tile(const Accumulator& acc, const Mma& mma, Shared&& shared, Global&& global, int rows, int columns,
                        int thread) {
   using Element = typename std::decay_t<Global>::value_type;
+  static_assert(decltype(size<0>(shared))::value % (kThreads / 8) == 0, "every thread has the same share of a tile");
   const auto fragment = rounded<Element>(acc);
   const auto to_shared = make_tiled_copy_C(Copy_Atom<Move<uint32_t>, Element>{}, mma);
   const auto writer = to_shared.get_thread_slice(thread);

@@ -5,8 +5,6 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
-#include <stdexcept>
-#include <string>
 
 #include "errors.h"
 
@@ -61,19 +59,12 @@ DEVICE T* shared_memory() {
   return reinterpret_cast<T*>(block_memory);
 }
 
-// Lets `kernel` have that much shared memory, which must come before its launch. An A100, H100 or B200 offers a block
-// 163 KiB and more; GPUs of compute capability 8.6, 8.9 and 12 offer 99.
+// Lets `kernel` have that much shared memory, which must come before its launch. That the GPU has it, dispatch.cu
+// knows.
 template <auto kernel>
 void allow_shared_memory(int bytes) {
   constexpr int kAlwaysAllowed = 48 * 1024;
   if (bytes <= kAlwaysAllowed) return;
-  int device = 0, offered = 0;
-  check(cudaGetDevice(&device), "asking for the current GPU");
-  check(cudaDeviceGetAttribute(&offered, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "asking the GPU");
-  if (bytes > offered)
-    throw std::runtime_error("s2attn: this kernel needs " + std::to_string(bytes) +
-                             " bytes of shared memory, but GPU " + std::to_string(device) + " offers " +
-                             std::to_string(offered) + " to a block; use attn_implementation='sdpa'");
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "asking for shared memory");
 }
 

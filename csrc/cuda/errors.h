@@ -1,4 +1,4 @@
-// What a failed call of the CUDA runtime says: what was tried, CUDA's own words and, where the driver or the GPU does
+// What a failed call of the CUDA runtime means: what was tried, CUDA's own words and, where the driver or the GPU does
 // not suit the library, what to do about it.
 #pragma once
 
@@ -37,10 +37,15 @@ inline std::string advice(cudaError_t error) {
   }
 }
 
-inline void check(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
+// Empty where nothing failed.
+inline std::string failure(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return "";
   cudaGetLastError();  // or the next launch, which may well succeed, would be told of this
-  throw std::runtime_error(std::string("s2attn: ") + what + ": " + cudaGetErrorString(error) + advice(error));
+  return std::string(what) + ": " + cudaGetErrorString(error) + advice(error);
+}
+
+inline void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error("s2attn: " + failure(error, what));
 }
 
 }  // namespace longlora::cuda

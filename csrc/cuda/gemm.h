@@ -77,8 +77,11 @@ DEVICE void multiply(Accumulator& acc, const Mma& mma, A& a, B& b) {
   }
 }
 
+// The accumulator of an [kRows, kColumns] product, empty.
 template <int kRows, int kColumns, class Mma>
 DEVICE auto zeros(const Mma& mma) {
+  static_assert(kRows % decltype(tile_size<0>(mma))::value == 0 && kColumns % decltype(tile_size<1>(mma))::value == 0,
+                "every warp has the same share of a product");
   auto acc = partition_fragment_C(mma, Shape<Int<kRows>, Int<kColumns>>{});
   clear(acc);
   return acc;

@@ -1,5 +1,8 @@
 // Backward: one tile of keys against all query rows that see it, of all query heads that share its KV head. dk and dv
 // stay in registers throughout; dq is added up in global memory, or left to bwd_dq.h.
+//
+// In the paper's letters (FlashAttention-2, algorithm 2): `scores` are S and then, as `weights`, P; `dweights` are dP
+// and then, as `ds`, dS; `delta` is D.
 #pragma once
 
 #include "bwd_tiles.h"
@@ -44,30 +47,49 @@ struct QueryWalk {
 template <typename Element, int kHeadDim, bool kWithDq>
 struct Backward : BackwardTiles<Element, kHeadDim> {
   using Tiles = BackwardTiles<Element, kHeadDim>;
-  using Tiles::kRows, Tiles::kKeys, Tiles::kThreads, Tiles::kRowsSize, Tiles::kKeysSize, Tiles::kScoresSize;
-  static constexpr int kStages = Tiles::kTile.stages;
+  using Tiles::kRows, Tiles::kKeys, Tiles::kThreads, Tiles::kRowsSize;
+  using Shared = BackwardShared<Element, kHeadDim>;
   using Statistics = RowStatistics<kRows>;
-  static constexpr int kSharedBytes =
-      sizeof(Element) * (2 * kStages * kRowsSize + 2 * kKeysSize + 2 * kScoresSize) + kStages * Statistics::kBytes;
+  static constexpr int kStages = Tiles::kTile.stages;
+  static constexpr bool kLastFirst = false;
 
-  DEVICE static void run(const BackwardParams& params, int batch, int kv_head, int key, Element* shared, int thread) {
+  // What tiles of keys share are q, dout and the sums of dq.
+  static Schedule schedule(const Problem& problem) {
+    const int64_t heads_per_kv = problem.heads / problem.kv_heads;
+    return Schedule(problem, kKeys, problem.kv_heads, (problem.first_shifted_head + heads_per_kv - 1) / heads_per_kv,
+                    4 * Tiles::kRowBytes * heads_per_kv);
+  }
+
+  // Which buffers of q, dout and their statistics are at work. Where the statistics are says it: an index besides would
+  // take a register.
+  struct Stage {
+    const Shared& shared;
+    Statistics statistics;
+
+    DEVICE explicit Stage(Shared& shared) : shared(shared), statistics{shared.statistics} {}
+    DEVICE int index() const { return statistics.shared != shared.statistics; }
+    DEVICE int other() const { return index() ^ 1; }
+    // To the other buffers, with the operands that read them.
+    template <class... Operands>
+    DEVICE void flip(Operands&... operands) {
+      const bool forwards = index() == 0;
+      (operands.move(forwards ? kRowsSize : -kRowsSize), ...);
+      statistics.shared += forwards ? Statistics::kSize : -Statistics::kSize;
+    }
+  };
+
+  DEVICE static void run(const BackwardParams& params, const Turn& turn, Shared& shared) {
     const Problem& problem = params.problem;
+    const int batch = turn.batch, kv_head = turn.head, key = turn.tile * kKeys, thread = threadIdx.x;
     const int seqlen = static_cast<int>(problem.seqlen), head_dim = static_cast<int>(problem.head_dim);
     const float scale_log2 = scale_log2_of(problem);
 
-    Element* const q_at = shared;
-    Element* const dout_at = q_at + kStages * kRowsSize;
-    Element* const k_at = dout_at + kStages * kRowsSize;
-    Element* const weights_at = k_at + 2 * kKeysSize;
-    const auto q_tile = make_tensor(make_smem_ptr(q_at), typename Tiles::RowsTile{});
-    const auto dout_tile = make_tensor(make_smem_ptr(dout_at), typename Tiles::RowsTile{});
-    auto k_tile = make_tensor(make_smem_ptr(k_at), typename Tiles::KeysTile{});
-    auto v_tile = make_tensor(make_smem_ptr(k_at + kKeysSize), typename Tiles::KeysTile{});
-    auto weights_tile = make_tensor(make_smem_ptr(weights_at), typename Tiles::ScoresTile{});
-    auto ds_tile = make_tensor(make_smem_ptr(weights_at + kScoresSize), typename Tiles::ScoresTile{});
-    const auto statistics_of = [&](int stage) ALWAYS_INLINE {
-      return Statistics{reinterpret_cast<float*>(weights_at + 2 * kScoresSize) + stage * Statistics::kSize};
-    };
+    const auto q_tile = make_tensor(make_smem_ptr(shared.q), typename Tiles::RowsTile{});
+    const auto dout_tile = make_tensor(make_smem_ptr(shared.dout), typename Tiles::RowsTile{});
+    auto k_tile = make_tensor(make_smem_ptr(shared.k), typename Tiles::KeysTile{});
+    auto v_tile = make_tensor(make_smem_ptr(shared.v), typename Tiles::KeysTile{});
+    auto weights_tile = make_tensor(make_smem_ptr(shared.weights), typename Tiles::ScoresTile{});
+    auto ds_tile = make_tensor(make_smem_ptr(shared.ds), typename Tiles::ScoresTile{});
 
     const typename Tiles::ScoresMma scores_mma;
     const typename Tiles::DkvMma dkv_mma;
@@ -84,14 +106,15 @@ struct Backward : BackwardTiles<Element, kHeadDim> {
     auto q_t = operand_b<Ldmatrix4T>(dkv_mma, transposed(q_tile), thread);
     auto dout_t = operand_b<Ldmatrix4T>(dkv_mma, transposed(dout_tile), thread);
 
-    const auto load_rows = [&](const TensorView& from, Element* at, int head, int row) ALWAYS_INLINE {
+    const auto load_rows = [&](const TensorView& from, Element* to, int head, int row) ALWAYS_INLINE {
       load_tile<kThreads>(global_tile<Element, kRows, kHeadDim>(from, batch, head, row),
-                          make_tensor(make_smem_ptr(at), typename Tiles::RowsTile{}), seqlen - row, head_dim, thread);
+                          make_tensor(make_smem_ptr(to), typename Tiles::RowsTile{}), seqlen - row, head_dim, thread);
     };
-    const auto load_stage = [&](const QueryWalk<kRows>& walk, int stage) ALWAYS_INLINE {
-      load_rows(params.q, q_at + stage * kRowsSize, walk.head, walk.tile * kRows);
-      load_rows(params.dout, dout_at + stage * kRowsSize, walk.head, walk.tile * kRows);
-      statistics_of(stage).template load<kThreads>(params, batch, walk.head, walk.tile * kRows, thread);
+    const auto load_stage = [&](const QueryWalk<kRows>& walk, int i) ALWAYS_INLINE {
+      load_rows(params.q, shared.q + i * kRowsSize, walk.head, walk.tile * kRows);
+      load_rows(params.dout, shared.dout + i * kRowsSize, walk.head, walk.tile * kRows);
+      Statistics{shared.statistics + i * Statistics::kSize}.template load<kThreads>(params, batch, walk.head,
+                                                                                    walk.tile * kRows, thread);
       commit_copies();
     };
 
@@ -105,16 +128,15 @@ struct Backward : BackwardTiles<Element, kHeadDim> {
     auto dk = zeros<kKeys, kHeadDim>(dkv_mma);
     auto dv = zeros<kKeys, kHeadDim>(dkv_mma);
     const auto where = coordinates<kRows, kKeys>(scores_mma, thread);
-    Statistics statistics = statistics_of(0);
+    Stage stage(shared);
     while (!walk.ended()) {
       const int head = walk.head, row = walk.tile * kRows;
       const int row_tile = Tiles::row_tile(problem, batch, head, walk.tile);
-      const int stage = statistics.shared != statistics_of(0).shared;
       const bool masks_first = walk.masks_first();
       walk.next();
       wait_copies<0>();
       sync_block();  // q and dout have come, and nobody reads the other stage, the weights or ds any more
-      if (kStages == 2 && !walk.ended()) load_stage(walk, stage ^ 1);
+      if (kStages == 2 && !walk.ended()) load_stage(walk, stage.other());
 
       auto scores = zeros<kRows, kKeys>(scores_mma);
       multiply(scores, scores_mma, q, k);
@@ -124,14 +146,14 @@ struct Backward : BackwardTiles<Element, kHeadDim> {
         const auto first_key = [&](int i) { return masks_first ? visible.first_key(row + i) : key; };
         apply_mask(score_matrix, where, first_key, row, key);
       }
-      statistics.normalize(score_matrix, where, scale_log2);
+      stage.statistics.normalize(score_matrix, where, scale_log2);
       share(scores, scores_mma, weights_tile, thread);
 
-      auto gradient = zeros<kRows, kKeys>(scores_mma);
+      auto dweights = zeros<kRows, kKeys>(scores_mma);
       dout.follow(q, kStages * kRowsSize);
-      multiply(gradient, scores_mma, dout, v);
-      statistics.differentiate(as_matrix(gradient), score_matrix, where);
-      share(gradient, scores_mma, ds_tile, thread);
+      multiply(dweights, scores_mma, dout, v);
+      stage.statistics.differentiate(as_matrix(dweights), score_matrix, where);
+      share(dweights, scores_mma, ds_tile, thread);
       sync_block();  // the weights and ds are whole
 
       dout_t.follow(q_t, kStages * kRowsSize);
@@ -146,9 +168,7 @@ struct Backward : BackwardTiles<Element, kHeadDim> {
       multiply(dk, dkv_mma, ds_t, q_t);
 
       if constexpr (kStages == 2) {
-        const int move = stage == 0 ? kRowsSize : -kRowsSize;
-        q.move(move), q_t.move(move);
-        statistics.shared += stage == 0 ? Statistics::kSize : -Statistics::kSize;
+        stage.flip(q, q_t);
       } else if (!walk.ended()) {
         sync_block();  // nobody reads q and dout any more
         load_stage(walk, 0);

@@ -1,9 +1,16 @@
 // Forward: one tile of query rows against the keys they see, from right to left.
+//
+// In the paper's letters (FlashAttention-2, algorithm 1): `scores` are S, and `weights` P, not yet divided by their
+// sums; `out` is O, `lse` L.
 #pragma once
+
+#include <algorithm>
 
 #include "copy.h"
 #include "gemm.h"
 #include "mask.h"
+#include "scheduler.h"
+#include "shared_memory.h"
 #include "softmax.h"
 #include "tile_config.h"
 
@@ -11,27 +18,63 @@ namespace longlora::cuda {
 
 template <typename Element, int kHeadDim>
 struct Forward {
+  using Params = ForwardParams;
+  using Shared = ForwardShared<Element, kHeadDim>;
   static constexpr ForwardTile kTile = forward_tile(kHeadDim);
   static constexpr int kRows = kTile.rows, kKeys = kTile.keys, kThreads = kTile.warps * 32;
+  static constexpr bool kLastFirst = true;
   using QueryTile = SharedTile<kRows, kHeadDim>;
   using KeyTile = SharedTile<kKeys, kHeadDim>;
   using Mma = WarpMma<Element, kTile.warps, kTile.warps>;
-  static constexpr int kSharedBytes = sizeof(Element) * (kRows + 2 * kKeys) * kHeadDim + sizeof(int) * kRows;
 
+  static Schedule schedule(const Problem& problem) {
+    const int64_t bytes_of_keys = 2 * sizeof(Element) * kHeadDim * problem.kv_heads / problem.heads;
+    return Schedule(problem, kRows, problem.heads, problem.first_shifted_head, std::max<int64_t>(1, bytes_of_keys));
+  }
+
+  DEVICE static void run(const ForwardParams& params, const Turn& turn, Shared& shared) {
+    const Problem& problem = params.problem;
+    const int row = turn.tile * kRows, rows = static_cast<int>(problem.seqlen) - row;
+    const Visibility visible(problem, turn.batch, turn.head);
+    const Mma mma;
+
+    auto out = zeros<kRows, kHeadDim>(mma);
+    auto out_matrix = as_matrix(out);
+    OnlineSoftmax<decltype(size<0>(out_matrix))::value> softmax(scale_log2_of(problem));
+    sum_over_keys(params, visible, turn.batch, turn.head, row, shared, thread_index(), out, softmax);
+
+    float lse[decltype(size<0>(out_matrix))::value];
+    softmax.finish(out_matrix, lse);
+    const int thread = thread_index();
+    const auto where = coordinates<kRows, kHeadDim>(mma, thread);
+    float* lse_out =
+        static_cast<float*>(params.lse) + (int64_t{turn.batch} * problem.heads + turn.head) * problem.seqlen;
+    CUTE_UNROLL
+    for (int m = 0; m < size<0>(where); ++m) {
+      const int i = get<0>(where(m, 0));
+      if (get<1>(where(m, 0)) == 0 && i < rows) lse_out[row + i] = lse[m];
+    }
+    // The loop's last barrier came after the last read of the queries, whose place the output takes.
+    store_tile<kThreads>(out, mma, make_tensor(make_smem_ptr(shared.q), QueryTile{}),
+                         global_tile<Element, kRows, kHeadDim>(params.out, turn.batch, turn.head, row), rows,
+                         static_cast<int>(problem.head_dim), thread);
+  }
+
+ private:
   // `out` and `softmax` come back with the sums over all keys, not yet divided. The tile of queries is free after a
   // barrier.
   template <class Out, class Softmax>
-  DEVICE static void run(const ForwardParams& params, const Visibility& visible, int batch, int head, int row,
-                         Element* shared, int thread, Out& out, Softmax& softmax) {
+  DEVICE static void sum_over_keys(const ForwardParams& params, const Visibility& visible, int batch, int head, int row,
+                                   Shared& shared, int thread, Out& out, Softmax& softmax) {
     const Problem& problem = params.problem;
     const int seqlen = visible.seqlen, head_dim = static_cast<int>(problem.head_dim);
     const int kv_head = static_cast<int>(head / (problem.heads / problem.kv_heads));
 
     const Mma mma;
-    auto q_tile = make_tensor(make_smem_ptr(shared), QueryTile{});
-    auto k_tile = make_tensor(make_smem_ptr(shared + kRows * kHeadDim), KeyTile{});
-    auto v_tile = make_tensor(make_smem_ptr(shared + (kRows + kKeys) * kHeadDim), KeyTile{});
-    FirstKeys<kRows> first_keys{reinterpret_cast<int*>(shared + (kRows + 2 * kKeys) * kHeadDim)};
+    auto q_tile = make_tensor(make_smem_ptr(shared.q), QueryTile{});
+    auto k_tile = make_tensor(make_smem_ptr(shared.k), KeyTile{});
+    auto v_tile = make_tensor(make_smem_ptr(shared.v), KeyTile{});
+    FirstKeys<kRows> first_keys{shared.first_keys};
     auto q = operand_a<Ldmatrix4>(mma, q_tile, thread);
     auto k = operand_b<Ldmatrix4>(mma, k_tile, thread);
     auto v = operand_b<Ldmatrix4T>(mma, transposed(v_tile), thread);
@@ -64,7 +107,7 @@ struct Forward {
       multiply(out, mma, weights, v);
     };
 
-    first_keys.fill(visible, row, thread);
+    first_keys.template fill<kThreads>(visible, row, thread);
     load_tile<kThreads>(global_tile<Element, kRows, kHeadDim>(params.q, batch, head, row), q_tile, seqlen - row,
                         head_dim, thread);
     load_keys(params.k, k_tile, last_tile);

@@ -1,4 +1,5 @@
-// Who sees whom: the only place that knows of groups, shift and documents.
+// Who sees whom, by the one formula of groups.h. Two others know of groups: scheduler.h, where they say which tiles
+// share what they read, and QueryWalk (mainloop_bwd.h), which asks here where they end.
 #pragma once
 
 #include <cute/tensor.hpp>
@@ -59,7 +60,9 @@ struct FirstKeys {
   int* shared;
 
   // To be followed by a barrier.
+  template <int kThreads>
   DEVICE void fill(const Visibility& visible, int row, int thread) {
+    static_assert(kRows <= kThreads);
     if (thread < kRows) Move<int>::copy(visible.first_key(row + thread), shared[thread]);
   }
   DEVICE int operator()(int i) const {

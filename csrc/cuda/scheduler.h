@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 
 #include "../params.h"
 #include "device.h"
@@ -18,6 +20,7 @@ namespace longlora::cuda {
 struct Schedule {
   static constexpr int64_t kSectionBytes = 20 << 20;
   static constexpr int kLastBlocks = 8 * 128;
+  static constexpr int64_t kMostBlocks = INT32_MAX;  // of a grid, and what kernels count in 32 bits
 
   int tiles;            // of a head
   int tiles_per_group;  // rounded: a group that is no multiple of a tile gets a good order, not the best
@@ -38,9 +41,14 @@ struct Schedule {
         first_shifted_head(static_cast<int>(first_shifted_head)),
         pairs(problem.batch * heads * groups),
         section(std::max<int64_t>(1, kSectionBytes / (bytes_per_row * rows * tiles_per_group))),
-        in_sections(std::max<int64_t>(0, pairs - kLastBlocks / tiles_per_group) / section * section) {}
+        in_sections(std::max<int64_t>(0, pairs - kLastBlocks / tiles_per_group) / section * section) {
+    if (blocks() > kMostBlocks)
+      throw std::runtime_error("s2attn: batch * heads * seqlen is too much for one launch: a kernel needs " +
+                               std::to_string(blocks()) + " blocks, and may have " + std::to_string(kMostBlocks));
+  }
 
-  dim3 grid() const { return dim3(static_cast<unsigned>(pairs * tiles_per_group)); }
+  int64_t blocks() const { return pairs * tiles_per_group; }
+  dim3 grid() const { return dim3(static_cast<unsigned>(blocks())); }
 };
 
 template <typename Params>

@@ -15,14 +15,18 @@ struct ForwardTile {
 // A warp with 32 rows reads each fragment of K and V for two products, one with 16 rows for one: at 16 shared memory
 // is slower than the tensor cores (head_dim 256 has no registers for more).
 constexpr ForwardTile forward_tile(int head_dim) {
+  ForwardTile tile{};
   switch (head_dim) {
     case 64:
-      return {128, 128, 4};
+      tile.rows = 128, tile.keys = 128, tile.warps = 4;
+      break;
     case 128:
-      return {128, 64, 4};
+      tile.rows = 128, tile.keys = 64, tile.warps = 4;
+      break;
     default:
-      return {128, 64, 8};
+      tile.rows = 128, tile.keys = 64, tile.warps = 8;
   }
+  return tile;
 }
 
 struct BackwardTile {
@@ -36,14 +40,22 @@ struct BackwardTile {
 };
 
 constexpr BackwardTile backward_tile(int head_dim) {
+  BackwardTile tile{};
+  tile.warps = 8;
   switch (head_dim) {
     case 64:
-      return {128, 128, 8, 4, 4, 4, 2};
+      tile.rows = 128, tile.keys = 128, tile.stages = 2;
+      tile.score_warps = 4, tile.dkv_warps = 4, tile.dq_warps = 4;
+      break;
     case 128:
-      return {64, 128, 8, 2, 4, 2, 2};
+      tile.rows = 64, tile.keys = 128, tile.stages = 2;
+      tile.score_warps = 2, tile.dkv_warps = 4, tile.dq_warps = 2;
+      break;
     default:
-      return {64, 64, 8, 4, 2, 2, 1};
+      tile.rows = 64, tile.keys = 64, tile.stages = 1;
+      tile.score_warps = 4, tile.dkv_warps = 2, tile.dq_warps = 2;
   }
+  return tile;
 }
 
 }  // namespace longlora::cuda

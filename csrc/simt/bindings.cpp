@@ -9,6 +9,7 @@
 #include "../cuda/scheduler.h"
 #include "../groups.h"
 #include "python.h"
+#include "shadow.h"
 
 namespace longlora::simt {
 namespace {
@@ -19,6 +20,7 @@ T* pointer(uintptr_t address) {
 }
 
 int compute_capability_major = 8;
+int shared_memory_bytes = SharedMemory::kMostBytes;
 int error_of_the_runtime = cudaSuccess;
 
 Dtype dtype_of(bool bfloat16) { return bfloat16 ? Dtype::kBFloat16 : Dtype::kFloat16; }
@@ -73,11 +75,20 @@ PYBIND11_MODULE(simt_kernels, module) {
   module.def("group_end", &group_end<int>, "i"_a, "doc_start"_a, "group_size"_a, "shifted"_a);
   module.def(
       "pretend",
-      [](int major, int error) {
+      [](int major, int error, int shared_bytes) {
         compute_capability_major = major;
         error_of_the_runtime = error;
+        shared_memory_bytes = shared_bytes;
       },
-      "compute_capability_major"_a = 8, "error"_a = 0, "What the host code finds from here on; at first all is well.");
+      "compute_capability_major"_a = 8, "error"_a = 0, "shared_memory_bytes"_a = int{SharedMemory::kMostBytes},
+      "What the host code finds from here on; at first all is well.");
+  module.def("why_unsupported", &cuda::why_unsupported, "device"_a, "head_dim"_a, "backward"_a);
+  module.def(
+      "blocks",
+      [](const Problem& problem, int rows) {
+        return cuda::Schedule(problem, rows, problem.heads, problem.first_shifted_head, 1).grid().x;
+      },
+      "problem"_a, "rows"_a, "Blocks of a grid.");
   module.def(
       "turns",
       [](const Problem& problem, int rows, int64_t bytes_per_row) {
@@ -103,7 +114,9 @@ cudaError_t cudaGetDevice(int* device) {
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrComputeCapabilityMajor ? longlora::simt::compute_capability_major : 0;
+  *value = attribute == cudaDevAttrComputeCapabilityMajor         ? longlora::simt::compute_capability_major
+           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? longlora::simt::shared_memory_bytes
+                                                                  : 0;
   return cudaSuccess;
 }
 

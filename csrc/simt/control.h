@@ -16,7 +16,7 @@ void configure(uint64_t seed, const std::string& drop);
 
 const Counters& counters();
 
-// "mainloop.h:12 sync_block", for each barrier, commit and wait that a thread came to, dropped or not.
+// "mainloop_fwd.h:96 sync_block", for each barrier, commit and wait that a thread came to, dropped or not.
 std::set<std::string> sites();
 
 }  // namespace longlora::simt

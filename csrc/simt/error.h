@@ -15,6 +15,6 @@ struct Error : std::runtime_error {
 // Throws an Error that says which thread of which block this is, and the last barrier, commit or wait that it passed.
 [[noreturn]] void fail(const std::string& what);
 
-std::string name_of(Site site);  // "mainloop.h:12"
+std::string name_of(Site site);  // "mainloop_fwd.h:96"
 
 }  // namespace longlora::simt

@@ -21,7 +21,7 @@ inline void bind_control(pybind11::module_& module) {
       "Order blocks, warps and lanes by `seed`, leave out the site named `drop`, clear counters and sites.");
   module.def("counters", [] { return counters().named(); }, "What was issued since `configure`, counted once a warp.");
   module.def("sites", &sites,
-             "The barriers, commits and waits met since `configure`, like 'mainloop.h:12 sync_block'.");
+             "The barriers, commits and waits met since `configure`, like 'mainloop_fwd.h:96 sync_block'.");
 }
 
 }  // namespace longlora::simt

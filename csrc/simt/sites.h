@@ -12,7 +12,7 @@ namespace longlora::simt {
 
 enum class SiteKind { kSync, kCommit, kWait };
 
-std::string name_of(SiteKind kind, Site site);  // "mainloop.h:12 sync_block"
+std::string name_of(SiteKind kind, Site site);  // "mainloop_fwd.h:96 sync_block"
 
 class Sites {
  public:

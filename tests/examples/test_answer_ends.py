@@ -226,7 +226,7 @@ def test_a_run_goes_on_and_is_done_again_on_another_day(
         def today(cls) -> date:
             return cls(2050, 1, 1)
 
-    for module in ("training.template_date", "inputs.samples"):
+    for module in ("app.training.template_date", "app.inputs.samples"):
         monkeypatch.setattr(f"{module}.date", Tomorrow)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "another cache")
     words[words.index("--max_steps") + 1] = "4"

@@ -366,7 +366,7 @@ def test_a_machine_without_the_kernels_is_told_at_once(inputs: tuple[Path, Path]
 def test_4_bit_weights_neither_train_nor_are_cut_up(
     inputs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("models.four_bits.find_spec", lambda name: name)  # as if bitsandbytes were there
+    monkeypatch.setattr("app.models.four_bits.find_spec", lambda name: name)  # as if bitsandbytes were there
     given = ["--model_name_or_path", str(inputs[0]), "--load_in_4bit"]
     zero3 = str(ROOT / "examples" / "ds_configs" / "zero3.json")
     for more, message in ((["--full_finetune"], "--full_finetune trains all"), (["--deepspeed", zero3], "with ZeRO-3")):

@@ -34,7 +34,7 @@ def test_is_the_same_in_every_process(documents: tuple[list[str], list[str]]) ->
     command = [
         sys.executable,
         "-c",
-        "from inputs import corpus; print(*map(corpus.fingerprint, corpus.stdlib_documents()))",
+        "from app.inputs import corpus; print(*map(corpus.fingerprint, corpus.stdlib_documents()))",
     ]
     for seed in ("1", "2"):
         printed = subprocess.run(

@@ -23,6 +23,7 @@ from evaluate_runs import make_books, refusal, run
 from finetune_runs import CONTEXT, ROOT, deepspeed, environment, make_model, torchrun
 from longlora_ext.adapter import lora_config, merge, prepare_model, save_adapter
 from longlora_ext.config import extend_config
+from patience import patience
 from plain_perplexity import brute_force
 
 LONGER = 4 * CONTEXT
@@ -280,7 +281,7 @@ def test_two_processes_compute_what_one_computes(
         given = ["--model", model, "--context_length", 512, "--lengths", 400, 512, "--depths", 0, 1, "--trials", 2]
         table = "share of questions for the pass key that were answered exactly, 2 in each cell"
     command = [*launcher, str(ROOT / "examples" / "evaluate.py"), task, *map(str, given), "--output", "two"]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=patience())
     assert done.returncode == 0, done.stdout + done.stderr
     two = json.loads(Path("two/results.json").read_text())
     one = run(task, *given, output="one")
@@ -295,3 +296,12 @@ def test_two_processes_compute_what_one_computes(
 def test_an_adapter_takes_no_other_context(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = refusal(capsys, "perplexity", "--model", adapter, "--context_length", 512)
     assert "an adapter brings the context that it was trained for" in said
+
+
+def test_of_a_folder_hidden_files_are_left_alone_and_names_are_no_patterns(tmp_path: Path) -> None:
+    for name in (".git/x.bin", "X.BIN", "a1.bin", "a[1].bin"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"ab")
+    found = perplexity_task._expanded(str(tmp_path))
+    assert [Path(file).name for file in found] == ["X.BIN", "a1.bin", "a[1].bin"]
+    assert perplexity_task._expanded(str(tmp_path / "a[1].bin")) == [str(tmp_path / "a[1].bin")]

@@ -10,7 +10,6 @@ import re
 import resource
 import shutil
 import tempfile
-import time
 from pathlib import Path
 
 import datasets
@@ -21,6 +20,7 @@ import pytest
 import longlora_ext.attention  # noqa: F401
 from app.inputs.files import find_files, load_documents, read_tables
 from app.inputs.tokens import tokenise
+from patience import wait_until
 from tiny_texts import character_tokenizer
 
 
@@ -137,6 +137,19 @@ def test_a_relative_name_with_a_colon(tmp_path: Path, monkeypatch: pytest.Monkey
     assert load_documents(["file:x.txt"])["text"][:] == ["x"]
 
 
+def wait_for_tick(probe: Path) -> None:
+    """Wait until the clock of the file system has gone on: every few milliseconds on most, every second on some."""
+    probe.touch()
+    begun = probe.stat().st_ctime_ns
+
+    def ticked() -> bool:
+        probe.touch()
+        return probe.stat().st_ctime_ns > begun
+
+    wait_until(ticked)
+    probe.unlink()
+
+
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
 @pytest.mark.parametrize("how", ["written over", "moved there"])
 def test_another_text_with_the_same_time_is_read_anew(tmp_path: Path, suffix: str, how: str) -> None:
@@ -146,7 +159,7 @@ def test_another_text_with_the_same_time_is_read_anew(tmp_path: Path, suffix: st
         os.utime(path, (1e9, 1e9))
     tokenizer = character_tokenizer()
     assert tokenise(load_documents([str(text)]), tokenizer).ids(0).tolist() == [3, 3, 3, 1]
-    time.sleep(0.02)  # a file system's clock ticks every few milliseconds
+    wait_for_tick(tmp_path / "probe")
     shutil.copy2(other, text) if how == "written over" else other.replace(text)
     assert text.stat().st_mtime == 1e9
     assert tokenise(load_documents([str(text)]), tokenizer).ids(0).tolist() == [4, 4, 4, 1]
@@ -178,7 +191,7 @@ def test_hub_dataset_is_loaded_with_its_config_and_split(monkeypatch: pytest.Mon
         asked.append((*args, kwargs))
         return datasets.Dataset.from_dict({"text": ["from the hub"]})
 
-    monkeypatch.setattr("inputs.files.datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("app.inputs.files.datasets.load_dataset", load_dataset)
     assert load_documents(["o/n", "o/n:c", "o/n:c:s"])["text"][:] == ["from the hub"] * 3
     ((_, rows),) = read_tables(["o/n"])
     assert rows["row"][:] == ['{"text": "from the hub"}']
@@ -308,7 +321,7 @@ def test_stopped_by_hand_it_begins_anew(tmp_path: Path, monkeypatch: pytest.Monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("inputs.cache._Builder._table", stop)
+        patched.setattr("app.inputs.cache._Builder._table", stop)
         with pytest.raises(KeyboardInterrupt):
             load_documents([str(text)])
     assert not list((tmp_path / "cache").rglob("*.arrow"))

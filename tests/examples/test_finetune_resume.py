@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import finetune_runs
 import merge_adapter
 from app.runs.checkpoints import MARKER, CompletionMarker, complete_checkpoints, find_resumable, mark, remove_incomplete
 from finetune_runs import environment, losses, make_model, make_text, run, small_run
+from patience import patience, wait_until
 from same_run import assert_same_run
 
 HELPER = Path(__file__).with_name("killed_run.py")
@@ -178,7 +178,7 @@ def undisturbed(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFact
 def killed(point: int, arguments: list[str]) -> str | None:
     """Run until the kill; returns where that was, or None if the run came to its end."""
     command = [sys.executable, str(HELPER), str(point), *arguments]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=580)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=patience())
     if done.returncode == 0:
         return None
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -333,9 +333,7 @@ def test_two_runs_do_not_write_to_one_folder(inputs: tuple[Path, Path], tmp_path
         env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        while not list((tmp_path / "out").glob("checkpoint-*")):
-            assert first.poll() is None
-            time.sleep(0.01)
+        wait_until(lambda: list((tmp_path / "out").glob("checkpoint-*")), lambda: first.poll() is None)
         second = run(*arguments)
     finally:
         first.kill()

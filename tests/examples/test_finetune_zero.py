@@ -1,13 +1,14 @@
-"""examples/finetune_llama.py on several processes, under every configuration of examples/ds_configs, against one."""
+"""examples/finetune_llama.py on several processes, under FSDP and every configuration of examples/ds_configs, against
+one."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 from app.runs.checkpoints import complete_checkpoints
 from finetune_runs import ROOT, SCRIPT, deepspeed, environment, losses, make_model, make_text, run, small_run, torchrun
 from longlora_ext.adapter import load
+from patience import wait_until
 from same_run import assert_same_run
 
 CONFIGS = sorted(path.stem for path in (ROOT / "examples" / "ds_configs").glob("*.json"))
@@ -41,8 +43,13 @@ def alone(arguments: Callable[[Path], list[str]], tmp_path_factory: pytest.TempP
 
 def under(config: str) -> list[str]:
     """What is added to the command line for two processes: half the accumulation makes the same steps."""
-    zero = [] if config == "torchrun" else ["--deepspeed", str(ROOT / "examples" / "ds_configs" / f"{config}.json")]
-    return ["--gradient_accumulation_steps", "1", *zero]
+    sharding = {"torchrun": [], "fsdp": ["--fsdp", "full_shard"]}
+    zero = ["--deepspeed", str(ROOT / "examples" / "ds_configs" / f"{config}.json")]
+    return ["--gradient_accumulation_steps", "1", *sharding.get(config, zero)]
+
+
+def launcher(config: str) -> tuple[str, ...]:
+    return torchrun(2) if config in ("torchrun", "fsdp") else deepspeed(2)
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +60,12 @@ def together(arguments: Callable[[Path], list[str]], tmp_path_factory: pytest.Te
     def outcome(config: str) -> Path:
         if config not in made:
             output = tmp_path_factory.mktemp(config) / "out"
-            launcher = torchrun(2) if config == "torchrun" else deepspeed(2)
-            done = run(*arguments(output), *under(config), launcher=launcher)
+            done = run(*arguments(output), *under(config), launcher=launcher(config))
             assert done.returncode == 0, done.stdout + done.stderr
             assert done.stdout.count("measuring perplexity: before") == 1
             stage = re.fullmatch(r"zero(\d).*", config)
-            assert f"2, ZeRO-{stage[1]}" in done.stdout if stage else "2, no DeepSpeed" in done.stdout
+            said = {"torchrun": "2, no DeepSpeed", "fsdp": "2, FSDP"}
+            assert (f"2, ZeRO-{stage[1]}" if stage else said[config]) in done.stdout
             made[config] = output
         return made[config]
 
@@ -73,7 +80,9 @@ def test_there_are_the_configurations_that_are_tested() -> None:
     assert CONFIGS == ["zero2", "zero3", "zero3_offload"]
 
 
-@pytest.mark.parametrize("config", ["zero3", *(pytest.param(c, marks=FULL) for c in ("zero2", "zero3_offload"))])
+@pytest.mark.parametrize(
+    "config", ["zero3", "fsdp", *(pytest.param(c, marks=FULL) for c in ("zero2", "zero3_offload"))]
+)
 def test_two_processes_train_what_one_process_trains(alone: Path, together: Callable[[str], Path], config: str) -> None:
     output = together(config)
     assert list(losses(output)) == [1, 2, 3, 4, 5, 6]
@@ -90,25 +99,50 @@ def test_two_processes_without_deepspeed(alone: Path, together: Callable[[str], 
 
 
 @FULL
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", [*CONFIGS, "fsdp"])
 def test_a_killed_run_goes_on(
     arguments: Callable[[Path], list[str]], together: Callable[[str], Path], tmp_path: Path, config: str
 ) -> None:
     """The kill takes all processes, launcher included, as the end of a machine's lease does."""
     given = [*arguments(tmp_path / "out"), *under(config), "--resume_from_checkpoint", "latest"]
     process = subprocess.Popen(
-        [*deepspeed(2), str(SCRIPT), *given],
+        [*launcher(config), str(SCRIPT), *given],
         env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 500
-    while not (tmp_path / "out" / "checkpoint-4").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
+    # Where the machine is busy, the run gets further before it is killed, perhaps to its end.
+    wait_until((tmp_path / "out" / "checkpoint-4").exists, lambda: process.poll() in (None, 0))
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
-    assert set(complete_checkpoints(tmp_path / "out")) <= {2, 4}
-    done = run(*given, launcher=deepspeed(2))
+    assert set(complete_checkpoints(tmp_path / "out")) <= {2, 4, 6}
+    done = run(*given, launcher=launcher(config))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "going on from checkpoint-" in done.stdout
     assert_same_run(tmp_path / "out", together(config))
+
+
+@FULL
+@pytest.mark.parametrize(
+    "more", [["--bf16"], ["--full_finetune"], ["--fsdp_config", '{"state_dict_type": "FULL_STATE_DICT"}']]
+)
+def test_other_ways_to_share_by_fsdp(arguments: Callable[[Path], list[str]], tmp_path: Path, more: list[str]) -> None:
+    """Each goes on from its checkpoint as well."""
+    for output, launch, extra in ((tmp_path / "alone", (), more[:1] if more[0] != "--fsdp_config" else []),
+                                  (tmp_path / "out", launcher("fsdp"), [*under("fsdp"), *more])):  # fmt: skip
+        done = run(*arguments(output), *extra, launcher=launch)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(tmp_path / "out") == pytest.approx(
+        losses(tmp_path / "alone"), abs=3e-3 if more == ["--bf16"] else 1e-3
+    )
+    shutil.copytree(tmp_path / "out", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoint-6")
+    done = run(
+        *arguments(tmp_path / "again"),
+        *under("fsdp"),
+        *more,
+        "--resume_from_checkpoint",
+        "latest",
+        launcher=launcher("fsdp"),
+    )
+    assert done.returncode == 0 and "going on from checkpoint-4" in done.stdout, done.stdout + done.stderr
+    assert_same_run(tmp_path / "again", tmp_path / "out")

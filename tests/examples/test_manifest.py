@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import finetune_llama
 import merge_adapter
 from finetune_runs import deepspeed, environment, losses, make_model, make_text, run, small_run
+from patience import patience
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_the_stored_command_starts_as_many_processes(first: Path, tmp_path: Path
     assert [program, *command[:2]] == ["deepspeed", "--num_accelerators", "2"]
     launcher = [*deepspeed(), *command[:2]]
     again = subprocess.run(
-        [*launcher, *command[2:]], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=580
+        [*launcher, *command[2:]], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=patience()
     )
     assert again.returncode == 0, again.stdout + again.stderr
     assert losses(tmp_path / "finetuned" / "model-128") == pytest.approx(losses(tmp_path / "out"), abs=1e-6)

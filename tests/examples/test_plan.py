@@ -20,6 +20,7 @@ from longlora_ext.loss import tile_loss
 from longlora_ext.ops import s2attn
 from longlora_ext.reference import s2attn_mask
 from measured_peak import TILE, TOKENS, peak_of_a_step, small, with_numbers
+from patience import patience
 from tiny_models import CONFIGS, tiny_config
 
 LLAMA_2_7B = command.read_config("llama-2-7b")
@@ -73,7 +74,7 @@ def test_activations_take_what_the_allocator_saw(way: Way, tmp_path: Path, monke
 def test_what_a_shared_sequence_takes(tmp_path: Path, monkeypatch) -> None:
     """The peak of each of two processes, DeepSpeed's own, within 5%."""
     command = [*torchrun(2), measured_peak.__file__, str(tmp_path)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=patience())
     assert done.returncode == 0, done.stdout + done.stderr
     measured = json.loads((tmp_path / "peak.json").read_text())
     monkeypatch.setattr(tile_loss, "__defaults__", (TILE,))

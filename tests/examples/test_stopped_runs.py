@@ -7,7 +7,6 @@ import re
 import resource
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +17,7 @@ import pytest
 import finetune_llama
 from app.runs.checkpoints import complete_checkpoints, find_resumable
 from finetune_runs import SCRIPT, deepspeed, environment, losses, make_model, make_text, small_run, torchrun
+from patience import patience, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -94,14 +94,11 @@ def test_when_a_process_dies_the_others_end_and_the_checkpoint_is_whole(
     with open(log, "w") as file:
         process = subprocess.Popen(command, env=environment(), stdout=file, stderr=file, start_new_session=True)
     try:
-        deadline = time.monotonic() + 300
-        while not complete_checkpoints(output):
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
+        wait_until(lambda: complete_checkpoints(output), lambda: process.poll() is None)
         workers = trainers(process.pid)
         assert len(workers) == 2, workers
         workers[rank].kill()
-        assert process.wait(timeout=60) != 0
+        assert process.wait(timeout=patience()) != 0
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

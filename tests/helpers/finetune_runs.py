@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import longlora_ext
+from patience import patience
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "finetune_llama.py"
@@ -54,13 +56,15 @@ def environment() -> dict[str, str]:
 def run(*arguments: object, launcher: tuple[str, ...] = (), cwd: Path | None = None) -> subprocess.CompletedProcess:
     """Run the script as a user does. `launcher`: what stands before it on the command line; default: python."""
     command = [*(launcher or (sys.executable,)), str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, env=environment(), cwd=cwd, capture_output=True, text=True, timeout=580)
+    return subprocess.run(command, env=environment(), cwd=cwd, capture_output=True, text=True, timeout=patience())
 
 
 def deepspeed(processes: int | None = None) -> tuple[str, ...]:
-    """The deepspeed launcher of this interpreter's environment, on a port of its own."""
+    """The deepspeed launcher of this interpreter's environment, on a port that is free."""
     count = () if processes is None else ("--num_accelerators", str(processes))
-    port = str(20000 + os.getpid() % 20000)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
     return (str(Path(sys.executable).with_name("deepspeed")), "--master_port", port, *count)
 
 

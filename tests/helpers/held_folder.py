@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 HOLDER = """
-import fcntl, sys, time
+import fcntl, sys
 file = open(sys.argv[1], "a")
 fcntl.lockf(file, fcntl.LOCK_EX)
 print("locked", flush=True)
-time.sleep(600)
+sys.stdin.read()
 """
 
 
@@ -22,7 +22,7 @@ def held(lock: Path) -> Iterator[None]:
     """A lock in a new folder, held by another process."""
     lock.parent.mkdir(parents=True)
     command = [sys.executable, "-c", HOLDER, str(lock)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "locked\n"
         try:
             yield

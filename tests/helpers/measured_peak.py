@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, PreTrainedConfig
 
+from patience import patience
+
 TOKENS = 1024
 TILE = 2**18  # elements of the loss's tiles, of a small model's size
 
@@ -69,7 +71,7 @@ def main() -> None:
 
     def exchange_and_wait(*tensors: Any, **options: Any) -> None:
         exchange(*tensors, **options)
-        time.sleep(0.05)  # gloo's threads hold what they have sent a little longer: 0.9 of 4.9 MB at the peak
+        time.sleep(patience(0.05))  # gloo's threads hold what they have sent a little longer: 0.9 of 4.9 MB at the peak
 
     comm.all_to_all_single = exchange_and_wait
     tile_loss.__defaults__ = (TILE,)

@@ -163,6 +163,7 @@ class Kernel(NamedTuple):
 
 KERNELS = tuple(map(Kernel._make, product(("backward", "forward"), ("bf16", "fp16"), (256, 128, 64))))
 ELEMENTS = {"bf16": "cutlass::bfloat16_t", "fp16": "cutlass::half_t"}
+HEADERS = {"forward": "kernel_fwd.h", "backward": "kernel_bwd.h"}
 ABSENT = {
     "forward": "template <> void launch_forward<{element}, {head_dim}>(const ForwardParams&, void*) {{ absent(); }}",
     "backward": "template <> void launch_backward<{element}, {head_dim}>"
@@ -181,6 +182,7 @@ def instantiation(kernel: Kernel) -> Path:
     text = (CUDA / "instantiate.cu.in").read_text()
     for key, value in (
         ("DIRECTION", kernel.direction),
+        ("HEADER", HEADERS[kernel.direction]),
         ("ELEMENT", ELEMENTS[kernel.dtype]),
         ("HEAD_DIM", str(kernel.head_dim)),
     ):

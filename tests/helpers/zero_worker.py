@@ -63,7 +63,7 @@ def check_documents(model: torch.nn.Module) -> None:
     """On every process, before and after DeepSpeed has prepared the model: they are apart, and a leak is found."""
     check_documents_apart(model)
     layer = next(module for name, module in model.named_modules() if name.endswith("layers.1.self_attn.v_proj"))
-    leak = layer.register_forward_hook(lambda module, args, output: output + output.cumsum(dim=1))
+    leak = layer.register_forward_hook(lambda module, args, output: output + 0.01 * output.cumsum(dim=1))
     try:
         check_documents_apart(model)
     except ValueError as error:

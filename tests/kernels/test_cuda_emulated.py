@@ -115,6 +115,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "all shifted": {"seqlen": 300, "heads": 2, "kv_heads": 2, "group_size": 200, "first_shifted_head": 0, "scale": 0.7},
     "no scores": {"seqlen": 150, "heads": 2, "kv_heads": 2, "group_size": 100, "scale": 0.0},
     "GQA, mixed": {"seqlen": 270, "heads": 6, "kv_heads": 2, "group_size": 100, "first_shifted_head": 1},
+    "a row past a group": {"seqlen": 301, "heads": 2, "kv_heads": 1, "group_size": 100},
     "MQA, batch": {"batch": 2, "seqlen": 200, "heads": 4, "kv_heads": 1, "group_size": 150},
 }
 

@@ -46,6 +46,55 @@ def test_an_old_gpu_is_told_what_to_use_instead() -> None:
     assert simt_kernels.forward(module(), q, q, q, 16)[0].isfinite().all()
 
 
+# KiB that a block takes; what a GPU offers one: 163 or more an A100 and newer, 99 an RTX 3090, 4090 or 5090.
+@pytest.mark.parametrize(
+    ("head_dim", "forward", "backward"), [(64, 48.5, 162.0), (128, 64.5, 161.0), (256, 128.5, 144.5)]
+)
+def test_a_gpu_with_too_little_shared_memory_is_told_so_before_anything_runs(
+    head_dim: int, forward: float, backward: float
+) -> None:
+    try:
+        for is_backward, kib in ((False, forward), (True, backward)):
+            direction, needed = "backward" if is_backward else "forward", int(kib * 1024)
+            module().pretend(shared_memory_bytes=needed)
+            assert module().why_unsupported(-1, head_dim, is_backward) == ""
+            module().pretend(shared_memory_bytes=needed - 1)
+            assert module().why_unsupported(3, head_dim, is_backward) == (
+                f"the {direction} at head_dim {head_dim} needs {needed} bytes of shared memory, but GPU 3 offers "
+                f"{needed - 1} to a block; use attn_implementation='sdpa'"
+            )
+            assert module().why_unsupported(0, head_dim - 8, is_backward)  # goes into the same kernel
+    finally:
+        module().pretend()
+
+
+def test_the_kernels_throw_what_is_answered_beforehand() -> None:
+    q = torch.randn(1, 64, 2, 64, dtype=torch.bfloat16)
+    out, lse = simt_kernels.forward(module(), q, q, q, 16)
+    module().pretend(shared_memory_bytes=99 * 1024)
+    try:
+        assert torch.equal(simt_kernels.forward(module(), q, q, q, 16)[0], out)  # the forward fits
+        module().configure()
+        with pytest.raises(RuntimeError) as caught:
+            simt_kernels.backward(module(), q, q, q, q, out, lse, 16)
+        assert str(caught.value) == "s2attn: " + module().why_unsupported(-1, 64, True)
+        assert module().counters()["blocks"] == 0
+    finally:
+        module().pretend()
+
+
+def test_a_grid_has_a_largest_size() -> None:
+    """Sequences of one token, of which a block each is a tile: no fewer bytes could ask for so many."""
+    for batch, heads in ((2**16, 2**15 - 1), (2**16, 2**15)):
+        q = torch.empty(8).expand(batch, 1, heads, 8)
+        described = simt_kernels.problem(module(), q, q, 2, None, heads, None)
+        if batch * heads < 2**31:
+            assert module().blocks(described, 64) == batch * heads
+        else:
+            with pytest.raises(RuntimeError, match=r"s2attn: batch \* heads .* 2147483648 blocks.* 2147483647$"):
+                module().blocks(described, 64)
+
+
 @pytest.mark.parametrize(
     ("error", "advice"),
     [

@@ -21,6 +21,7 @@ FAR = "test_offsets_beyond_32_bits"
 
 # Of the sources.
 KV_HEAD = "head / (problem.heads / problem.kv_heads)"
+STATISTICS = "shared.statistics + i * Statistics::kSize"
 BATCH, ROWS = "batch * view.batch_stride", "first_row * view.row_stride"
 ROW, COLUMN = "get<0>(where(0, m, k))", "get<1>(where(0, m, k))"
 
@@ -69,20 +70,23 @@ MUTANTS = {
     ),
     "backward: diagonal unmasked": Mutant("cuda/mainloop_bwd.h", "key + kKeys - 1 > row", "key > row", SHAPES),
     "backward: group's border unmasked": Mutant("cuda/mainloop_bwd.h", "last_row >= first_end", "false", SHAPES),
+    "backward: first row past the group unmasked": Mutant(
+        "cuda/mainloop_bwd.h", "last_row >= first_end", "last_row > first_end", SHAPES
+    ),
     "backward: document's border unmasked": Mutant(
         "cuda/mainloop_bwd.h", "visible().document(last_row) > key", "false", DOCUMENTS
     ),
     "dq: first tile of keys": Mutant("cuda/bwd_dq.h", "rows.lowest", "(rows.lowest + kKeys)", SHAPES),
     "dq: last tile of keys": Mutant("cuda/bwd_dq.h", "cute::min(row + kRows, seqlen) - 1", "row - 1", SHAPES),
-    "stage": Mutant("cuda/mainloop_bwd.h", "stage ^ 1", "stage", SHAPES),
+    "stage": Mutant("cuda/mainloop_bwd.h", "index() ^ 1", "index()", SHAPES),
     # GQA
     "forward: KV head": Mutant("cuda/mainloop_fwd.h", KV_HEAD, "head % problem.kv_heads", GQA),
     "backward: KV head": Mutant("cuda/mainloop_bwd.h", "kv_head * heads_per_kv", "kv_head", GQA, "begin({})"),
-    "backward: heads that share": Mutant("cuda/mainloop_bwd.h", "heads_per_kv - 1", "0", GQA),
+    "backward: heads that share": Mutant("cuda/mainloop_bwd.h", "heads_per_kv - 1", "0", GQA, "+ {};"),
     "dq: KV head": Mutant("cuda/bwd_dq.h", KV_HEAD, "head % problem.kv_heads", GQA),
     # sums
     "log-sum-exp for delta": Mutant("cuda/bwd_tiles.h", "thread < kRows", "true", SHAPES),
-    "statistics of the other stage": Mutant("cuda/mainloop_bwd.h", "statistics_of(stage)", "statistics_of(0)", SHAPES),
+    "statistics of the other stage": Mutant("cuda/mainloop_bwd.h", STATISTICS, "shared.statistics", SHAPES),
     "maximum forgotten": Mutant("cuda/softmax.h", "maximum[m]", "-INFINITY", SHAPES, "float highest = {};"),
     "maximum of two lanes": Mutant("cuda/softmax.h", "shuffle_xor(x, 2)", "x", SHAPES, "fmaxf(x, {})"),
     "sum of two lanes": Mutant("cuda/softmax.h", "shuffle_xor(x, 2)", "x", SHAPES, "return x + {}"),
@@ -91,19 +95,19 @@ MUTANTS = {
     "sum not rescaled": Mutant("cuda/softmax.h", "sum[m] *= shrink", "sum[m]", SHAPES),
     "scale 0": Mutant("cuda/softmax.h", "std::numeric_limits<float>::min()", "0.0f", SHAPES),
     "log-sum-exp": Mutant("cuda/softmax.h", "maximum[m] * scale_log2 * kLn2", "maximum[m] * scale_log2", LSE),
-    "delta": Mutant("cuda/bwd_tiles.h", "gradient(m, n) - delta", "gradient(m, n)", SHAPES),
-    "delta of four lanes": Mutant("cuda/bwd_around.h", "mask < 8", "mask < 4", SHAPES),
+    "delta": Mutant("cuda/bwd_tiles.h", "dweights(m, n) - delta", "dweights(m, n)", SHAPES),
+    "delta of four lanes": Mutant("cuda/bwd_pre_post.h", "mask < 8", "mask < 4", SHAPES),
     "scale of dk": Mutant("cuda/mainloop_bwd.h", "scale_by(dk, static_cast<float>(problem.scale))", "void()", SHAPES),
-    "scale of dq by atomics": Mutant("cuda/bwd_around.h", "static_cast<float>(params.problem.scale)", "1", SHAPES),
+    "scale of dq by atomics": Mutant("cuda/bwd_pre_post.h", "static_cast<float>(problem.scale)", "1", SHAPES),
     "scale of dq": Mutant("cuda/bwd_dq.h", "scale_by(dq, static_cast<float>(problem.scale))", "void()", SHAPES),
-    "dq's sums not begun": Mutant("cuda/bwd_around.h", "sums[i] = 0", "sums[i]", SHAPES),
+    "dq's sums not begun": Mutant("cuda/bwd_pre_post.h", "sums[i] = 0", "sums[i]", SHAPES),
     # bounds
     "rows loaded": Mutant("cuda/copy.h", f"{ROW} < rows", f"{ROW} <= rows", GUARDS, "bool inside = {}"),
     "columns loaded": Mutant("cuda/copy.h", f"{COLUMN} < columns", f"{COLUMN} <= columns", GUARDS, "{};"),
     "rows stored": Mutant("cuda/copy.h", f"{ROW} < rows", f"{ROW} <= rows", GUARDS, "if ({}"),
     "columns stored": Mutant("cuda/copy.h", f"{COLUMN} < columns", f"{COLUMN} <= columns", GUARDS, "{})"),
-    "log-sum-exp past the end": Mutant("cuda/kernel_forward.h", "i < rows", "i <= rows", GUARDS),
-    "delta past the end": Mutant("cuda/bwd_around.h", "row < rows", "true", GUARDS, "thread % 8 == 0 && {}"),
+    "log-sum-exp past the end": Mutant("cuda/mainloop_fwd.h", "i < rows", "i <= rows", GUARDS),
+    "delta past the end": Mutant("cuda/bwd_pre_post.h", "i < rows", "true", GUARDS, "thread % 8 == 0 && {}"),
     "batch in 32 bits": Mutant("cuda/copy.h", BATCH, f"static_cast<int>({BATCH})", FAR),
     "rows in 32 bits": Mutant("cuda/copy.h", ROWS, f"static_cast<int>({ROWS})", FAR),
 }

@@ -22,7 +22,7 @@ MUTANTS = {
     "doc_start past the end": Mutant(
         "cuda/mask.h", "cute::min(row, seqlen - 1)", "row", "address", "document(int row) const {\n    row = {}"
     ),
-    "rows of out past the end": Mutant("cuda/bwd_around.h", "row < rows", "true", "address", "problem.head_dim && {}"),
+    "rows of out past the end": Mutant("cuda/bwd_pre_post.h", "i < rows", "true", "address", "problem.head_dim && {}"),
     "tile before the first": Mutant("cuda/scheduler.h", "turn.tile < 0", "false", "address"),
     "scratch of whole tiles": Mutant(
         "cuda/dispatch.cu", "(problem.seqlen + rows - 1) / rows * rows", "problem.seqlen", "address"
@@ -30,7 +30,7 @@ MUTANTS = {
     "sums without atomics": Mutant(
         "cuda/mainloop_bwd.h", "atomic_add(sums + i * kThreads, dq(i))", "void(sums[i * kThreads] += dq(i))", "thread"
     ),
-    "lse of the next head": Mutant("cuda/kernel_forward.h", "i < rows", "i <= rows", "thread"),
+    "lse of the next head": Mutant("cuda/mainloop_fwd.h", "i < rows", "i <= rows", "thread"),
     "tile past the last": Mutant("cuda/scheduler.h", "turn.tile >= schedule.tiles", "false", "thread"),
 }
 

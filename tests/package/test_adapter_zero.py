@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from longlora_ext.adapter import load, lora_config, merge, prepare_model, save_adapter
+from patience import patience
 from tiny_models import tokens
 from tiny_training import began, extended_model, joined_batches, moved, save_base, train
 
@@ -25,7 +26,7 @@ def run(folder: Path, kind: str, *cases: str) -> None:
         env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=patience(),
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     assert "terminate called" not in done.stderr

@@ -115,3 +115,38 @@ def test_fingerprint_sees_tokens_order_and_borders() -> None:
     assert len({found["train_sha256"] for found in prints}) == 5
     assert prints[0] == PackedSequences(tokenised(texts[0]), 8, PAD).fingerprint()
     assert prints[0]["train_documents"] == 2 and prints[0]["train_tokens"] == 3
+
+
+def test_rows_of_their_own_by_hand() -> None:
+    text = [[10, 11, 12], [20], [30, 31, 32, 33, 34, 35], [40, 41, 42, 43, 44], []]
+    own = PackedSequences(tokenised(text), 4, PAD, own_rows=True)
+    rows = [{name: values.tolist() for name, values in own[i].items()} for i in range(len(own))]
+    assert rows == [
+        {"input_ids": [10, 11, 12], "position_ids": [0, 1, 2], "labels": [-100, 11, 12]},
+        {"input_ids": [30, 31, 32, 33], "position_ids": [0, 1, 2, 3], "labels": [-100, 31, 32, 33]},
+        {"input_ids": [34, 35], "position_ids": [0, 1], "labels": [-100, 35]},
+        {"input_ids": [40, 41, 42, 43], "position_ids": [0, 1, 2, 3], "labels": [-100, 41, 42, 43]},
+    ]
+    assert (own.tokens, own.targets, own.padding) == (13, 9, 0)  # 20 and 44 would be alone
+    packed = PackedSequences(tokenised(text), 4, PAD)
+    assert own.fingerprint() == packed.fingerprint() | {"rows": "padded"}
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=25),
+    context=st.integers(2, 48),
+    chunks=st.integers(1, 3),
+)
+def test_rows_of_their_own_teach_what_packed_pieces_teach(lengths: list[int], context: int, chunks: int) -> None:
+    documents = tokenised([[1000 * (d + 1) + p for p in range(n)] for d, n in enumerate(lengths)], chunks)
+    own = PackedSequences(documents, context, PAD, own_rows=True)
+    rows = [own[i] for i in range(len(own))]
+    learned = [label for row in rows for label in row["labels"].tolist() if label != -100]
+    expected = [token for d in range(len(lengths)) for p, token in enumerate(documents.ids(d)) if p % context]
+    assert learned == expected and own.targets == len(learned)
+    assert own.tokens == sum(len(row["input_ids"]) for row in rows)
+    for row in rows:
+        ids = row["input_ids"]
+        assert len(ids) <= context and torch.equal(ids, ids[0] + torch.arange(len(ids)))
+        assert torch.equal(row["position_ids"], torch.arange(len(ids))) and row["labels"][0] == -100

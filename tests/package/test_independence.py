@@ -228,10 +228,15 @@ def test_a_model_whose_layers_learn_of_documents_by_the_mask_alone() -> None:
     check_documents_apart(model)
 
 
-def test_weights_that_are_no_numbers() -> None:
+def test_numbers_that_are_not_finite() -> None:
+    """Weights that are not make a loss that tells; a NaN that comes from another document is a leak."""
     model = tiny_model(dtype=torch.float32)
     model.model.norm.weight.data[3] = torch.nan
-    with pytest.raises(ValueError, match="the logits of LlamaForCausalLM are not finite"):
+    check_documents_apart(model)
+    model = with_layer(Gate())
+    gate = model.model.layers[-1].mlp[0]
+    gate.register_forward_hook(lambda module, args, output: output.where(output == args[0], torch.nan))
+    with pytest.raises(ValueError, match="documents packed into one row see each other"):
         check_documents_apart(model)
 
 

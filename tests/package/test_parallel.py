@@ -12,6 +12,7 @@ import pytest
 
 from finetune_runs import ROOT, deepspeed, environment, make_model, make_text, run, torchrun
 from longlora_ext._ulysses import first_shifted_head, sequence_parallel
+from patience import patience
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
 
@@ -20,7 +21,7 @@ WORKER = Path(__file__).with_name("parallel_worker.py")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     result = tmp_path_factory.mktemp("parallel") / "result.json"
     command = [*torchrun(2), str(WORKER), str(result)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=580)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=patience())
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return json.loads(result.read_text())
 

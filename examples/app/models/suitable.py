@@ -6,9 +6,9 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from app.inputs.tokens import Tokenised
-from longlora_ext import s2attn
 from longlora_ext.attention import attention_window
 from longlora_ext.config import context_length
+from longlora_ext.ops import check_runs
 
 MAX_HEAD_DIM = 256
 #: Models of several layer types that are the same but for the window, so that all of them can have full attention. In
@@ -84,10 +84,8 @@ def check_context(option: str, tokens: int, own: int) -> None:
 
 def check_kernels(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> None:
     """Raise `ValueError` if S2-Attn does not run there: it is tried, and says best itself what it lacks."""
-    shape = (3, 1, 8, 1, head_dim_of(config))  # q, k, v of eight tokens
-    q, k, v = torch.zeros(shape, dtype=dtype, device=device, requires_grad=True).unbind()
     try:
-        s2attn(q, k, v, group_size=8).sum().backward()
+        check_runs(device, dtype, head_dim_of(config))
     except RuntimeError as error:
         raise ValueError(f"S2-Attn does not run here, on {device.type} in {dtype}: {error}") from error
 

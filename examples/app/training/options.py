@@ -100,7 +100,7 @@ class DataOptions:
         default=None,
         metadata={
             "help": "Text to train on: files (.txt .md .rst .py: a document each; .jsonl .json .parquet: "
-            "a document a row; text and JSON may be packed, .gz), folders, glob patterns, or hub datasets "
+            "a document a row; packed as .gz or .zst too), folders, glob patterns, or hub datasets "
             "OWNER/NAME[:CONFIG[:SPLIT]]. Default: Python's standard library."
         },
     )
