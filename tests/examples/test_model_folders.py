@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_merge import save_random_adapter
 from transformers import AutoModelForCausalLM
 
 import evaluate
@@ -15,6 +14,7 @@ import generate
 import merge_adapter
 import plan
 from longlora_ext.adapter import load, load_base, lora_config, merge, prepare_model
+from merged_models import save_random_adapter
 from tiny_training import save_base
 
 
