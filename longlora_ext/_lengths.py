@@ -35,7 +35,7 @@ def context_length(config: PreTrainedConfig) -> int:
         return found[0]
     longer, shorter = found
     raise ValueError(
-        f"the model's RoPE is scaled by a factor of {config.rope_parameters['factor']:g} ({rope_type_of(config)}), and "
+        f"the model's RoPE is scaled by a factor of {_one_rope(config)['factor']:g} ({rope_type_of(config)}), and "
         f"its config does not say whether max_position_embeddings, {config.max_position_embeddings}, is the length "
         f"before that, so that it reads {longer} tokens, or after it, so that it reads {shorter}: pass "
         f"present_context_length (--present_context_length) {longer} or {shorter}"
@@ -86,6 +86,13 @@ def of_layer_types(rope_parameters: dict[str, Any]) -> dict[str, dict[str, Any]]
     return {name: value for name, value in rope_parameters.items() if isinstance(value, dict)}
 
 
+def _one_rope(config: PreTrainedConfig) -> dict[str, Any]:
+    """The RoPE parameters that hold for all layers: none where layer types differ, as Gemma 3's do."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    first, *others = of_layer_types(rope).values() or [rope]
+    return {} if any(other != first for other in others) else first
+
+
 def is_int(value: Any) -> bool:
     """Whether it is a whole number, which `True` is not."""
     return isinstance(value, int) and not isinstance(value, bool)
@@ -93,7 +100,7 @@ def is_int(value: Any) -> bool:
 
 def named_original(config: PreTrainedConfig) -> int | None:
     """The original length, if the config names it. As in transformers the config's field wins over the parameter."""
-    original = getattr(config, ORIGINAL, None) or (getattr(config, "rope_parameters", None) or {}).get(ORIGINAL)
+    original = getattr(config, ORIGINAL, None) or _one_rope(config).get(ORIGINAL)
     return original if is_int(original) else None
 
 
@@ -108,7 +115,7 @@ def possible_lengths(config: PreTrainedConfig) -> tuple[int, ...]:
     length: Any = ours or getattr(config, "max_position_embeddings", None)
     if not is_int(length) or length < 1:
         raise ValueError(f"{type(config).__name__} has no max_position_embeddings: it has no context to speak of")
-    rope = getattr(config, "rope_parameters", None) or {}
+    rope = _one_rope(config)
     rope_type, factor = rope.get("rope_type", "default"), rope.get("factor")
     if ours or rope_type == "default" or not isinstance(factor, (int, float)) or factor <= 1:
         return (length,)

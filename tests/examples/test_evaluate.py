@@ -248,8 +248,6 @@ def test_a_model_is_spread_over_gpus(
     else:
         does_not_fit = "it does not fit into the memory of all GPUs"
         message = does_not_fit if kind == "model" else "does not fit: device_map leaves"
-            "it does not fit into the memory of all GPUs" if kind == "model" else "does not fit: device_map leaves"
-        )
         with pytest.raises(ValueError, match=message):
             evaluate.open_model(options)
     assert asked == ["auto"]

@@ -1,12 +1,13 @@
 """Models whose RoPE is scaled already: how far they read, and that extending them never takes anything back."""
 
+import copy
 import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, HunYuanDenseV1Config, MixtralConfig, NemotronConfig, PreTrainedConfig
+from transformers import AutoConfig, HunYuanDenseV1Config, MixtralConfig, NemotronConfig, Olmo3Config, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import evaluate
@@ -140,6 +141,29 @@ def test_how_far_a_scaled_model_reads(length: int, rope: dict, reads: int) -> No
         settle_context(config, 64)
 
 
+def test_layer_types_that_are_scaled_alike_are_read_as_one() -> None:
+    """As OLMo 3's; where they differ, as Gemma 3's do, `max_position_embeddings` is the context."""
+    linear = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    sizes = {**SIZES, "layer_types": ["full_attention"] * 2, "sliding_window": None, "max_position_embeddings": 128}
+    config = Olmo3Config(**sizes)
+    config.rope_parameters = {"full_attention": linear, "sliding_attention": dict(linear)}
+    with pytest.raises(
+        ValueError, match="reads 512 tokens, or after it, so that it reads 128: pass present_context_len"
+    ):
+        context_length(config)
+    extended = extend_config(config, 1024, present_context_length=512)
+    assert {rope["factor"] for rope in extended.rope_parameters.values()} == {8.0}
+    assert extended.original_max_position_embeddings == 128 and context_length(extended) == 1024
+    plain = copy.deepcopy(extended)
+    del plain.s2attn_context_length
+    assert context_length(plain) == 1024
+    config.rope_parameters = {
+        "full_attention": linear,
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    assert context_length(config) == 128
+
+
 def test_a_theta_is_no_scaling() -> None:
     assert context_length(scaled(16384, rope_type="default", rope_theta=1e6)) == 16384  # Code Llama
 
@@ -193,7 +217,7 @@ def test_a_head_dim_that_a_config_leaves_open_is_filled_in(family: str, rope_typ
     given = {name: values[: rotated // 2] for name, values in LONGROPE.items()} if rope_type == "longrope" else None
     extended = extend_config(config, 256, rope_type=rope_type, rope_parameters=given)
     assert config.head_dim is None and extended.head_dim == 8
-    model = tiny_model(config=extended, dtype=torch.float32)
+    model = tiny_model(config=extended, dtype=torch.float32, attn_implementation="sdpa")
     assert model.model.rotary_emb.inv_freq.shape == (rotated // 2,)
     with torch.no_grad():
         assert model(tokens(1, 200)).logits.isfinite().all()
