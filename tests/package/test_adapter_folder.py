@@ -1,4 +1,4 @@
-"""What lies in an adapter folder beside the weights: the model card, and its files as docs/adapter_format.md has them."""
+"""An adapter folder beside its weights: the model card, and the files as docs/adapter_format.md lists them."""
 
 import json
 import re
