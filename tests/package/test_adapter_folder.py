@@ -1,4 +1,4 @@
-"""What lies in an adapter folder beside the weights: the model card, and its files as docs/adapter_format.md has them."""
+"""What is in an adapter folder beside the weights: the model card, and the files of docs/adapter_format.md."""
 
 import json
 import re
