@@ -57,7 +57,8 @@ def extend_config(
     group_ratio: float = DEFAULT_GROUP_RATIO,
     group_size: int | None = None,
 ) -> PreTrainedConfig:
-    """A copy of a model's config for a longer context.
+    """
+    A copy of a model's config for a longer context.
 
     The factor is `ceil(context_length / original)`. For a model without scaling, `original` is its
     `max_position_embeddings`. A model that is scaled already is extended with its own `rope_type` only:
@@ -66,25 +67,31 @@ def extend_config(
     parameters are kept. A factor never becomes smaller.
 
     Args:
-        config: The base model's config; it is not changed.
-        context_length: The new context, in tokens; more than the present one.
-        rope_type: Any type that transformers knows. `"default"` scales nothing (of use with another `rope_theta` in
+        config ([`~transformers.PreTrainedConfig`]):
+            The base model's config; it is not changed.
+        context_length (`int`):
+            The new context, in tokens; more than the present one.
+        rope_type (`str`, defaults to `"linear"`):
+            Any type that transformers knows. `"default"` scales nothing (of use with another `rope_theta` in
             `rope_parameters`); `"longrope"` needs its factors in `rope_parameters`.
-        rope_parameters: Parameters of that type, in place of those computed here.
-        present_context_length: The tokens that the model reads now, where its config can be read in two ways: see
-            `settle_context`.
-        group_ratio: The group size as a part of the new context, in (0, 1]; it is made even.
-        group_size: The group size in tokens, even, in place of the ratio.
+        rope_parameters (`dict`, *optional*):
+            Parameters of that type, in place of those computed here.
+        present_context_length (`int`, *optional*):
+            The tokens that the model reads now, where its config can be read in two ways: see [`settle_context`].
+        group_ratio (`float`, defaults to 0.25):
+            The group size as a part of the new context, in (0, 1]; it is made even.
+        group_size (`int`, *optional*):
+            The group size in tokens, even, in place of the ratio.
 
     Returns:
-        A config with changed `rope_parameters`, `max_position_embeddings` (the new
+        [`~transformers.PreTrainedConfig`]: with changed `rope_parameters`, `max_position_embeddings` (the new
         context; for `"dynamic"` it stays, as transformers scales only beyond it), `s2attn_context_length` and
         `s2attn_group_size`. RoPE parameters of each layer type stay so. Linear scaling is given
         `original_max_position_embeddings` too, so that nobody has to ask whether `max_position_embeddings` is the
         length before or after it. A `head_dim` of `None` is filled in.
 
     Raises:
-        ValueError: An argument is out of its range, or the config's RoPE cannot be extended as asked.
+        `ValueError`: an argument is out of its range, or the config's RoPE cannot be extended as asked.
     """
     layer_types = of_layer_types(getattr(config, "rope_parameters", None) or {})
     if layer_types:
@@ -202,7 +209,9 @@ def _original_of_linear(config: PreTrainedConfig, present: int) -> int:
 
 
 def _check_rope(config: PreTrainedConfig, rope_type: str) -> None:
-    """Compute the frequencies once, so that a wrong parameter is reported here and not when the model is built."""
+    """
+    Compute the frequencies once, so that a wrong parameter is reported here and not when the model is built.
+    """
     theta = config.rope_parameters.get("rope_theta")
     if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < math.inf:
         raise ValueError(f"rope_theta must be a finite number above 0, but it is {theta!r}")
