@@ -10,6 +10,7 @@ longlora_ext.env` can report on the machine. Whatever needs the library raises `
 
 import warnings
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from longlora_ext.documents import doc_start_from_cu_seqlens, doc_start_from_mask, doc_start_from_position_ids
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
     from longlora_ext.independence import check_documents_apart
     from longlora_ext.loss import tile_loss
     from longlora_ext.sinks import add_key, add_learned_sink
+
+try:
+    __version__ = version("longlora_ext")
+except PackageNotFoundError:  # a source tree on the path, which is not installed
+    __version__ = "0+unknown"
 
 try:
     from longlora_ext.ops import s2attn, why_unsupported

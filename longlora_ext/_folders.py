@@ -51,7 +51,7 @@ def appearing(folder: Path) -> Iterator[Path]:
     Who writes holds a lock on it, which ends with the process: what one that was killed has left is removed.
 
     Raises:
-        `OSError`: it cannot be written, whichever library found that out.
+        OSError: It cannot be written, whichever library found that out.
     """
     named, folder = folder, folder.resolve()
     beginning = f".{folder.name}.unfinished-"

@@ -14,8 +14,7 @@ CONTEXT_LENGTH = "s2attn_context_length"
 
 
 def context_length(config: PreTrainedConfig) -> int:
-    """
-    The number of tokens that a model of this config is made for.
+    """The number of tokens that a model of this config is made for.
 
     An extended config says it in `s2attn_context_length`. For any other it is `max_position_embeddings`, or, where that
     is the length from before RoPE was scaled, as many times that length as the factor says: always for `"dynamic"`,
@@ -23,12 +22,11 @@ def context_length(config: PreTrainedConfig) -> int:
     `"yarn"`, where `max_position_embeddings` does not go beyond it. A config with linear scaling may leave that open.
 
     Args:
-        config ([`~transformers.PreTrainedConfig`]):
-            An extended config or any other.
+        config: An extended config or any other.
 
     Raises:
-        `ValueError`: it has none, as models without positions, or with positions of another kind; or it can be read in
-            two ways, which the error names: [`settle_context`] chooses one.
+        ValueError: It has none, as models without positions, or with positions of another kind; or it can be read in
+            two ways, which the error names: `settle_context` chooses one.
     """
     found = possible_lengths(config)
     if len(found) == 1:
@@ -43,21 +41,18 @@ def context_length(config: PreTrainedConfig) -> int:
 
 
 def settle_context(config: PreTrainedConfig, present_context_length: int | None) -> PreTrainedConfig:
-    """
-    A config whose context is known.
+    """A config whose context is known.
 
     Args:
-        config ([`~transformers.PreTrainedConfig`]):
-            Any config; it is not changed.
-        present_context_length (`int`, *optional*):
-            The tokens that a model of this config reads, where the config can be read in two ways (see
-            [`context_length`]). If it cannot, this must be what it says.
+        config: Any config; it is not changed.
+        present_context_length: The tokens that a model of this config reads, where the config can be read in two ways
+            (see `context_length`). If it cannot, this must be what it says.
 
     Returns:
-        [`~transformers.PreTrainedConfig`]: the config itself if nothing is given, or else a copy that says it.
+        The config itself if nothing is given, or else a copy that says it.
 
     Raises:
-        `ValueError`: that is no way to read the config.
+        ValueError: That is no way to read the config.
     """
     if present_context_length is None:
         return config
@@ -73,9 +68,7 @@ def settle_context(config: PreTrainedConfig, present_context_length: int | None)
 
 
 def rope_type_of(config: PreTrainedConfig) -> str:
-    """
-    How the positions of a model of this config are scaled: `"default"` where they are not.
-    """
+    """How the positions of a model of this config are scaled: `"default"` where they are not."""
     rope = getattr(config, "rope_parameters", None) or {}
     types = [parameters.get("rope_type", "default") for parameters in (of_layer_types(rope) or {"all": rope}).values()]
     return next((rope_type for rope_type in types if rope_type != "default"), "default")
@@ -105,11 +98,10 @@ def named_original(config: PreTrainedConfig) -> int | None:
 
 
 def possible_lengths(config: PreTrainedConfig) -> tuple[int, ...]:
-    """
-    The tokens that a model of this config reads: one number, or two where the config leaves it open, the longer first.
+    """The tokens that a model of this config reads: one number, or two where it leaves that open, the longer first.
 
     Raises:
-        `ValueError`: the config has no context.
+        ValueError: The config has no context.
     """
     ours: Any = getattr(config, CONTEXT_LENGTH, None)
     length: Any = ours or getattr(config, "max_position_embeddings", None)

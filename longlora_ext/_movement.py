@@ -11,16 +11,16 @@ from torch.utils._pytree import tree_leaves
 
 
 def movement(before: Tensor, after: Tensor, changed: Tensor) -> Tensor:
-    """
-    How far each token's vector moved, as a share of how far those of changed tokens do (their median). What was not
+    """How far each token's vector moved, as a share of how far those of changed tokens do (their median). What was not
     finite and is the same did not move.
 
     Args:
-        before, after (`Tensor`): [rows, tokens, ...].
-        changed (`Tensor`): bool [rows, tokens]: whose input was changed.
+        before: [rows, tokens, ...].
+        after: Likewise.
+        changed: bool [rows, tokens]: whose input was changed.
 
     Returns:
-        `Tensor`: float64 [rows, tokens], on the CPU.
+        float64 [rows, tokens], on the CPU.
     """
     same = (after == before) | (after.isnan() & before.isnan())
     difference = (after.double() - before.double()).masked_fill(same, 0.0).nan_to_num(nan=torch.inf)
@@ -36,17 +36,17 @@ def largest(values: Tensor, where: Tensor) -> float:
 def where_it_begins(
     model: nn.Module, run_before: Callable[[], Any], run_after: Callable[[], Any], changed: Tensor, row: int
 ) -> str:
-    """
-    The first module that moves tokens of a row which were not changed, while its inputs there stay as they are.
+    """The first module that moves tokens of a row which were not changed, while its inputs there stay as they are.
 
     Args:
-        model (`nn.Module`): What is run.
-        run_before, run_after (`Callable`): Run it on inputs of [rows, tokens], without changes and with them.
-        changed (`Tensor`): bool [rows, tokens]: whose input was changed.
-        row (`int`): The row to look at.
+        model: What is run.
+        run_before: Runs it on inputs of [rows, tokens], without changes.
+        run_after: Runs it on those inputs with changes.
+        changed: bool [rows, tokens]: whose input was changed.
+        row: The row to look at.
 
     Returns:
-        `str`: Name and class, innermost first; empty if there is no such module.
+        Name and class, innermost first; empty if there is no such module.
     """
     kept: list[tuple[list[Tensor], list[Tensor]]] = []
     found: list[tuple[float, str]] = []

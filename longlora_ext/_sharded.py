@@ -34,8 +34,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """
-    Let forward passes of a ZeRO-3 model gather its weights, a layer's at a time, where DeepSpeed does not yet.
+    """Let forward passes of a ZeRO-3 model gather its weights, a layer's at a time, where DeepSpeed does not yet.
 
     It does once `deepspeed.initialize` has prepared the model; one that was only loaded has parts of weights. Models
     of any other kind are left alone.

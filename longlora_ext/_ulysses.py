@@ -21,11 +21,10 @@ def sequence_parallel() -> tuple[int, int]:
 
 
 def first_shifted_head(heads: int, local_heads: int) -> int:
-    """
-    Which of the `local_heads` query heads of this process is the first of the shifted half of all `heads`.
+    """Which of the `local_heads` query heads of this process is the first of the shifted half of all `heads`.
 
     Raises:
-        `ValueError`: they are not this process's share under Ulysses.
+        ValueError: They are not this process's share under Ulysses.
     """
     if local_heads == heads:
         return heads // 2

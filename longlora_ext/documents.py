@@ -43,14 +43,14 @@ def doc_start_from_position_ids(position_ids: Tensor) -> Tensor:
     """Documents from positions: one begins wherever a position is not its predecessor's plus one.
 
     Args:
-        position_ids (`Tensor`): integers [B, N]. Packed rows restart at every document; where counting starts does
-            not matter, so a row in the middle of a long text is one document.
+        position_ids: Integers [B, N]. Packed rows restart at every document; where counting starts does not matter, so
+            a row in the middle of a long text is one document.
 
     Returns:
-        `Tensor`: int32 [B, N].
+        int32 [B, N].
 
     Raises:
-        ValueError: if `position_ids` is not two-dimensional, or not int32 or int64.
+        ValueError: If `position_ids` is not two-dimensional, or not int32 or int64.
     """
     _check_2d("position_ids", position_ids)
     if position_ids.dtype not in (torch.int32, torch.int64):
@@ -62,13 +62,13 @@ def doc_start_from_mask(attention_mask: Tensor) -> Tensor:
     """Documents from a padding mask: the tokens of a row are one, the padding before and after are others.
 
     Args:
-        attention_mask (`Tensor`): [B, N], bool or numbers; 1 marks a token, 0 padding, on either side.
+        attention_mask: [B, N], bool or numbers; 1 marks a token, 0 padding, on either side.
 
     Returns:
-        `Tensor`: int32 [B, N].
+        int32 [B, N].
 
     Raises:
-        ValueError: if `attention_mask` is not two-dimensional, or (on a CPU, where looking costs nothing) holds other
+        ValueError: If `attention_mask` is not two-dimensional, or (on a CPU, where looking costs nothing) holds other
             values than 0 and 1, or has padding between tokens. On a GPU either stops the next synchronisation with a
             device-side assertion.
     """
@@ -91,14 +91,14 @@ def doc_start_from_cu_seqlens(cu_seqlens: Tensor, seqlen: int) -> Tensor:
     """Documents from FlashAttention's cumulative lengths, for one packed row.
 
     Args:
-        cu_seqlens (`Tensor`): integers [documents + 1]: 0, then the end of each document.
-        seqlen (`int`): N, the row's length, at which the last document ends.
+        cu_seqlens: Integers [documents + 1]: 0, then the end of each document.
+        seqlen: N, the row's length, at which the last document ends.
 
     Returns:
-        `Tensor`: int32 [1, N].
+        int32 [1, N].
 
     Raises:
-        ValueError: if `cu_seqlens` is not one-dimensional, or (on a CPU, where looking costs nothing) does not begin
+        ValueError: If `cu_seqlens` is not one-dimensional, or (on a CPU, where looking costs nothing) does not begin
             with 0, decreases, or does not end at `seqlen`. On a GPU this stops the next synchronisation with a
             device-side assertion.
     """

@@ -49,8 +49,7 @@ _LEAKS = {
 
 
 def check_documents_apart(model: nn.Module, *, packed: bool = True) -> None:
-    """
-    Refuse a model in which documents are not independent of each other, or tokens not of those after them.
+    """Refuse a model in which documents are not independent of each other, or tokens not of those after them.
 
     It costs a few forward passes and a backward pass of some 300 tokens. Nothing of the model changes: weights and
     their gradients, buffers, modes, the states of random number generators. If the training is under `torch.autocast`,
@@ -58,15 +57,13 @@ def check_documents_apart(model: nn.Module, *, packed: bool = True) -> None:
     experiment with gradients is left out.
 
     Args:
-        model (`torch.nn.Module`):
-            A causal language model of transformers, with an adapter or without, or a wrapper of it (torch.compile,
+        model: A causal language model of transformers, with an adapter or without, or a wrapper of it (torch.compile,
             DDP, DeepSpeed, FSDP). If its attention is `"s2attn"`, dense attention is tried besides its own mode.
-        packed (`bool`, defaults to `True`):
-            Documents share rows and are told apart by `position_ids`. `False`: each has a row of its own, which may
+        packed: Documents share rows and are told apart by `position_ids`. `False`: each has a row of its own, which may
             depend neither on other rows nor, at any token, on later ones.
 
     Raises:
-        `ValueError`: something leaks: what, how much of it, and the module where it begins. Or it cannot be found out:
+        ValueError: Something leaks: what, how much of it, and the module where it begins. Or it cannot be found out:
             the model takes no `position_ids`, or several processes share its sequences already. (A model of NaN passes:
             its loss tells.)
     """

@@ -56,25 +56,22 @@ def refusal(model: PreTrainedModel | PeftModel) -> str | None:
 
 
 def tile_loss(model: Model, tile: int = TILE) -> Model:
-    """
-    Let a causal language model compute its loss without the logits of all tokens.
+    """Let a causal language model compute its loss without the logits of all tokens.
 
     It acts where `labels` are given. The output's `logits` are then those of the last token alone, in training and
     evaluation alike.
 
     Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            It is changed. Padded labels (-100), `num_items_in_batch`, `shift_labels`, LoRA on the output layer, tied
+        model: It is changed. Padded labels (-100), `num_items_in_batch`, `shift_labels`, LoRA on the output layer, tied
             embeddings, DDP, and ZeRO are as they were.
-        tile (`int`, defaults to 2**26):
-            How many logits may exist at once. Up to that many for a whole batch are not computed twice.
+        tile: How many logits may exist at once. Up to that many for a whole batch are not computed twice.
 
     Returns:
         The model.
 
     Raises:
-        `ValueError`: there is a [`refusal`], the loss is tiled already, or `tile` is not positive; and in the first
-        forward pass if the model's logits turn out not to be its output layer's.
+        ValueError: There is a `refusal`, the loss is tiled already, or `tile` is not positive; and in the first forward
+            pass if the model's logits turn out not to be its output layer's.
     """
     if tile < 1:
         raise ValueError(f"tile must be 1 or more, got {tile}")
@@ -93,8 +90,7 @@ def _causal_lm(model: PreTrainedModel | PeftModel) -> Any:
 
 
 class _TiledLoss:
-    """
-    The loss function of a model, called by its forward after the output layer.
+    """The loss function of a model, called by its forward after the output layer.
 
     Before it, two hooks have prepared for it: one lets the output layer see the last token alone, the other keeps
     what the decoder gave. So the loss is computed within the model's forward, where DDP and DeepSpeed expect it.
@@ -132,8 +128,7 @@ class _TiledLoss:
         return any(isinstance(module, FSDPModule) for module in self.model.get_output_embeddings().modules())
 
     def _check(self, hidden: Tensor, logits: Tensor) -> None:
-        """
-        Raise `ValueError` if the logits are not what the output layer gives.
+        """Raise `ValueError` if the logits are not what the output layer gives.
 
         Under FSDP this is done in every step, as it also has the group that the output layer is in begin its forward
         pass anew, without a gradient. Were a tile the first to be seen, FSDP would reduce the group's gradients and

@@ -12,15 +12,12 @@ _BESIDE = ("rope_theta", "partial_rotary_factor")  # what older versions look fo
 
 
 def complete_config(folder: Path, **changes: Any) -> None:
-    """
-    Write RoPE under its older names as well, as transformers 4 and what is built on it read it: `rope_scaling`, and
+    """Write RoPE under its older names as well, as transformers 4 and what is built on it read it: `rope_scaling`, and
     `rope_theta` beside it. transformers 5 reads the same of them.
 
     Args:
-        folder (`Path`):
-            It holds the config.json.
-        changes:
-            Fields to set.
+        folder: It holds the config.json.
+        changes: Fields to set.
     """
     path = folder / "config.json"
     config = json.loads(path.read_text())

@@ -13,9 +13,10 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 
 class AsItIs(GenerationConfig):
-    """
-    Saved whatever it says. transformers refuses to save options that it would ignore, up to 5.20 even those of a file
-    that it has read, such as the `temperature` without `do_sample` of early Llama 2 and of Vicuna.
+    """Saved whatever it says.
+
+    transformers refuses to save options that it would ignore, up to 5.20 even those of a file that it has read, such as
+    the `temperature` without `do_sample` of early Llama 2 and of Vicuna.
     """
 
     def validate(self, strict: bool = False, *others: Any, **named: Any) -> None:
@@ -40,17 +41,14 @@ def has_generation_config(folder: Path) -> bool:
 
 
 def stop_at(model: nn.Module, tokens: Iterable[int]) -> list[int]:
-    """
-    Let generation end at more tokens, such as those that end an answer in a chat template.
+    """Let generation end at more tokens, such as those that end an answer in a chat template.
 
     Args:
-        model (`torch.nn.Module`):
-            A [`~transformers.PreTrainedModel`] or a [`peft.PeftModel`] around one; its generation config is changed.
-        tokens (`Iterable[int]`):
-            Token ids. They join `eos_token_id`, and what is in it stays.
+        model: A `PreTrainedModel` or a `peft.PeftModel` around one; its generation config is changed.
+        tokens: Token ids. They join `eos_token_id`, and what is in it stays.
 
     Returns:
-        `list[int]`: those that were not in it.
+        The tokens that were not in it.
     """
     config = getattr(model, "generation_config", None)
     if config is None:  # nothing is generated with it

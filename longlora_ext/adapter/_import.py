@@ -36,31 +36,25 @@ def import_longlora(
     base_model: str | None = None,
     finish: Callable[[Path], None] | None = None,
 ) -> None:
-    """
-    Make an adapter folder out of one of the original LongLoRA.
+    """Make an adapter folder out of one of the original LongLoRA.
 
     The original adds a padding token to the vocabulary (32,001 tokens for Llama 2). Nothing is learned of padding, so
     its row of the embedding is left out, a line in the log says so, and the vocabulary is that of the base model.
 
     Args:
-        release (`str` or `os.PathLike`):
-            A folder with `adapter_config.json`, `adapter_model.bin` (LoRA) and `trainable_params.bin` (embedding and
-            norms; there is none if LoRA alone was trained). Pickles with more than tensors in them are refused.
-        output_folder (`str` or `os.PathLike`):
-            Must not exist, or be empty; it appears when it is complete. [`load`] and [`merge`] take it.
-        context_length (`int`):
-            What it was trained for, which none of the files says: 8192 for `Llama-2-7b-longlora-8k`. It makes the
-            linear RoPE factor, as in the original.
-        base_model (`str`, *optional*):
-            A folder or hub name, in place of the one that `adapter_config.json` names.
-        finish (`Callable`, *optional*):
-            Called with the folder when all is written, before it appears under its name: to add to it.
+        release: A folder with `adapter_config.json`, `adapter_model.bin` (LoRA) and `trainable_params.bin` (embedding
+            and norms; there is none if LoRA alone was trained). Pickles with more than tensors in them are refused.
+        output_folder: Must not exist, or be empty; it appears when it is complete. `load` and `merge` take it.
+        context_length: What it was trained for, which none of the files says: 8192 for `Llama-2-7b-longlora-8k`. It
+            makes the linear RoPE factor, as in the original.
+        base_model: A folder or hub name, in place of the one that `adapter_config.json` names.
+        finish: Called with the folder when all is written, before it appears under its name: to add to it.
 
     Raises:
-        `FileExistsError`: the output folder holds something.
-        `FileNotFoundError`: a file, or the base model, is missing.
-        `OSError`: there is no room for it.
-        `ValueError`: the files cannot be read, are incomplete or not finite, or do not fit the base model.
+        FileExistsError: The output folder holds something.
+        FileNotFoundError: A file, or the base model, is missing.
+        OSError: There is no room for it.
+        ValueError: The files cannot be read, are incomplete or not finite, or do not fit the base model.
     """
     release, target = Path(release), Path(output_folder)
     refuse_to_overwrite(target)

@@ -35,24 +35,20 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", 
 def load(
     folder: str | os.PathLike[str], *, base_model: str | None = None, **from_pretrained_kwargs: Any
 ) -> PreTrainedModel | PeftModel:
-    """
-    The extended model of an adapter folder, in eval mode.
+    """The extended model of an adapter folder, in eval mode.
 
     Args:
-        folder (`str` or `os.PathLike`):
-            What [`~longlora_ext.adapter.save_adapter`] wrote, after LoRA or after full fine-tuning.
-        base_model (`str`, *optional*):
-            Where the base model is now, if not where it was in training.
-        from_pretrained_kwargs:
-            For `AutoModelForCausalLM.from_pretrained`, such as `dtype` (of all weights, the adapter's too),
-            `device_map`, or an `attn_implementation` other than `"s2attn"`.
+        folder: What `save_adapter` wrote, after LoRA or after full fine-tuning.
+        base_model: Where the base model is now, if not where it was in training.
+        from_pretrained_kwargs: For `AutoModelForCausalLM.from_pretrained`, such as `dtype` (of all weights, the
+            adapter's too), `device_map`, or an `attn_implementation` other than `"s2attn"`.
 
     Returns:
-        The [`peft.PeftModel`], or the model itself after full fine-tuning.
+        The `peft.PeftModel`, or the model itself after full fine-tuning.
 
     Raises:
-        `FileNotFoundError`: the folder is not one of `save_adapter`, or lacks a file.
-        `ValueError`: the folder holds a model as well as an adapter, the base model is not the one that the adapter was
+        FileNotFoundError: The folder is not one of `save_adapter`, or lacks a file.
+        ValueError: The folder holds a model as well as an adapter, the base model is not the one that the adapter was
             trained on or does not fit into the GPUs of `device_map`, weights are missing, or something cannot be read.
     """
     folder = Path(folder)
@@ -92,18 +88,14 @@ def load(
 
 
 def load_base(model: str, *, what: str = "the base model", **from_pretrained_kwargs: Any) -> PreTrainedModel:
-    """
-    `AutoModelForCausalLM.from_pretrained`, which gives random numbers to weights that the files lack: they are refused.
+    """Load a model as `AutoModelForCausalLM` does, and refuse files that lack weights, which it would make up.
 
     Its config then says whether the weights are tied, whatever the file's config does.
 
     Args:
-        model (`str`):
-            A folder or hub name.
-        what (`str`, defaults to `"the base model"`):
-            How an error calls it.
-        from_pretrained_kwargs:
-            For `from_pretrained`.
+        model: A folder or hub name.
+        what: How an error calls it.
+        from_pretrained_kwargs: For `from_pretrained`.
 
     Raises:
         `ValueError`: the model cannot be loaded, its files lack weights or are not those of its config, or an adapter

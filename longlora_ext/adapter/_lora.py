@@ -38,7 +38,7 @@ class LoraWeights:
     """LoRA's factors, and the weights that were trained in place of the base model's, by the base model's names.
 
     Attributes:
-        config: The adapter's, a [`peft.LoraConfig`].
+        config: The adapter's, a `peft.LoraConfig`.
     """
 
     def __init__(self, folder: Path, record: dict[str, Any]) -> None:

@@ -50,8 +50,7 @@ def merge(
     finish: Callable[[Path], None] | None = None,
     **hub_arguments: Any,
 ) -> None:
-    """
-    Write base model and adapter as one plain model folder, which transformers loads with no code of ours.
+    """Write base model and adapter as one plain model folder, which transformers loads with no code of ours.
 
     One shard at a time is in memory, and its tensors have the names that they have in the base model's files, whatever
     the model makes of them, such as one weight of the many experts of a mixture. Only an adapter that changes more than
@@ -62,28 +61,21 @@ def merge(
     others that know no `rope_parameters`.
 
     Args:
-        folder (`str` or `os.PathLike`):
-            The adapter folder.
-        output_folder (`str` or `os.PathLike`):
-            Must not exist, or be empty; it appears when it is complete. The tokenizer and `generation_config.json`
-            come along, from the adapter folder or else from the base model, and what says how the adapter was made
-            (`run.json`, `import.json`), if it is there.
-        base_model (`str`, *optional*):
-            Where the base model is now, if not where it was in training.
-        dtype (`torch.dtype` or `str`, *optional*):
-            Of the merged weights. By default, and for `"auto"`, each keeps that of the base model.
-        max_shard_size (`int` or `str`, defaults to `"5GB"`):
-            Of a file, in bytes or as text (`"500MB"`); a weight that is larger has a file of its own.
-        finish (`Callable`, *optional*):
-            Called with the folder when all is written, before it appears under its name: to add to it.
-        hub_arguments:
-            `revision`, `token`, `cache_dir` and the like, for a base model on the hub.
+        folder: The adapter folder.
+        output_folder: Must not exist, or be empty; it appears when it is complete. The tokenizer and
+            `generation_config.json` come along, from the adapter folder or else from the base model, and what says how
+            the adapter was made (`run.json`, `import.json`), if it is there.
+        base_model: Where the base model is now, if not where it was in training.
+        dtype: Of the merged weights. By default, and for `"auto"`, each keeps that of the base model.
+        max_shard_size: Of a file, in bytes or as text (`"500MB"`); a weight that is larger has a file of its own.
+        finish: Called with the folder when all is written, before it appears under its name: to add to it.
+        hub_arguments: `revision`, `token`, `cache_dir` and the like, for a base model on the hub.
 
     Raises:
-        `FileExistsError`: the output folder holds something.
-        `OSError`: there is no room for it.
-        `ValueError`: the folder holds a whole model, or one beside the adapter, or a weight is not finite.
-        And what [`load`] raises.
+        FileExistsError: The output folder holds something.
+        OSError: There is no room for it.
+        ValueError: The folder holds a whole model, or one beside the adapter, or a weight is not finite;
+            and what `load` raises.
     """
     folder, target = Path(folder), Path(output_folder)
     if unknown := set(hub_arguments) - set(HUB_ARGUMENTS):

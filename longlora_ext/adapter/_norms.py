@@ -10,11 +10,10 @@ _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 
 
 def norms_of(model: nn.Module) -> list[str]:
-    """
-    The full names of a model's norms, those that have weights: OLMo's LayerNorm has none.
+    """The full names of a model's norms, those that have weights: OLMo's LayerNorm has none.
 
     Raises:
-        `ValueError`: something that looks like a norm is more than one, so that it cannot be trained as such.
+        ValueError: Something that looks like a norm is more than one, so that it cannot be trained as such.
     """
     found: list[str] = []
     for name, module in model.named_modules():
@@ -50,18 +49,16 @@ def _is_of_norm(part: str, weight: nn.Parameter | None, module: nn.Module) -> bo
 
 
 def names_for_peft(model: nn.Module, wanted: Iterable[str]) -> list[str]:
-    """
-    The shortest names by which PEFT, which takes every module whose full name ends with one, finds those modules and no
-    others.
+    """The shortest names by which PEFT finds those modules and no others.
+
+    It takes every module whose full name ends with one.
 
     Args:
-        model (`torch.nn.Module`):
-            The model that the modules are in.
-        wanted (`Iterable[str]`):
-            Their full names.
+        model: The model that the modules are in.
+        wanted: Their full names.
 
     Raises:
-        `ValueError`: PEFT cannot tell one of them from another module.
+        ValueError: PEFT cannot tell one of them from another module.
     """
     wanted = set(wanted)
     others = [name for name, _ in model.named_modules() if name and name not in wanted]

@@ -34,8 +34,7 @@ def _cast_output(module: nn.Module, args: Any, output: torch.Tensor, dtype: torc
 
 
 def fp32_state(model: nn.Module, only_trainable: bool) -> dict[str, torch.Tensor]:
-    """
-    The fp32 weights under their full names, on the CPU of the first process (elsewhere empty). A tied weight
+    """The fp32 weights under their full names, on the CPU of the first process (elsewhere empty). A tied weight
     is one tensor under all its names. Collective under ZeRO and FSDP, which gather one weight at a time.
     """
     state: dict[str, torch.Tensor] = {}
@@ -54,7 +53,7 @@ def give_back_gathered(model: nn.Module) -> None:
     """Let FSDP free what it has gathered for a forward pass: roundings of the sharded weights, to be read instead.
 
     Raises:
-        `ValueError`: it is the first version of FSDP, which keeps no weight for itself.
+        ValueError: It is the first version of FSDP, which keeps no weight for itself.
     """
     for module in model.modules():
         if isinstance(module, FullyShardedDataParallel):

@@ -26,23 +26,19 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def lora_config(model: PreTrainedModel, **overrides: Any) -> LoraConfig:
-    """
-    The recipe of LongLoRA as a PEFT config: LoRA on the attention projections, embedding and norms trained in
-    full.
+    """The recipe of LongLoRA as a PEFT config: LoRA on the attention projections, embedding and norms in full.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The model to fine-tune; its modules are looked at, not changed.
-        overrides:
-            Fields of [`peft.LoraConfig`], in place of r=8, lora_alpha=16, no dropout, the four projections as
+        model: The model to fine-tune; its modules are looked at, not changed.
+        overrides: Fields of `peft.LoraConfig`, in place of r=8, lora_alpha=16, no dropout, the four projections as
             `target_modules` and embedding and norms as `modules_to_save`.
 
     Returns:
-        [`peft.LoraConfig`]: tied embeddings are trained as one and stay tied.
+        The config. Tied embeddings are trained as one and stay tied.
 
     Raises:
-        `ValueError`: the model has not all of `q_proj`, `k_proj`, `v_proj`, `o_proj`, and `target_modules` are
-        not given; or it has a norm that could not be trained, and `modules_to_save` are not given.
+        ValueError: The model has not all of `q_proj`, `k_proj`, `v_proj`, `o_proj`, and `target_modules` are not given;
+            or it has a norm that could not be trained, and `modules_to_save` are not given.
     """
     modules = dict(model.named_modules())
     last = {name.rpartition(".")[2] for name in modules}
@@ -72,21 +68,18 @@ def lora_config(model: PreTrainedModel, **overrides: Any) -> LoraConfig:
 
 
 def prepare_model(model: PreTrainedModel, peft_config: PeftConfig | None) -> PreTrainedModel | PeftModel:
-    """
-    Make a model trainable, with trainable weights that take small steps.
+    """Make a model trainable, with trainable weights that take small steps.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The extended model, in the dtype to compute in; it is changed.
-        peft_config ([`peft.PeftConfig`], *optional*):
-            Such as [`lora_config`] makes. `None` is full fine-tuning: all weights train.
+        model: The extended model, in the dtype to compute in; it is changed.
+        peft_config: Such as `lora_config` makes. `None` is full fine-tuning: all weights train.
 
     Returns:
         The model with its adapter, or the model itself. Trainable weights are fp32, except under ZeRO-3,
         which keeps fp32 masters of them.
 
     Raises:
-        `ValueError`: the model has an adapter already, or PEFT leaves a module frozen that `peft_config` names in
+        ValueError: The model has an adapter already, or PEFT leaves a module frozen that `peft_config` names in
             `modules_to_save`, or unties what it says is tied.
     """
     if isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False):

@@ -24,26 +24,22 @@ from longlora_ext.adapter._record import WEIGHTS, fingerprint_of, write_record
 def save_adapter(
     model: nn.Module, folder: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase | None = None
 ) -> None:
-    """
-    Save what was trained, in fp32, together with what the context extension changed.
+    """Save what was trained, in fp32, together with what the context extension changed.
 
     Every process calls it; the first one writes. The folder appears under its name only when it is complete.
 
     Args:
-        model (`torch.nn.Module`):
-            What [`prepare_model`] returned, sharded by `fully_shard` or not, or a wrapper of it (torch.compile, DDP,
+        model: What `prepare_model` returned, sharded by `fully_shard` or not, or a wrapper of it (torch.compile, DDP,
             DeepSpeed).
-        folder (`str` or `os.PathLike`):
-            Must not exist, or be empty. It receives `adapter_model.safetensors` (LoRA, embedding, norms),
+        folder: Must not exist, or be empty. It receives `adapter_model.safetensors` (LoRA, embedding, norms),
             `adapter_config.json`, `longlora.json`, a model card (`README.md`) and the model's `generation_config.json`,
-            which [`load`] and [`merge`] take over; after full fine-tuning it becomes a plain model folder.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Saved beside.
+            which `load` and `merge` take over; after full fine-tuning it becomes a plain model folder.
+        tokenizer: Saved beside.
 
     Raises:
-        `FileExistsError`: the folder holds something.
-        `OSError`: there is no room for it.
-        `ValueError`: the model is not one to save here, or a weight is not finite.
+        FileExistsError: The folder holds something.
+        OSError: There is no room for it.
+        ValueError: The model is not one to save here, or a weight is not finite.
     """
     give_back_gathered(model)
     model = unwrapped(model)

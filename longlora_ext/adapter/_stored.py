@@ -17,21 +17,16 @@ from longlora_ext.adapter._tying import is_tied, say_tied
 
 
 class StoredModel:
-    """
-    The weights of a model by the names of its files.
+    """The weights of a model by the names of its files.
 
     Args:
-        config ([`~transformers.PreTrainedConfig`]):
-            The model's. It is made to say that weights are not tied of which the files hold two.
-        weights (`Checkpoint`):
-            The files.
-        base (`str`):
-            How an error calls the model.
-        trust_remote_code (`bool`):
-            As for `from_pretrained`.
+        config: The model's. It is made to say that weights are not tied of which the files hold two.
+        weights: The files.
+        base: How an error calls the model.
+        trust_remote_code: As for `from_pretrained`.
 
     Raises:
-        `NeedsWholeModel`: the tensors of the files do not make up the model.
+        NeedsWholeModel: The tensors of the files do not make up the model.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""An adapter folder beside its weights: the model card, and the files as docs/adapter_format.md lists them."""
+"""What is in an adapter folder beside the weights: the model card, and the files of docs/adapter_format.md."""
 
 import json
 import re
@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from longlora_ext.adapter import load, lora_config, merge, prepare_model, save_adapter
 from longlora_ext.adapter._card import write_card
+from longlora_ext.config import CONFIG_FIELDS
 from tiny_training import CONTEXT, extended_model, save_base
 
 FORMAT = (Path(__file__).resolve().parents[2] / "docs" / "adapter_format.md").read_text()
@@ -107,7 +108,7 @@ def test_the_fields_are_those_of_the_page(adapter: Path) -> None:
     assert described.keys() == record.keys()
     assert all(isinstance(record[name], kind) for name, kind in described.items())
     row = next(line for line in FORMAT.splitlines() if line.startswith("| `config`"))
-    assert set(record["config"]) <= set(re.findall(r"`(s2attn_\w+)`", row))
+    assert {*CONFIG_FIELDS, *record["config"]} <= set(re.findall(r"`(s2attn_\w+)`", row))
 
 
 def test_the_files_are_those_of_the_page(adapter: Path) -> None:

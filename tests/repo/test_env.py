@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -114,6 +116,16 @@ def test_what_the_package_offers(monkeypatch: pytest.MonkeyPatch) -> None:
         assert getattr(longlora_ext, name).__name__ == name and name in dir(longlora_ext)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = longlora_ext.nonsense
+
+
+def test_the_version_is_that_of_the_installed_package(unbuilt: Path) -> None:
+    print_it = "import longlora_ext; print(longlora_ext.__version__)"
+    installed = version("longlora_ext")
+    done = python(unbuilt, "-c", print_it)
+    assert done.stdout == f"{installed}\n" and re.fullmatch(r"\d+\.\d+\.\d+", installed), done.stderr
+    lacking = "import importlib.metadata as m; none = lambda name: m.distribution(name + '-none'); m.version = none"
+    done = python(unbuilt, "-c", f"{lacking}\n{print_it}")
+    assert done.stdout == "0+unknown\n", done.stderr
 
 
 def test_importing_the_package_loads_the_operator_and_no_transformers() -> None:
