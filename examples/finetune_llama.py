@@ -68,12 +68,12 @@ from app.training.run_settings import settings
 from app.training.stop_at_nan import StopAtNaN
 from app.training.suitable import check_documents, check_training
 from app.training.template_date import SETTING, template_date
-from app.training.ulysses import UlyssesTrainer, check_sequence_parallel
 from longlora_ext.adapter import is_tied, load_base, lora_config, prepare_model, save_adapter, stop_at
 from longlora_ext.adapter._load import MADE_BASE
 from longlora_ext.config import DEFAULT_GROUP_RATIO, config_for, context_length, rope_type_of, settle_context
 from longlora_ext.data import PackedSequences, SampleRows, pad_rows
 from longlora_ext.loss import refusal, tile_loss
+from longlora_ext.trainer import UlyssesTrainer, check_sequence_parallel
 
 
 @as_program("finetune_llama.py", stopped="stopped; --resume_from_checkpoint latest goes on from the last checkpoint")

@@ -34,7 +34,7 @@ def test_white_space_alone_is_no_text() -> None:
 
 def test_batches_of_long_documents_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of which 64 at once would fill the memory."""
-    monkeypatch.setattr("inputs.tokens.BATCH_BYTES", 3000)
+    monkeypatch.setattr("app.inputs.tokens.BATCH_BYTES", 3000)
     tokenizer, sizes = character_tokenizer(), []
     encode = type(tokenizer).__call__
     monkeypatch.setattr(type(tokenizer), "__call__", lambda *a, **k: sizes.append(len(a[1])) or encode(*a, **k))
