@@ -57,13 +57,13 @@ class DenseTail(TrainerCallback):
         first: The first dense step, counting from 1; known when the training begins.
 
     Raises:
-        ValueError: `share` is neither a share nor a count, or, when the training begins, it is more steps than there are.
+        ValueError: `share` is neither a share nor a count, or there are not so many steps, when the training begins.
     """
 
     def __init__(self, config: PreTrainedConfig, share: float) -> None:
         if not (0 < share < 1 or (share >= 1 and share % 1 == 0)):
             raise ValueError(
-                f"dense steps must be a share of all steps, above 0 and below 1, or a whole number, but they are {share!r}"
+                f"dense steps must be a share of all, above 0 and below 1, or a whole number, but they are {share!r}"
             )
         self.config = config
         self.share = share

@@ -25,7 +25,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from longlora_ext._folders import appearing, on_first_process, refuse_to_overwrite
+from longlora_ext._folders import appearing, refuse_to_overwrite
+from longlora_ext._processes import on_first_process
 from longlora_ext.adapter._checkpoint import listed
 from longlora_ext.adapter._config_file import complete_config
 from longlora_ext.adapter._generation import keep_generation_config, save_generation_config, stop_at, stops
