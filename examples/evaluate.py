@@ -28,8 +28,9 @@ from app.evaluation.prompts import ADJECTIVES, NOUNS
 from app.evaluation.retrieval_task import RetrievalTask
 from app.models.use_model import add_model_options, add_scaling_options, check_model_options, open_model
 from app.runs.command_line import HelpFormatter, Parser, as_program, one_clear_error
-from app.runs.processes import be_quiet, decided_by_first, gathered, together
+from app.runs.processes import be_quiet, gathered, together
 from app.runs.provenance import commit, versions
+from longlora_ext._processes import on_first_process
 
 DESCRIPTION = """\
 Evaluate a base model, a merged model or an adapter on long texts.
@@ -80,7 +81,8 @@ def main(argv: Sequence[str]) -> None:
         with one_clear_error():
             task = TASKS[options.task](options, opened)
         settings = task.settings | opened.description | {"versions": versions()}
-        folder = decided_by_first(lambda: claim(options.output, default_name(options), settings))
+        with one_clear_error():
+            folder = on_first_process(lambda: claim(options.output, default_name(options), settings))
         say(banner(settings, folder))
         results = compute(task, folder)
         if RANK == 0:
@@ -111,9 +113,10 @@ def compute(task: Any, folder: Path) -> dict[str, Any]:
     Returns:
         On the first process, the results of all cells.
     """
-    there = decided_by_first(
-        lambda: finished(folder, task.cells, task.numbers) or {"cells": kept(folder, task.numbers)}
-    )["cells"]
+    with one_clear_error():
+        there = on_first_process(
+            lambda: finished(folder, task.cells, task.numbers) or {"cells": kept(folder, task.numbers)}
+        )["cells"]
     done = {cell: result for cell, result in there.items() if cell in task.cells}
     if len(done) == len(task.cells):
         say(f"{folder} is complete: nothing is computed again")

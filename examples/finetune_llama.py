@@ -21,7 +21,6 @@ from typing import Any
 
 from app.runs.launch import fail, leave_group, say  # isort: skip  (first: it prepares what the libraries below look at)
 import torch
-from accelerate import PartialState
 from peft import PeftModel
 from transformers import (
     AutoConfig,
@@ -30,7 +29,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainingArguments,
     set_seed,
 )
 
@@ -69,12 +67,13 @@ from app.training.run_settings import settings
 from app.training.stop_at_nan import StopAtNaN
 from app.training.suitable import check_documents, check_training
 from app.training.template_date import SETTING, template_date
-from app.training.ulysses import UlyssesTrainer, check_sequence_parallel
+from longlora_ext._processes import first_process_first, is_first_process, wait_for_all
 from longlora_ext.adapter import is_tied, load_base, lora_config, prepare_model, save_adapter, stop_at
 from longlora_ext.adapter._load import MADE_BASE
 from longlora_ext.config import DEFAULT_GROUP_RATIO, config_for, context_length, rope_type_of, settle_context
 from longlora_ext.data import PackedSequences, SampleRows, pad_rows
 from longlora_ext.loss import refusal, tile_loss
+from longlora_ext.trainer import UlyssesTrainer, check_sequence_parallel
 
 
 @as_program("finetune_llama.py", stopped="stopped; --resume_from_checkpoint latest goes on from the last checkpoint")
@@ -108,7 +107,7 @@ def main(argv: Sequence[str]) -> None:
             give_template(tokenizer)
     with one_clear_error():
         day = template_date(tokenizer, checkpoint, original) if text.task == "sft" else None
-        train, held_out = read(text, tokenizer, context, args, day)
+        train, held_out = read(text, tokenizer, context, day)
         padding = padding_token(tokenizer, base_config)
         sequences, eval_sequences = (
             SampleRows(part.rows, context, padding, packed=text.rows == "packed")
@@ -170,19 +169,18 @@ def main(argv: Sequence[str]) -> None:
         if trainer.state.global_step == 0:
             fail("not a single step was done: there is nothing to save")
 
-        state = PartialState()
         adapter = folder / ("model" if options.full_finetune else "adapter")
-        if state.is_main_process and checkpoint and adapter.exists():
+        if checkpoint and is_first_process() and adapter.exists():
             # The run was at its end before, or was shorter then. The checkpoint it went on from has all that is needed.
             shutil.rmtree(adapter)
-        state.wait_for_everyone()
+        wait_for_all()
         try:
             save_adapter(model, adapter, tokenizer)
         except ValueError as error:  # what came of it are no numbers
             fail(str(error))
         if measurement:
             measurement.measure(model, args, AFTER)
-        if state.is_main_process:
+        if is_first_process():
             loss_curve(trainer.state.log_history, folder / "loss.png", name)
             if measurement:
                 (folder / "perplexity.txt").write_text(measurement.table())
@@ -190,7 +188,7 @@ def main(argv: Sequence[str]) -> None:
                 folder, adapter, {"steps": trainer.state.global_step, "first_dense_step": tail.first if tail else None}
             )
     say(results(folder, adapter, measurement, options.full_finetune))
-    state.wait_for_everyone()
+    wait_for_all()
     leave_group()
 
 
@@ -228,7 +226,6 @@ def read(
     text: DataOptions,
     tokenizer: PreTrainedTokenizerBase,
     context: int,
-    args: TrainingArguments,
     day: date | None = None,
 ) -> tuple[Tokenised, Tokenised]:
     """What to train on and what is held out, as tokens: documents, or `Samples` where answers are learned.
@@ -244,7 +241,7 @@ def read(
             raise ValueError(f"--{option} {' '.join(sources)} holds no text")
         return found
 
-    with args.main_process_first(desc="reading the text"):
+    def both() -> tuple[Tokenised, Tokenised]:
         if text.train_file is None:
             train, held_out = (tokenise(part, tokenizer) for part in stdlib_documents())
             return train, held_out
@@ -252,6 +249,8 @@ def read(
         if text.eval_file is not None:
             return train, tokens_of(text.eval_file, "eval_file")
         return hold_out_samples(train) if isinstance(train, Samples) else hold_out(train)
+
+    return first_process_first(both)  # who fills the cache
 
 
 if __name__ == "__main__":

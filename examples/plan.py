@@ -30,8 +30,8 @@ from app.planning.planner import MOST, Plan, Run, Way
 from app.runs.command_line import Parser, as_program, one_clear_error
 from app.runs.wording import counted
 from app.training.recipe import accumulation
-from app.training.ulysses import check_sequence_parallel
 from longlora_ext.config import context_length, settle_context
+from longlora_ext.trainer import check_sequence_parallel
 
 WAYS = {
     "default": Way(),

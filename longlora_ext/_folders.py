@@ -6,34 +6,11 @@ import fcntl
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import torch.distributed as dist
 from safetensors import SafetensorError
-
-
-def is_first_process() -> bool:
-    """Whether this is the process that writes."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def on_first_process(action: Callable[[], None]) -> None:
-    """Run it on the first process; if it fails there, fail on all, so that none waits for ever."""
-    failure: Exception | None = None
-    if is_first_process():
-        try:
-            action()
-        except Exception as error:  # handed on below, on every process
-            failure = error
-    if dist.is_initialized():
-        message = [None if failure is None else str(failure)]
-        dist.broadcast_object_list(message, src=0)
-        if failure is None and message[0] is not None:
-            raise RuntimeError(f"the first process failed: {message[0]}")
-    if failure is not None:
-        raise failure
 
 
 def refuse_to_overwrite(folder: Path) -> None:

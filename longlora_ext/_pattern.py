@@ -11,8 +11,7 @@ WINDOW = "s2attn_window"
 
 
 def sink(config: PreTrainedConfig) -> bool:
-    """
-    Whether each row sees the first token of its document besides: `s2attn_sink`, no if the config has none.
+    """Whether each row sees the first token of its document besides: `s2attn_sink`, no if the config has none.
 
     Raises:
         `ValueError`: it is not a `bool`.
@@ -24,8 +23,7 @@ def sink(config: PreTrainedConfig) -> bool:
 
 
 def window(config: PreTrainedConfig) -> int | None:
-    """
-    How many tokens of its group a row sees at most, itself the last of them: `s2attn_window`, all if there is none.
+    """How many tokens of its group a row sees at most, itself the last of them: `s2attn_window`, all if there is none.
 
     Raises:
         `ValueError`: it is not a positive integer.

@@ -95,9 +95,7 @@ def original_of_linear(config: PreTrainedConfig, present: int) -> int:
 
 
 def check_rope(config: PreTrainedConfig, rope_type: str) -> None:
-    """
-    Compute the frequencies once, so that a wrong parameter is reported here and not when the model is built.
-    """
+    """Compute the frequencies once, so that a wrong parameter is reported here and not when the model is built."""
     theta = config.rope_parameters.get("rope_theta")
     if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < math.inf:
         raise ValueError(f"rope_theta must be a finite number above 0, but it is {theta!r}")

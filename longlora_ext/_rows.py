@@ -74,7 +74,7 @@ def check_row(context_length: int, pad_token_id: Any) -> None:
         )
 
 
-def chunks_of(documents: Any) -> tuple[list[np.ndarray], Sequence[int] | np.ndarray]:
+def chunks_of(documents: Any) -> tuple[list[np.ndarray], np.ndarray]:
     """The documents' token ids, in arrays that hold one document after the other, and the tokens of each document."""
     arrays = getattr(documents, "chunks", [documents])  # of Arrow's chunked arrays
     if all(hasattr(array, "value_lengths") for array in arrays):  # Arrow's list arrays
@@ -82,7 +82,7 @@ def chunks_of(documents: Any) -> tuple[list[np.ndarray], Sequence[int] | np.ndar
         ids = [token_ids(array.flatten().to_numpy(), "documents") for array in arrays]
         return ids, np.concatenate([np.empty(0, np.int64), *lengths])
     ids = [token_ids(document, f"document {number}") for number, document in enumerate(documents)]
-    return ids, [len(document) for document in ids]
+    return ids, np.array([len(document) for document in ids], np.int64)
 
 
 def token_ids(values: Any, what: str) -> np.ndarray:

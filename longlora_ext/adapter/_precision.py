@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-from longlora_ext._folders import is_first_process
+from longlora_ext._processes import is_first_process
 
 
 def train_in_fp32(module: nn.Module, dtype: torch.dtype) -> None:

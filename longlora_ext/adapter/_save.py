@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from longlora_ext._folders import appearing, on_first_process, refuse_to_overwrite
+from longlora_ext._folders import appearing, refuse_to_overwrite
+from longlora_ext._processes import on_first_process
 from longlora_ext.adapter._card import write_card
 from longlora_ext.adapter._checkpoint import listed
 from longlora_ext.adapter._config_file import complete_config

@@ -19,9 +19,9 @@ from app.training import arguments
 from app.training.options import DataOptions, ModelOptions
 from app.training.recipe import CHECKPOINTING, TINY_RECIPE
 from app.training.run_settings import settings
-from app.training.ulysses import check_sequence_parallel
 from finetune_runs import ROOT, make_model, make_text, small_run
 from longlora_ext.config import extend_config
+from longlora_ext.trainer import check_sequence_parallel
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,11 @@ import generate
 import import_longlora
 import merge_adapter
 import plan
-from app.runs import launch, processes
+from app.runs import launch
 from app.runs.command_line import CLOSED, INTERRUPTED, Parser, as_program, one_clear_error
 from app.runs.full_disk import writing_to
 from app.runs.launch import fail
+from longlora_ext._processes import on_first_process
 from longlora_ext.adapter._load import naming
 
 PROGRAMS = {
@@ -56,7 +57,8 @@ def by_fail_where_it_is_caught() -> None:
 
 
 def by_the_first_process() -> None:
-    processes.decided_by_first(cause)
+    with one_clear_error():
+        on_first_process(cause)
 
 
 def by_a_full_disk() -> None:

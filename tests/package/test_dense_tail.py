@@ -1,4 +1,4 @@
-"""Runs that end with dense attention (examples/app/training/dense_tail.py)."""
+"""Runs that end with dense attention (longlora_ext/trainer.py)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 import finetune_llama
-from app.training.dense_tail import DenseTail, dense_count
+from app.training import dense_tail
 from finetune_runs import losses, make_model, make_text, small_run
+from longlora_ext.trainer import DenseTail, dense_count, sequence_parallelism
 from tiny_models import tiny_model, tokens
 
 
@@ -51,8 +52,21 @@ def test_the_step_says_which_attention(compiled: bool) -> None:
 def test_more_dense_steps_than_the_epochs_come_to_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     args = TrainingArguments(use_cpu=True, report_to="none")
     with pytest.raises(SystemExit):
-        DenseTail(tiny_model().config, 5).on_train_begin(args, TrainerState(max_steps=4), TrainerControl())
+        dense_tail.DenseTail(tiny_model().config, 5).on_train_begin(args, TrainerState(max_steps=4), TrainerControl())
     assert "--dense_steps 5 is more than the 4 steps that there are" in capsys.readouterr().err
+
+
+def test_a_trainer_of_ones_own_is_told() -> None:
+    config, args = tiny_model().config, TrainingArguments(use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match="5 dense steps are more than the 4 steps that there are"):
+        DenseTail(config, 5).on_train_begin(args, TrainerState(max_steps=4), TrainerControl())
+    for share in (0, -1, 1.5, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"or a whole number, but they are {share}"):
+            DenseTail(config, share)
+    with pytest.raises(ValueError, match="must divide the number of processes, 4, but it is 3"):
+        sequence_parallelism(3, 4)
+    shared = sequence_parallelism(2, 4)
+    assert (shared.sp_size, shared.dp_shard_size, shared.sp_handler.sp_attn_implementation) == (2, 2, "s2attn")
 
 
 @pytest.fixture(scope="module")

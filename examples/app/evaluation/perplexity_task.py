@@ -27,8 +27,8 @@ from app.inputs.tokens import Tokenised, tokenise
 from app.models.suitable import check_tokens
 from app.models.use_model import OpenedModel
 from app.runs.launch import say
-from app.runs.processes import first_process_first
 from app.runs.wording import counted
+from longlora_ext._processes import first_process_first
 
 PAPERS_STRIDE = 256
 TOKEN_IDS = ".bin"

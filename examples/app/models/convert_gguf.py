@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
+from longlora_ext._folders import appearing
+from longlora_ext._processes import on_first_process
 from longlora_ext.adapter import load_base
 
 
@@ -57,13 +56,14 @@ def convert_gguf(source: str, gguf_file: str, folder: Path, dtype: torch.dtype) 
     Raises:
         ValueError: The file cannot be read, or lacks weights.
     """
-    state = PartialState()
-    if state.is_main_process and not folder.exists():
-        scratch = folder.with_name(f".{folder.name}.unfinished")
-        shutil.rmtree(scratch, ignore_errors=True)
-        config = AutoConfig.from_pretrained(source, gguf_file=gguf_file)
-        load_gguf(source, gguf_file, config, dtype).save_pretrained(scratch)
-        AutoTokenizer.from_pretrained(source, gguf_file=gguf_file).save_pretrained(scratch)
-        os.replace(scratch, folder)
-    state.wait_for_everyone()
+
+    def convert() -> None:
+        if folder.exists():
+            return
+        with appearing(folder) as unfinished:
+            config = AutoConfig.from_pretrained(source, gguf_file=gguf_file)
+            load_gguf(source, gguf_file, config, dtype).save_pretrained(unfinished)
+            AutoTokenizer.from_pretrained(source, gguf_file=gguf_file).save_pretrained(unfinished)
+
+    on_first_process(convert)
     return str(folder.resolve())

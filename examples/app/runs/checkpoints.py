@@ -27,8 +27,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from longlora_ext._processes import wait_for_all
 
 MARKER = "complete.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -171,7 +172,7 @@ class CompletionMarker(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Called on every process when its part of the checkpoint is written."""
-        PartialState().wait_for_everyone()
+        wait_for_all()
         if args.should_save:
             folder = Path(str(args.output_dir))
             mark(folder / f"checkpoint-{state.global_step}", {"step": state.global_step, **self.content})

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
-from app.runs.launch import RANK, WORLD_SIZE, fail, leave_group  # isort: skip  (first: it prepares what the libraries below look at)
+from app.runs.launch import RANK, WORLD_SIZE, leave_group  # isort: skip  (first: it prepares what the libraries below look at)
 import datasets
 import torch.distributed as dist
 import transformers
-
-Found = TypeVar("Found")
 
 #: A process may wait long for the one with the most to do. One that dies is noticed by the launcher, not by waiting.
 PATIENCE = timedelta(days=30)
@@ -33,31 +31,6 @@ def together() -> Iterator[None]:
         yield
     finally:
         leave_group()
-
-
-def first_process_first(action: Callable[[], Found]) -> Found:
-    """Let the first process fill a cache that the others then find full."""
-    if RANK == 0:
-        found = action()
-    if dist.is_initialized():
-        dist.barrier()
-    return found if RANK == 0 else action()
-
-
-def decided_by_first(action: Callable[[], Found]) -> Found:
-    """What the action returned on the first process. If it raises a `ValueError` or an `OSError` there, all fail."""
-    outcome: list[Any] = [None, None]
-    failure: Exception | None = None
-    if RANK == 0:
-        try:
-            outcome = [action(), None]
-        except (ValueError, OSError) as error:
-            failure, outcome = error, [None, str(error)]
-    if dist.is_initialized():
-        dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        fail(outcome[1], failure)
-    return outcome[0]
 
 
 def gathered(mine: dict[str, Any]) -> dict[str, Any]:

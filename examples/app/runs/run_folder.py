@@ -8,13 +8,12 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 
 from app.runs.checkpoints import find_resumable, read_marker, remove_incomplete, write_json
 from app.runs.folder_lock import LOCK, lock
 from app.runs.launch import say
+from longlora_ext._processes import on_first_process
 
 RUN_FILE = "run.json"
 
@@ -37,17 +36,7 @@ def claim(args: TrainingArguments, default_name: str, settings: dict[str, Any]) 
         ValueError: The folder holds something already and the run does not resume, or it cannot resume from
             there; another run writes to it; or it cannot be made.
     """
-    state = PartialState()
-    found: list[Any] = [None]
-    if state.is_main_process:
-        try:
-            found = [_claim(args, default_name, settings)]
-        except ValueError as error:
-            found = [error]
-    outcome = broadcast_object_list(found)[0]
-    if isinstance(outcome, ValueError):
-        raise outcome
-    folder, checkpoint = outcome
+    folder, checkpoint = on_first_process(lambda: _claim(args, default_name, settings))
     args.output_dir = str(folder)
     return folder, checkpoint
 
@@ -64,16 +53,17 @@ def begin(folder: Path, checkpoint: Path | None, settings: dict[str, Any], manif
     Raises:
         ValueError: The checkpoint was made with other settings.
     """
-    if checkpoint:
-        _compare(checkpoint, settings)
-    state = PartialState()
-    if state.is_main_process:
+
+    def write() -> None:
+        if checkpoint:
+            _compare(checkpoint, settings)
         for leftover in folder.glob(".*.unfinished*"):  # folders that were to appear when complete
             shutil.rmtree(leftover)
         for name in remove_incomplete(folder):
             say(f"removed {name}: the run was stopped while it wrote it")
         write_json(folder / RUN_FILE, manifest)
-    state.wait_for_everyone()
+
+    on_first_process(write)
 
 
 def _claim(args: TrainingArguments, default_name: str, settings: dict[str, Any]) -> tuple[Path, Path | None]:

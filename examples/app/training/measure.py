@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from transformers import PreTrainedConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from app.evaluation.perplexity import fingerprint, sliding_window_perplexity
@@ -23,6 +22,7 @@ from app.inputs.tokens import Tokenised
 from app.runs.checkpoints import write_json
 from app.runs.launch import say
 from app.runs.wording import counted
+from longlora_ext._processes import is_first_process
 from longlora_ext.config import context_length
 
 BEFORE, SCALED, AFTER = "before", "scaling only", "after"
@@ -159,7 +159,7 @@ class Measurement(TrainerCallback):
             )
             for length in self.lengths
         }
-        if PartialState().is_main_process:
+        if is_first_process():
             write_json(self.file, self.record)
 
     def table(self) -> str:

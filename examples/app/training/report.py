@@ -15,12 +15,12 @@ from app.runs.command_line import EXAMPLES
 from app.runs.launch import WORLD_SIZE
 from app.runs.wording import counted
 from app.training.arguments import compute_dtype
-from app.training.dense_tail import dense_count
 from app.training.measure import Measurement
 from app.training.options import ModelOptions
 from longlora_ext.adapter._norms import norms_of
 from longlora_ext.config import context_length, group_size
 from longlora_ext.data import PackedSequences, SampleRows
+from longlora_ext.trainer import dense_count
 
 
 def banner(
