@@ -237,7 +237,7 @@ def test_models_of_other_kinds_are_refused(config: PreTrainedConfig, tmp_path, c
         (["--model", "Llama-2-7B", "--full_finetune", "--lora_r", "8"], "--lora_r has no effect with --full_finetune"),
         (["--model", "llama-2-7b", "--zero", "4"], "invalid choice"),
         (["--model", "llama-2-7b", "--zero", "3", "--load_in_4bit"], "--load_in_4bit is for frozen weights"),
-        (["--model", "llama-2-7b", "--full_finetune", "--load_in_4bit"], "--load_in_4bit is for weights that do not"),
+        (["--model", "llama-2-7b", "--full_finetune", "--load_in_4bit"], "--load_in_4bit is for frozen weights"),
         (["--model", "llama-2-7b", "--gpus", "3", "--sequence_parallel_size", "2"], "does not divide --gpus 3"),
         (
             ["--model", "llama-2-7b", "--gpus", "3", "--sequence_parallel_size", "3"],
