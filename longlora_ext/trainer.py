@@ -73,6 +73,7 @@ class DenseTail(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Settle which steps are dense. Called on every process."""
         if self.share > state.max_steps:
             raise ValueError(f"{self.share:g} dense steps are more than the {state.max_steps} steps that there are")
         self.first = state.max_steps - dense_count(self.share, state.max_steps) + 1
@@ -163,6 +164,7 @@ class UlyssesTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        """The mean loss over the whole row, of which this process has a part. Collective in training."""
         if not self.model.training:  # type: ignore[union-attr]
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         from deepspeed.runtime.sequence_parallel.parallel_state_sp import get_sequence_parallel_group
