@@ -55,7 +55,7 @@ def repeated(argv: Sequence[str]) -> tuple[list[str], dict[str, Any] | None]:
     if path is None:
         return list(argv), None
     try:
-        manifest = json.loads(Path(path).read_text())
+        manifest = json.loads(Path(path).read_text(encoding="utf-8"))
         arguments, command = manifest["arguments"], manifest["command"]
         known = isinstance(manifest["settings"], dict) and isinstance(manifest["versions"], dict)
         if not known or not all(isinstance(word, str) for word in [command, *arguments]) or isinstance(arguments, str):

@@ -159,4 +159,4 @@ def _check_deepspeed(parser: argparse.ArgumentParser, config: str) -> None:
 
 
 def _read_deepspeed(config: str) -> Any:
-    return json.loads(config if config.startswith("{") else Path(config).read_text())
+    return json.loads(config if config.startswith("{") else Path(config).read_text(encoding="utf-8"))
