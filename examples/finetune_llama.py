@@ -44,7 +44,7 @@ from inputs.samples import SampleRows, Samples, hold_out_samples, pad_rows, read
 from inputs.tokens import Tokenised, hold_out, tokenise
 from longlora_ext.adapter import load_base, lora_config, prepare_model, save_adapter
 from longlora_ext.attention import DEFAULT_GROUP_RATIO, even_group_size
-from longlora_ext.context import context_length, extend_config, rope_type_of
+from longlora_ext.context import context_length, extend_config, rope_type_of, set_pattern
 from longlora_ext.loss import refusal, tile_loss
 from models.convert_gguf import convert_gguf
 from models.folders import check_model_folder
@@ -201,14 +201,17 @@ def new_context(base_config: PreTrainedConfig, options: ModelOptions) -> PreTrai
             rope_parameters=json.loads(options.rope_parameters or "{}"),
             group_ratio=ratio,
             group_size=options.group_size,
+            sink=options.sink,
+            window=options.window,
         )
     if options.rope_parameters or options.rope_type != "linear":
         raise ValueError(f"--context_length {new} is the model's own: RoPE is not scaled for it")
-    if (options.group_size or 0) > new:
-        raise ValueError(f"--group_size {options.group_size} is more than the context of {new}")
+    if (options.group_size or 0) > 2 * new:
+        raise ValueError(f"--group_size {options.group_size} is more than twice the context of {new}")
     config = copy.deepcopy(base_config)
     config.s2attn_context_length = new
     config.s2attn_group_size = options.group_size or even_group_size(new * ratio)
+    set_pattern(config, sink=options.sink, window=options.window)
     return config
 
 

@@ -259,11 +259,11 @@ def _dense_eval(
         # A prompt in parts: whatever positions say, it goes on with all that the cache holds.
         if _has_kernel(query):
             return _dense(query, key, value, None, told.window, scaling)
-        mask = dense_mask(torch.zeros((1, keys), dtype=torch.int32, device=query.device), None, told.window)
-        return sdpa_attention_forward(module, query, key, value, mask[:, :, keys - tokens :], scaling=scaling)
+        causal = dense_mask(torch.zeros((1, keys), dtype=torch.int32, device=query.device), None, told.window)
+        return sdpa_attention_forward(module, query, key, value, causal[:, :, keys - tokens :], scaling=scaling)
     if told.starts is not None and not told.padded:
         documents = told.starts if documents is None else torch.maximum(told.starts, documents)
-    padding: torch.Tensor | None = told.starts if told.padded else None
+    padding = told.starts if told.padded else None
     # Compiled code cannot ask whether there are several.
     several = documents is not None and (torch.compiler.is_compiling() or bool(documents.any()))
     if padding is None and (several or told.window is not None):

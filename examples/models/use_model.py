@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from longlora_ext import _pattern
 from longlora_ext.adapter import load, load_base
 from longlora_ext.attention import NAME, group_size
 from longlora_ext.context import context_length, extend_config
@@ -190,6 +191,10 @@ def open_model(options: argparse.Namespace, attention: str = "dense", groups: in
         if groups is not None:
             base_config.s2attn_group_size = groups
         described = {"attention": "S2-Attn", "group_size": group_size(base_config)}
+        if _pattern.sink(base_config):
+            described["sink"] = True
+        if (window := _pattern.window(base_config)) is not None:
+            described["window"] = window
     tokenizer = AutoTokenizer.from_pretrained(_tokenizer_source(path, options.base_model))
     check_tokenizer(tokenizer)
     model = (model if options.load_in_4bit or options.device_map else model.to(device)).eval()
