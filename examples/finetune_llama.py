@@ -201,8 +201,8 @@ def new_context(base_config: PreTrainedConfig, options: ModelOptions) -> PreTrai
     check_context("--context_length", new, old)
     if new == old and (options.rope_parameters or options.rope_type != "linear"):
         raise ValueError(f"--context_length {new} is the model's own: RoPE is not scaled for it")
-    if new == old and (options.group_size or 0) > new:
-        raise ValueError(f"--group_size {options.group_size} is more than the context of {new}")
+    if new == old and (options.group_size or 0) > 2 * new:
+        raise ValueError(f"--group_size {options.group_size} is more than twice the context of {new}")
     return config_for(
         base_config,
         new,
@@ -210,6 +210,8 @@ def new_context(base_config: PreTrainedConfig, options: ModelOptions) -> PreTrai
         rope_parameters=json.loads(options.rope_parameters or "{}"),
         group_ratio=options.group_ratio or DEFAULT_GROUP_RATIO,
         group_size=options.group_size,
+        sink=options.sink,
+        window=options.window,
     )
 
 

@@ -234,7 +234,7 @@ def _dense_eval(
         return sdpa_attention_forward(module, query, key, value, rows, scaling=scaling)
     if told.starts is not None and not told.padded:
         documents = told.starts if documents is None else torch.maximum(told.starts, documents)
-    padding: torch.Tensor | None = told.starts if told.padded else None
+    padding = told.starts if told.padded else None
     # Compiled code cannot ask whether there are several.
     several = documents is not None and (torch.compiler.is_compiling() or bool(documents.any()))
     if padding is None and (several or told.window is not None):

@@ -145,8 +145,12 @@ def test_the_attention_scratch_is_counted() -> None:
 
 @pytest.mark.parametrize("tokens, group, first", [(37, 8, 2), (64, 16, 0), (7, 16, 4), (50, 100, 4)])
 def test_pairs_are_those_of_the_definition(tokens: int, group: int, first: int) -> None:
-    seen = [int(s2attn_mask(tokens, group, shifted).sum()) for shifted in (False, True)]
-    assert attended_pairs(tokens, group, 4, first) == first * seen[0] + (4 - first) * seen[1]
+    for window in (None, 1, 3, 10, 100):
+        for sink in (False, True):
+            masks = [s2attn_mask(tokens, group, shifted, sink=sink, window=window) for shifted in (False, True)]
+            seen = [int(mask.sum()) for mask in masks]
+            expected = first * seen[0] + (4 - first) * seen[1]
+            assert attended_pairs(tokens, group, 4, first, window, sink) == expected
 
 
 def test_torch_counts_the_operator() -> None:

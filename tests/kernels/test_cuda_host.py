@@ -104,7 +104,7 @@ def test_a_grid_has_a_largest_size() -> None:
     """Sequences of one token, of which a block each is a tile: no fewer bytes could ask for so many."""
     for batch, heads in ((2**16, 2**15 - 1), (2**16, 2**15)):
         q = torch.empty(8).expand(batch, 1, heads, 8)
-        described = simt_kernels.problem(module(), q, q, 2, None, heads, None)
+        described = simt_kernels.problem(module(), q, q, 2, None, heads, None, False, None)
         if batch * heads < 2**31:
             assert module().blocks(described, 64) == batch * heads
         else:
@@ -148,7 +148,7 @@ def test_each_tile_has_one_block(
     """And where no head is shifted, no block is idle but for a ragged last group."""
     rows, first_shifted_head = 64, min(first_shifted_head, heads)
     q = torch.empty(batch, seqlen, heads, 8)
-    described = simt_kernels.problem(module(), q, q, 2 * half, None, first_shifted_head, None)
+    described = simt_kernels.problem(module(), q, q, 2 * half, None, first_shifted_head, None, False, None)
     turns = module().turns(described, rows, bytes_per_row)
     tiles = -(-seqlen // rows)
     assert sorted(turn for turn in turns if turn[2] >= 0) == list(product(range(batch), range(heads), range(tiles)))
@@ -161,7 +161,7 @@ def test_blocks_go_by_section_then_from_the_longest() -> None:
     """Neighbours share what fits into L2; but at the end, long blocks are not left to a few multiprocessors."""
     batch, heads, group, rows = 100, 16, 4, 64
     q = torch.empty(batch, group * rows, heads, 8)
-    described = simt_kernels.problem(module(), q, q, group * rows, None, heads, None)
+    described = simt_kernels.problem(module(), q, q, group * rows, None, heads, None, False, None)
     pairs_of_a_section = 20  # in half of an A100's L2
     turns = module().turns(described, rows, (20 << 20) // (group * rows * pairs_of_a_section))
     blocks = group * pairs_of_a_section

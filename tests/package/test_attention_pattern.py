@@ -4,14 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_attention import packed, pad, positions_of
 from torch import Tensor
 from transformers import AutoConfig, DynamicCache, PreTrainedModel
 
 import longlora_ext.attention as attention
 from longlora_ext.ops import s2attn
 from op_checks import default_dtype
-from tiny_models import SIZES, assert_close, tiny_model, tokens
+from packed_rows import packed, pad, positions_of
+from tiny_models import SIZES, assert_close, tiny_config, tiny_model, tokens
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -157,3 +157,28 @@ def test_a_layer_with_a_window_of_its_own_has_no_sink(monkeypatch: pytest.Monkey
     monkeypatch.setattr(attention, "s2attn", lambda *a, **k: seen.append(k["sink"]) or s2attn(*a, **k))
     windowed("qwen3", s2attn_sink=True).train()(tokens(1, 21))
     assert seen == [True, False]
+
+
+@pytest.mark.parametrize(
+    "options, context, fields, words",
+    [
+        ({"sink": True}, None, (64, True, None), "groups of 64 tokens, and the first token"),
+        ({"window": 16}, None, (64, None, 16), "groups of 64 tokens, in them a window of 16"),
+        ({"sink": True, "window": 16, "group_size": 512}, None, (512, True, 16),
+         "one group of all tokens, in them a window of 16, and the first token"),
+        ({"sink": True, "window": 16}, 64, (16, True, 16), "groups of 16 tokens, in them a window of 16, and the"),
+        ({}, 64, (16, None, None), "groups of 16 tokens"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_program_s_options_reach_the_config(options: dict, context: int | None, fields: tuple, words: str) -> None:
+    """At a longer context and at the model's own; the banner says it."""
+    from app.training.options import ModelOptions
+    from app.training.report import seen
+    from finetune_llama import new_context
+
+    base = tiny_config(s2attn_group_size=None)
+    config = new_context(base, ModelOptions(context_length=context, **options))
+    names = ("s2attn_group_size", "s2attn_sink", "s2attn_window")
+    assert tuple(getattr(config, name, None) for name in names) == fields
+    assert seen(config).startswith(words)

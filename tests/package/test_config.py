@@ -165,6 +165,16 @@ def test_yarn_forgets_an_attention_factor_of_the_old_length() -> None:
     assert rope == {**yarn, "factor": 8.0, "beta_fast": 16.0}
 
 
+def test_sink_and_window_are_fields_of_the_config_where_they_are_asked_for() -> None:
+    config = extend_config(base(), 256, sink=True, window=32, group_size=512)
+    assert (config.s2attn_sink, config.s2attn_window, config.s2attn_group_size) == (True, 32, 512)
+    plain = extend_config(base(), 256)
+    assert not hasattr(plain, "s2attn_sink") and not hasattr(plain, "s2attn_window")
+    for wrong in (0, -1, 2.5, True):
+        with pytest.raises(ValueError, match=f"window must be a positive integer, but it is {wrong}"):
+            extend_config(base(), 256, window=wrong)
+
+
 @pytest.mark.parametrize(
     "options, size",
     [({}, 64), ({"group_ratio": 1 / 3}, 84), ({"group_size": 10}, 10), ({"group_ratio": 1.0}, 256)],

@@ -30,6 +30,7 @@ from app.models.source import GGUF_HELP, check_config, find_model
 from app.models.suitable import check_attention, check_kernels, check_tokenizer
 from app.runs.command_line import TINY_LLAMA, Parser, one_clear_error
 from app.runs.launch import WORLD_SIZE
+from longlora_ext import _pattern
 from longlora_ext.adapter import load, load_base
 from longlora_ext.adapter._load import base_of, naming
 from longlora_ext.attention import NAME
@@ -217,6 +218,10 @@ def open_model(options: argparse.Namespace, attention: str = "dense", groups: in
         if groups is not None:
             base_config.s2attn_group_size = groups
         described = {"attention": "S2-Attn", "group_size": group_size(base_config)}
+        if _pattern.sink(base_config):
+            described["sink"] = True
+        if (window := _pattern.window(base_config)) is not None:
+            described["window"] = window
     named = _tokenizer_source(path, options.base_model)
     with naming(f"the tokenizer of {named}"):
         tokenizer = AutoTokenizer.from_pretrained(named, **source)

@@ -12,6 +12,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from longlora_ext._mask import s2attn_mask
+from longlora_ext._pattern import sink, window
 from longlora_ext.config import attention_mode, group_size
 from longlora_ext.ops import s2attn
 
@@ -44,7 +45,8 @@ def attend(
     dense = attention_mode(config) == "dense"
     tokens = gpus * part
     size, first = (tokens + tokens % 2, heads // gpus) if dense else (group_size(config), heads // gpus // 2)
-    out = s2attn(q, k, v, size, first_shifted_head=first)
+    pattern: Any = {} if dense else {"sink": sink(config), "window": window(config)}
+    out = s2attn(q, k, v, size, first_shifted_head=first, **pattern)
     sent = out.transpose(0, 1).reshape(gpus, part, batch, -1).contiguous()
     return Exchange.apply(sent).permute(2, 1, 0, 3).reshape(batch, part, heads, head_dim).contiguous(), None
 

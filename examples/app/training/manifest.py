@@ -118,6 +118,8 @@ def describe(
         "attention": {
             "training": "s2attn",
             "group_size": group,
+            "sink": bool(getattr(config, "s2attn_sink", None)),
+            "window": getattr(config, "s2attn_window", None),
             "shift": group // 2,
             "shifted_heads": list(range(heads // 2, heads)),
             "dense_steps": options.dense_steps,

@@ -47,7 +47,18 @@ class ModelOptions:
         metadata={"help": "Tokens of an attention group as a share of the context. Default: 0.25."},
     )
     group_size: int | None = field(
-        default=None, metadata={"help": "Tokens of an attention group, instead of --group_ratio. Even."}
+        default=None,
+        metadata={
+            "help": "Tokens of an attention group, instead of --group_ratio. Even; twice the context makes one group "
+            "of it, for --window alone."
+        },
+    )
+    sink: bool = field(
+        default=False,
+        metadata={"help": "Let each token see the first one of its document too, on which pretrained models rest."},
+    )
+    window: int | None = field(
+        default=None, metadata={"help": "The tokens of its group that a token sees at most. Default: all before it."}
     )
     dense_steps: float = field(
         default=0.0,

@@ -68,6 +68,8 @@ def _check_numbers(parser: argparse.ArgumentParser, asked: argparse.Namespace) -
         parser.error(f"--group_ratio must be above 0 and at most 1, got {asked.group_ratio}")
     if asked.group_size is not None and (asked.group_size < 2 or asked.group_size % 2):
         parser.error(f"--group_size must be even and at least 2, got {asked.group_size}")
+    if asked.window is not None and asked.window < 1:
+        parser.error(f"--window must be 1 or more, got {asked.window}")
     if not (0 <= asked.dense_steps < 1 or (asked.dense_steps >= 1 and asked.dense_steps % 1 == 0)):
         parser.error(
             f"--dense_steps must be a share of the steps, from 0 to below 1, or a whole number, got {asked.dense_steps}"

@@ -18,7 +18,7 @@ from app.training.arguments import compute_dtype
 from app.training.measure import Measurement
 from app.training.options import ModelOptions
 from longlora_ext.adapter._norms import norms_of
-from longlora_ext.config import context_length, group_size
+from longlora_ext.config import context_length
 from longlora_ext.data import PackedSequences, SampleRows
 from longlora_ext.trainer import dense_count
 
@@ -56,7 +56,7 @@ def banner(
         "model": f"{options.model_name_or_path} ({type(config).__name__.removesuffix('Config')})",
         "context": f"{old:,} -> {new:,} tokens" if new > old else f"{new:,} tokens, the model's own",
         "RoPE": ", ".join(f"{key}={value}" for key, value in rope.items()) if new > old else "as it is",
-        "attention": f"groups of {group_size(config):,} tokens in training, {tail}dense in use",
+        "attention": f"{seen(config)} in training, {tail}dense in use",
         "training": f"{trained}: {trainable:,} of {total:,} weights, {dtype}",
         **_material(train, sequences),
         "steps": f"{steps}, {counted(batch, 'sequence')} in each, learning rate {args.learning_rate:g}",
@@ -64,6 +64,16 @@ def banner(
         "output": f"{args.output_dir}{f', going on from {checkpoint.name}' if checkpoint else ''}",
     }
     return "\n".join(["", *(f"{key + ':':<11}{value}" for key, value in rows.items()), ""])
+
+
+def seen(config: PreTrainedConfig) -> str:
+    """What a token sees in training, in words."""
+    groups = f"groups of {config.s2attn_group_size:,} tokens"
+    if config.s2attn_group_size >= 2 * context_length(config):
+        groups = "one group of all tokens"
+    if (window := getattr(config, "s2attn_window", None)) is not None:
+        groups += f", in them a window of {window:,}"
+    return groups + (", and the first token" if getattr(config, "s2attn_sink", None) else "")
 
 
 def _material(train: Tokenised, sequences: PackedSequences | SampleRows) -> dict[str, str]:
