@@ -43,6 +43,7 @@ from app.inputs.corpus import fingerprint, stdlib_documents
 from app.runs.checkpoints import CompletionMarker, find_resumable, remove_incomplete, write_json
 from app.runs.command_line import as_program
 from app.runs.launch import fail
+from longlora_ext._folders import appearing
 
 CONTEXT_LENGTH = 256
 EVAL_LENGTHS = (256, 512, 1024)
@@ -280,31 +281,29 @@ def main(arguments: list[str] | None = None) -> None:
     checkpoint = find_resumable("latest", partial)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
-    # What is finished is written beside the checkpoints and then moved in one step.
-    finished = partial / "finished"
-    save(model, tokenizer, finished)
-    history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    log = {
-        "perplexity": evaluate(finished, held_out),
-        "perplexity_windows": len(held_out),
-        "arguments": json.loads((partial / "arguments.json").read_text()),
-        "parameters": model.num_parameters(),
-        "train_tokens": len(stream),
-        "train_sha256": fingerprint(train_documents),
-        "held_out_sha256": fingerprint(held_out_documents),
-        "seconds": round(time.time() - started),
-        "resumed_from": checkpoint and checkpoint.name,
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "loss": [{"step": entry["step"], "loss": round(float(entry["loss"]), 4)} for entry in history],
-    }
-    (finished / "training_log.json").write_text(json.dumps(log, indent=1) + "\n")
-    (finished / "README.md").write_text(model_card(model, log))
-    finished.rename(options.output_dir)
+    with appearing(options.output_dir) as finished:
+        save(model, tokenizer, finished)
+        history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        log = {
+            "perplexity": evaluate(finished, held_out),
+            "perplexity_windows": len(held_out),
+            "arguments": json.loads((partial / "arguments.json").read_text()),
+            "parameters": model.num_parameters(),
+            "train_tokens": len(stream),
+            "train_sha256": fingerprint(train_documents),
+            "held_out_sha256": fingerprint(held_out_documents),
+            "seconds": round(time.time() - started),
+            "resumed_from": checkpoint and checkpoint.name,
+            "threads": torch.get_num_threads(),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+            "loss": [{"step": entry["step"], "loss": round(float(entry["loss"]), 4)} for entry in history],
+        }
+        (finished / "training_log.json").write_text(json.dumps(log, indent=1) + "\n")
+        (finished / "README.md").write_text(model_card(model, log))
     print(json.dumps(log["perplexity"], indent=1))
     print(f"wrote {options.output_dir}; the checkpoints are still in {partial}")
 

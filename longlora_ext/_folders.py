@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
+
+#: What the name of a lock's file ends with.
+_LOCK = ".lock"
 
 
 def refuse_to_overwrite(folder: Path) -> None:
@@ -21,34 +23,65 @@ def refuse_to_overwrite(folder: Path) -> None:
         raise FileExistsError(f"{folder} exists and is not an empty folder: nothing is overwritten, choose another one")
 
 
+def take_lock(path: Path) -> FileLock | None:
+    """Lock a file, which is made if need be and stays.
+
+    The lock ends with this process, however that ends, or when it is released. Processes that are forked do not share
+    it.
+
+    Returns:
+        The lock, to be kept as long as it is wanted; `None`: another process has it.
+
+    Raises:
+        `OSError`: the file cannot be made, or its file system knows no locks.
+    """
+    # Files in place of locks would stay when a process is killed.
+    lock = FileLock(path, thread_local=False, fallback_to_soft=False)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return None
+    return lock
+
+
 @contextmanager
 def appearing(folder: Path) -> Iterator[Path]:
     """A folder beside `folder` to write into, which takes its name once all is written.
 
-    Who writes holds a lock on it, which ends with the process: what one that was killed has left is removed.
+    Who writes holds a lock on a file beside it, which ends with the process: what one that was killed has left is
+    removed.
 
     Raises:
         OSError: It cannot be written, whichever library found that out.
     """
     named, folder = folder, folder.resolve()
-    beginning = f".{folder.name}.unfinished-"
-    unfinished = folder.with_name(beginning + secrets.token_hex(4))
-    with _writing(named), ExitStack() as held:
+    unfinished = folder.with_name(f"{_beginning(folder)}{secrets.token_hex(4)}")
+    with _writing(named):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.parent, wait=True):  # nobody sees the new folder before it is locked
-            for other in folder.parent.iterdir():
-                if other.name.startswith(beginning):
-                    with _locked(other, wait=False) as abandoned:
-                        if abandoned:
-                            shutil.rmtree(other, ignore_errors=True)
+        _remove_abandoned(folder)
+        with _locked(unfinished.with_name(unfinished.name + _LOCK)):  # before anybody can see the folder
             unfinished.mkdir()
-            held.enter_context(_locked(unfinished, wait=True))
-        try:
-            yield unfinished
-            refuse_to_overwrite(folder)
-            unfinished.rename(folder)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            try:
+                yield unfinished
+                refuse_to_overwrite(folder)
+                unfinished.rename(folder)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _beginning(folder: Path) -> str:
+    return f".{folder.name}.unfinished-"
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what processes that were killed have left of the same folder."""
+    for path in list(folder.parent.iterdir()):
+        if path.name.startswith(_beginning(folder)) and path.name.endswith(_LOCK):
+            with suppress(OSError):  # no locks here: then nobody can tell
+                if lock := take_lock(path):
+                    shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+                    path.unlink(missing_ok=True)
+                    lock.release()
 
 
 @contextmanager
@@ -61,17 +94,14 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(folder: Path, wait: bool) -> Iterator[bool]:
-    """Lock a folder, and tell whether that was possible: another process may hold it, or the disk know no locks."""
-    opened = None
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock on a file of one's own, which goes with it. A file system without locks does without one."""
+    lock = None
+    with suppress(OSError):
+        lock = take_lock(path)
     try:
-        opened = os.open(folder, os.O_RDONLY)
-        fcntl.flock(opened, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        got = True
-    except OSError:
-        got = False
-    try:
-        yield got
+        yield
     finally:
-        if opened is not None:
-            os.close(opened)
+        path.unlink(missing_ok=True)
+        if lock:
+            lock.release()

@@ -14,7 +14,7 @@ def sink(config: PreTrainedConfig) -> bool:
     """Whether each row sees the first token of its document besides: `s2attn_sink`, no if the config has none.
 
     Raises:
-        `ValueError`: it is not a `bool`.
+        ValueError: It is not a `bool`.
     """
     value: Any = getattr(config, SINK, None)
     if value is not None and not isinstance(value, bool):
@@ -26,7 +26,7 @@ def window(config: PreTrainedConfig) -> int | None:
     """How many tokens of its group a row sees at most, itself the last of them: `s2attn_window`, all if there is none.
 
     Raises:
-        `ValueError`: it is not a positive integer.
+        ValueError: It is not a positive integer.
     """
     value: Any = getattr(config, WINDOW, None)
     return None if value is None else check_window("config.s2attn_window", value)

@@ -52,15 +52,13 @@ def even_group_size(tokens: float) -> int:
 
 
 def group_size(config: PreTrainedConfig) -> int:
-    """
-    The group size that a model of this config trains with, in tokens.
+    """The group size that a model of this config trains with, in tokens.
 
     Args:
-        config ([`~transformers.PreTrainedConfig`]):
-            `s2attn_group_size` if it has one, otherwise a quarter of `max_position_embeddings`, made even.
+        config: `s2attn_group_size` if it has one, otherwise a quarter of `max_position_embeddings`, made even.
 
     Raises:
-        `ValueError`: `s2attn_group_size` is not a positive even integer.
+        ValueError: `s2attn_group_size` is not a positive even integer.
     """
     size = getattr(config, GROUP_SIZE, None)
     if size is None:
@@ -71,11 +69,10 @@ def group_size(config: PreTrainedConfig) -> int:
 
 
 def attention_mode(config: PreTrainedConfig) -> str:
-    """
-    Which attention a model of this config computes: one of `MODES`, `"auto"` if the config does not say.
+    """Which attention a model of this config computes: one of `MODES`, `"auto"` if the config does not say.
 
     Raises:
-        `ValueError`: `s2attn_mode` is none of them.
+        ValueError: `s2attn_mode` is none of them.
     """
     mode: Any = getattr(config, MODE, None) or "auto"
     if mode not in MODES:
@@ -95,27 +92,27 @@ def config_for(
     sink: bool = False,
     window: int | None = None,
 ) -> PreTrainedConfig:
-    """
-    A copy of a model's config to train with, for a longer context or for the model's own.
+    """A copy of a model's config to train with, for a longer context or for the model's own.
 
-    A longer context is that of [`extend_config`]. For the model's own, RoPE stays as it is.
+    A longer context is that of `extend_config`. For the model's own, RoPE stays as it is.
 
     Args:
-        config ([`~transformers.PreTrainedConfig`]):
-            The base model's config; it is not changed.
-        context_length (`int`, *optional*):
-            The context to train at, in tokens, at least the model's own, which is the default.
-        rope_type (`str`, *optional*):
-            How RoPE is scaled for a longer context, as for [`extend_config`]. Default: as it is scaled already, or
-            `"linear"`.
-        rope_parameters, present_context_length, group_ratio, group_size, sink, window:
-            As for [`extend_config`].
+        config: The base model's config; it is not changed.
+        context_length: The context to train at, in tokens, at least the model's own, which is the default.
+        rope_type: How RoPE is scaled for a longer context, as for `extend_config`. Default: as it is scaled already,
+            or `"linear"`.
+        rope_parameters: As for `extend_config`.
+        present_context_length: As for `extend_config`.
+        group_ratio: As for `extend_config`.
+        group_size: As for `extend_config`.
+        sink: As for `extend_config`.
+        window: As for `extend_config`.
 
     Returns:
-        [`~transformers.PreTrainedConfig`]: with `s2attn_context_length` and `s2attn_group_size`.
+        A config with `s2attn_context_length` and `s2attn_group_size`.
 
     Raises:
-        `ValueError`: an argument is out of its range, the context is shorter than the model's own, scaling is asked for
+        ValueError: An argument is out of its range, the context is shorter than the model's own, scaling is asked for
             but the context is the model's own, or RoPE cannot be extended as asked.
     """
     config = settle_context(config, present_context_length)
@@ -159,8 +156,7 @@ def extend_config(
     sink: bool = False,
     window: int | None = None,
 ) -> PreTrainedConfig:
-    """
-    A copy of a model's config for a longer context.
+    """A copy of a model's config for a longer context.
 
     The factor is `ceil(context_length / original)`. For a model without scaling, `original` is its
     `max_position_embeddings`. A model that is scaled already is extended with its own `rope_type` only:
@@ -169,29 +165,21 @@ def extend_config(
     parameters are kept. A factor never becomes smaller.
 
     Args:
-        config ([`~transformers.PreTrainedConfig`]):
-            The base model's config; it is not changed.
-        context_length (`int`):
-            The new context, in tokens; more than the present one.
-        rope_type (`str`, defaults to `"linear"`):
-            Any type that transformers knows. `"default"` scales nothing (of use with another `rope_theta` in
+        config: The base model's config; it is not changed.
+        context_length: The new context, in tokens; more than the present one.
+        rope_type: Any type that transformers knows. `"default"` scales nothing (of use with another `rope_theta` in
             `rope_parameters`); `"longrope"` needs its factors in `rope_parameters`.
-        rope_parameters (`dict`, *optional*):
-            Parameters of that type, in place of those computed here.
-        present_context_length (`int`, *optional*):
-            The tokens that the model reads now, where its config can be read in two ways: see [`settle_context`].
-        group_ratio (`float`, defaults to 0.25):
-            The group size as a part of the new context, in (0, 1]; it is made even.
-        group_size (`int`, *optional*):
-            The group size in tokens, even, in place of the ratio. Twice the context makes one group of it, shifted or
-            not: for a `window` alone.
-        sink (`bool`, defaults to `False`):
-            Let each row see the first token of its document besides: the attention sink of pretrained models.
-        window (`int`, *optional*):
-            Let each row see so many tokens of its group at most.
+        rope_parameters: Parameters of that type, in place of those computed here.
+        present_context_length: The tokens that the model reads now, where its config can be read in two ways: see
+            `settle_context`.
+        group_ratio: The group size as a part of the new context, in (0, 1]; it is made even.
+        group_size: The group size in tokens, even, in place of the ratio. Twice the context makes one group of it,
+            shifted or not: for a `window` alone.
+        sink: Let each row see the first token of its document besides: the attention sink of pretrained models.
+        window: Let each row see so many tokens of its group at most.
 
     Returns:
-        [`~transformers.PreTrainedConfig`]: with changed `rope_parameters`, `max_position_embeddings` (the new
+        A config with changed `rope_parameters`, `max_position_embeddings` (the new
         context; for `"dynamic"` it stays, as transformers scales only beyond it), `s2attn_context_length` and
         `s2attn_group_size`, and `s2attn_sink` and `s2attn_window` where they are asked for. RoPE parameters of each
         layer type stay so. Linear scaling is given
@@ -199,7 +187,7 @@ def extend_config(
         length before or after it. A `head_dim` of `None` is filled in.
 
     Raises:
-        `ValueError`: an argument is out of its range, or the config's RoPE cannot be extended as asked.
+        ValueError: An argument is out of its range, or the config's RoPE cannot be extended as asked.
     """
     layer_types = of_layer_types(getattr(config, "rope_parameters", None) or {})
     if layer_types:
@@ -229,11 +217,10 @@ def extend_config(
 
 
 def set_pattern(config: PreTrainedConfig, *, sink: bool, window: int | None) -> None:
-    """
-    Set what S2-Attn shows a row beside its group. A config without is as those of before: it gets no field.
+    """Set what S2-Attn shows a row beside its group. A config without is as those of before: it gets no field.
 
     Raises:
-        `ValueError`: `window` is not a positive integer.
+        ValueError: `window` is not a positive integer.
     """
     if sink:
         config.s2attn_sink = True

@@ -149,7 +149,10 @@ def why_unsupported(
     Returns:
         `str`: The reason, in words that go on after a colon; `None` if there is none.
     """
-    return torch.ops.longlora.why_unsupported(torch.device(device), dtype, head_dim, backward=backward) or None
+    device = torch.device(device)
+    if device.type not in ("cpu", "cuda"):  # the stable ABI does not know all of them by name
+        return f"there are kernels for the CPU and CUDA alone, and none for {device.type}; use attn_implementation='sdpa'"
+    return torch.ops.longlora.why_unsupported(device, dtype, head_dim, backward=backward) or None
 
 
 def check_runs(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> None:

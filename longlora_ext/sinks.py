@@ -22,19 +22,19 @@ def add_key(
     """Lets each query row see one more key.
 
     With the first token of its document as the key, for the rows that do not see it, this is what `sink=True` of
-    [`~longlora_ext.s2attn`] does.
+    `longlora_ext.s2attn` does.
 
     Args:
-        out (`Tensor`): [B, N, H, D], what the rows have seen so far.
-        lse (`Tensor`): [B, H, N], the log-sum-exp of their scores, of `return_lse=True`.
-        q (`Tensor`): [B, N, H, D].
-        k (`Tensor`): [B, N, Hkv, D], for each row its own, or [B, 1, Hkv, D] for all; Hkv divides H.
-        v (`Tensor`): like `k`.
-        scale (`float`): factor of q k^T.
-        where (`Tensor`, *optional*): bool, broadcast to [B, H, N]: the rows that see it; all by default.
+        out: [B, N, H, D], what the rows have seen so far.
+        lse: [B, H, N], the log-sum-exp of their scores, of `return_lse=True`.
+        q: [B, N, H, D].
+        k: [B, N, Hkv, D], for each row its own, or [B, 1, Hkv, D] for all; Hkv divides H.
+        v: Like `k`.
+        scale: Factor of q k^T.
+        where: bool, broadcast to [B, H, N]: the rows that see it; all by default.
 
     Returns:
-        `tuple[Tensor, Tensor]`: `out` and `lse` with the key. Both can be differentiated.
+        `out` and `lse` with the key. Both can be differentiated.
     """
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
     score = scale * (q.to(lse.dtype) * k.to(lse.dtype)).sum(-1).transpose(1, 2)
@@ -50,12 +50,12 @@ def add_learned_sink(out: Tensor, lse: Tensor, logits: Tensor) -> tuple[Tensor, 
     """Lets each query row see one more score that has no value, as gpt-oss does with a learned logit a head.
 
     Args:
-        out (`Tensor`): [B, N, H, D].
-        lse (`Tensor`): [B, H, N], of `return_lse=True`.
-        logits (`Tensor`): [H], the score, which `scale` does not multiply.
+        out: [B, N, H, D].
+        lse: [B, H, N], of `return_lse=True`.
+        logits: [H], the score, which `scale` does not multiply.
 
     Returns:
-        `tuple[Tensor, Tensor]`: `out` and `lse` with it. Both can be differentiated.
+        `out` and `lse` with it. Both can be differentiated.
     """
     merged = torch.logaddexp(lse, logits.to(lse.dtype)[None, :, None].expand_as(lse))
     return ((lse - merged).exp().transpose(1, 2)[..., None] * out).to(out.dtype), merged

@@ -98,7 +98,7 @@ def load_base(model: str, *, what: str = "the base model", **from_pretrained_kwa
         from_pretrained_kwargs: For `from_pretrained`.
 
     Raises:
-        `ValueError`: the model cannot be loaded, its files lack weights or are not those of its config, or an adapter
+        ValueError: The model cannot be loaded, its files lack weights or are not those of its config, or an adapter
             lies with it.
     """
     check_one_model(model)

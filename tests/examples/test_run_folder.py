@@ -76,6 +76,7 @@ def test_a_marker_that_was_changed_is_one_clear_error(tmp_path: Path, content: s
 def test_leftovers_of_a_kill_are_removed(tmp_path: Path) -> None:
     for name in (".adapter.unfinished-123", "checkpoint-2"):
         (tmp_path / name).mkdir()
+    (tmp_path / ".adapter.unfinished-123.lock").touch()
     (tmp_path / "run.json").write_text("{}")
     claim(tmp_path, "latest")
     assert {path.name for path in tmp_path.iterdir()} == {"run.json", ".lock"}

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 HOLDER = """
-import fcntl, sys
-file = open(sys.argv[1], "a")
-fcntl.lockf(file, fcntl.LOCK_EX)
+import sys
+from filelock import FileLock
+lock = FileLock(sys.argv[1])
+lock.acquire()
 print("locked", flush=True)
 sys.stdin.read()
 """

@@ -33,7 +33,7 @@ def test_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         check_kernels(tiny_config(), torch.bfloat16, torch.device("cuda"))
 
 
-@pytest.mark.parametrize("other", ["mps", "xpu"])
+@pytest.mark.parametrize("other", ["mps", "xpu", "hpu"])
 def test_other_devices(other: str) -> None:
     assert "there are kernels for the CPU and CUDA alone" in str(why_unsupported(other, torch.bfloat16, 64))
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 from pathlib import Path
-from typing import IO
+
+from filelock import FileLock
 
 from app.runs.launch import say
+from longlora_ext._folders import take_lock
 
 #: The file that is locked, hidden: it stays when the run is over.
 LOCK = ".lock"
 
 #: The locks of this process, held until it ends, however it ends.
-_locks: list[IO[str]] = []
+_locks: dict[Path, FileLock] = {}
 
 
 def lock(folder: Path) -> bool:
@@ -21,12 +22,16 @@ def lock(folder: Path) -> bool:
     Raises:
         OSError: It cannot be written to.
     """
-    opened = open(folder / LOCK, "a")  # noqa: SIM115  (open as long as the process lives)
-    _locks.append(opened)
+    path = folder.resolve() / LOCK
+    path.touch()
+    if path in _locks:
+        _locks.pop(path).release()
     try:
-        fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
+        taken = take_lock(path)
     except OSError as error:
         say(f"note: {folder} cannot be locked ({error.strerror}): take care that no two runs write to it")
+        return True
+    if taken is None:
+        return False
+    _locks[path] = taken
     return True

@@ -3,7 +3,6 @@ starts."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shlex
 import shutil
@@ -20,6 +19,7 @@ from typing import NoReturn
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
+from filelock import FileLock
 
 RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -186,8 +186,7 @@ def _compile_communication_op() -> None:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longlora_ext" / versions
     folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache)))
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "turn", "w") as turn:
-        fcntl.flock(turn, fcntl.LOCK_EX)
+    with FileLock(folder / "turn", fallback_to_soft=False):
         if folder == cache:  # in a folder of the user's, others may be compiling
             for leftover in folder.glob("*/lock"):
                 leftover.unlink()

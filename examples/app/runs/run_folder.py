@@ -57,8 +57,8 @@ def begin(folder: Path, checkpoint: Path | None, settings: dict[str, Any], manif
     def write() -> None:
         if checkpoint:
             _compare(checkpoint, settings)
-        for leftover in folder.glob(".*.unfinished*"):  # folders that were to appear when complete
-            shutil.rmtree(leftover)
+        for leftover in folder.glob(".*.unfinished*"):  # folders that were to appear when complete, and their locks
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         for name in remove_incomplete(folder):
             say(f"removed {name}: the run was stopped while it wrote it")
         write_json(folder / RUN_FILE, manifest)
