@@ -35,18 +35,18 @@ from longlora_ext._processes import on_first_process
 DESCRIPTION = """\
 Evaluate a base model, a merged model or an adapter on long texts.
 
-  perplexity   by a sliding window over documents, at one or several window lengths
-  passkey      does it find a pass key, over length of the text x depth of the key
-  needles      the same with several codes in the text, one of which is asked for
+  perplexity   with a sliding window over documents, at one or more window lengths
+  passkey      find a pass key, over length of the text x depth of the key
+  needles      the same with several codes in the text; the question is for one of them
 
-Attention, RoPE, stride, prompts, dtype and versions are printed and written with the result. A length beyond the one
-that the model was trained on is refused unless --beyond_trained_length is given. A run that was killed goes on where it
-was by the same command. Started by torchrun or deepspeed, each process holds the model and does its part of the work.
+Attention, RoPE, stride, prompts, dtype and versions are printed and saved with the result. A length beyond the one that
+the model was trained on is an error unless you pass --beyond_trained_length. To resume a run that was killed, run the
+same command. Under torchrun or deepspeed each process holds the whole model and does a part of the work.
 """
 
 EXAMPLES = """\
 examples:
-  the tiny Llama that ships with the project, which falls apart beyond its 256 tokens:
+  the tiny Llama that ships with the project, which fails beyond its 256 tokens:
     python examples/evaluate.py perplexity --lengths 256 512 1024 --beyond_trained_length
 
   an adapter on books (PG19: a folder of text files), at three lengths, on eight GPUs:
@@ -60,7 +60,7 @@ examples:
   what scaling RoPE alone does to a base model:
     python examples/evaluate.py perplexity --model my/llama --context_length 32768 --text pg19/test/
 
-  pass keys over length x depth, ten times a cell:
+  pass keys over length x depth, ten trials each:
     python examples/evaluate.py passkey --model merged/ --lengths 4096 8192 16384 32768 --trials 10
 
 `evaluate.py TASK --help` lists the options of a task. The output folder (default: evaluated/MODEL-TASK) holds

@@ -32,10 +32,10 @@ from longlora_ext.adapter import stops
 DESCRIPTION = """\
 Answer a question about a long text with a base model, a merged model or an adapter.
 
-Where the tokenizer has a chat template (an adapter trained with --task sft brings one), the text and the question
-behind it are a user's message. Otherwise the prompt is the text, a line with the question ("Question: ...") and
-"Answer:", which a base model goes on with. Attention is dense. The tokens are counted before anything is computed: more
-than the model was trained on are refused, unless --beyond_trained_length is given.
+If the tokenizer has a chat template (an adapter trained with --task sft has one), the text followed by the question is
+a user message. Otherwise the prompt is the text, a line with the question ("Question: ...") and "Answer:", for a base
+model to continue. Attention is dense. The tokens are counted before anything is computed: more than the model was
+trained on are an error, unless you pass --beyond_trained_length.
 """
 
 EXAMPLES = """\

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Make an adapter folder out of one that the original LongLoRA wrote, or its authors released.
+"""Convert an adapter of the original LongLoRA, your own or a released one, to an adapter folder of this project.
 
     python examples/import_longlora.py RELEASE OUTPUT_FOLDER --context_length 8192
 
 RELEASE is a folder with adapter_config.json, adapter_model.bin and trainable_params.bin, such as
-Llama-2-7b-longlora-8k; of a checkpoint of your own, the original's get_trainable_weights.py makes these. What comes out
-is used like any adapter of this project, and says in import.json what made it:
+Llama-2-7b-longlora-8k. For a checkpoint of your own, the original's get_trainable_weights.py makes these files. The
+result is used like any adapter of this project; import.json in it says how it was made:
 
     python examples/merge_adapter.py OUTPUT_FOLDER merged/
 """

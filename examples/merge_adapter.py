@@ -3,16 +3,16 @@
 
     python examples/merge_adapter.py ADAPTER_FOLDER OUTPUT_FOLDER
 
-The output is a plain model folder: LoRA is added to the weights it belongs to, the trained embedding and norms take
-the place of the base model's, the config has the extended context's RoPE parameters and its length (for RoPE type
-"dynamic" as s2attn_context_length: max_position_embeddings is the old one, beyond which transformers scales), and the
-tokenizer lies beside, and merge.json, which says what made it. Transformers, and whatever reads its folders, loads it
-without longlora_ext:
+The output is a standard model folder. LoRA is added to the base weights, and the trained embedding and norms replace
+those of the base model. The config has the RoPE parameters and the length of the extended context (for RoPE type
+"dynamic" as s2attn_context_length: max_position_embeddings is the old length, beyond which transformers scales). The
+tokenizer is included; merge.json says how the folder was made. transformers, and programs that read its folders, load
+it without longlora_ext:
 
     AutoModelForCausalLM.from_pretrained("OUTPUT_FOLDER")
 
-The weights are merged one file after the other: the program needs the memory of one file, not that of the model. (DoRA
-and the like, and base models with quantised weights, are loaded whole; it says so then.)
+The weights are merged one file at a time: the program needs the memory of one file, not of the model. (DoRA and similar
+adapters, and base models with quantised weights, are loaded whole; the program says so.)
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""What a fine-tuning run needs, before anything is loaded: memory of each GPU, computation, the longest context.
+"""Plan a fine-tuning run before anything is loaded: memory of each GPU, compute, the longest context.
 
     python examples/plan.py --model meta-llama/Llama-2-7b-hf --context 32768 --gpus 8 --zero 3
 
-Only the model's config is read. Its weights are never made: layers run on shapes alone, and what they would hold and
-compute is counted. It plans for what finetune_llama.py does: bf16, LoRA with trained embedding and norms under
-DeepSpeed, activation checkpointing, and the loss in tiles; the other columns show what the last two are worth.
+Only the model's config is read. No weights are allocated: layers run on the meta device, and their memory and compute
+are counted. The plan is for what finetune_llama.py does: bf16, LoRA with trained embedding and norms under DeepSpeed,
+activation checkpointing, and a tiled loss. The other columns are without one of the last two.
 """
 
 from __future__ import annotations

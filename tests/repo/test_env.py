@@ -71,8 +71,10 @@ def test_a_package_that_is_missing_is_said_to_be(monkeypatch: pytest.MonkeyPatch
     assert "no-such-package: not installed" in " ".join(env.report().split())
 
 
-def test_gpus_are_reported(gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu(8, 9, 101_376)
+def test_gpus_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = SimpleNamespace(major=8, minor=9, shared_memory_per_block_optin=101_376, name="a GPU")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(env, "_driver", lambda: "580.1")
     text = " ".join(env.report().split())

@@ -35,13 +35,13 @@ from longlora_ext.trainer import sequence_parallelism
 DESCRIPTION = """\
 Extend the context of a Llama-like model with shifted short attention (LongLoRA).
 
-Without arguments it extends the tiny Llama that ships with the project fourfold, on the text of Python's
-standard library, and shows what that changed; a few minutes on two CPU cores. Started by `deepspeed`, it
-trains under ZeRO-2 unless --deepspeed names another configuration (examples/ds_configs/: zero2, zero3,
-zero3_offload). Without DeepSpeed, started by `torchrun`, --fsdp full_shard does what ZeRO-3 does.
+Without arguments it extends the tiny Llama that ships with the project to four times its context, on the text
+of Python's standard library, and shows what that changed. This takes a few minutes on two CPU cores. Under
+`deepspeed` it trains with ZeRO-2, unless --deepspeed names another configuration (examples/ds_configs/: zero2,
+zero3, zero3_offload). Without DeepSpeed, under `torchrun`, --fsdp full_shard does what ZeRO-3 does.
 
-Below are all options: first this program's own, then those of transformers' TrainingArguments, then examples. The
-defaults are those for the tiny Llama; with --model_name_or_path MODEL, --help shows those for a model of your own.
+The options below are this program's own, then those of transformers' TrainingArguments; examples are at the end. The
+defaults shown are for the tiny Llama; add --model_name_or_path MODEL to --help to see those for your model.
 """
 
 #: What options of TrainingArguments mean here, where its own text says something else, or not enough.
