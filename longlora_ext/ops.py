@@ -151,7 +151,9 @@ def why_unsupported(
     """
     device = torch.device(device)
     if device.type not in ("cpu", "cuda"):  # the stable ABI does not know all of them by name
-        return f"there are kernels for the CPU and CUDA alone, and none for {device.type}; use attn_implementation='sdpa'"
+        return (
+            f"there are kernels for the CPU and CUDA alone, and none for {device.type}; use attn_implementation='sdpa'"
+        )
     return torch.ops.longlora.why_unsupported(device, dtype, head_dim, backward=backward) or None
 
 
