@@ -42,7 +42,8 @@ FIELDS: dict[str, tuple[Any, ...]] = {
     "transformer_layer_cls_to_wrap": (),  # names of classes of the model
 }
 
-#: The versions that this was tested with. In older ones the gradients of tied weights in a tiled loss are others.
+#: The versions that this was tested with. Older ones gather the output layer, which a tiled loss calls several times,
+#: in other ways.
 NEEDED = {torch: "2.13", transformers: "5.23", accelerate: "1.15"}
 
 
