@@ -144,7 +144,7 @@ inline Problem make_problem(const Tensor& q, const Tensor& k, const Tensor& v, i
   problem.heads = q.size(2);
   problem.kv_heads = k.size(2);
   problem.head_dim = q.size(3);
-  problem.group_size = clamp_group_size(group_size, problem.seqlen_k);
+  problem.group_size = bound_group_size(group_size, problem.seqlen_k);
   problem.first_shifted_head = first_shifted_head;
   problem.window = window && *window < problem.seqlen_k ? *window : problem.seqlen_k;
   problem.sink = sink;

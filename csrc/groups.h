@@ -15,7 +15,7 @@
 namespace longlora {
 
 // Rows and documents count in rows of k. The keys may be a window of a longer sequence: a document that began before it
-// has a negative doc_start. `group_size` is even; the caller bounds it (clamp_group_size) and how negative doc_start
+// has a negative doc_start. `group_size` is even; the caller bounds it (bound_group_size) and how negative doc_start
 // is, so that nothing here overflows.
 
 // Start of the group that row `i` is in. Positions count from the start of the row's document.
@@ -33,7 +33,7 @@ LONGLORA_HOST_DEVICE Int group_start(Int i, Int doc_start, Int group_size, bool 
 template <typename Int>
 LONGLORA_HOST_DEVICE Int group_end(Int i, Int doc_start, Int group_size, bool shifted) {
   const Int offset = shifted ? group_size / 2 : 0;
-  return doc_start + ((i - doc_start + offset) / group_size * group_size - offset) + group_size;
+  return doc_start + ((i - doc_start + offset) / group_size + 1) * group_size - offset;
 }
 
 // The first of the keys that end with row `i` itself: the start of its group, but at most `window` keys, and none
@@ -59,13 +59,18 @@ LONGLORA_HOST_DEVICE bool sees_sink(Int first_key, Int doc_start) {
   return doc_start >= 0 && doc_start < first_key;
 }
 
-// A group of 2 * positions or more tokens is the whole document, shifted or not: clamping changes no result where
-// documents are shorter than 2^29 tokens or lie within the keys.
-constexpr long long kLargestGroup = 1LL << 30;
+// A group of 2 * seqlen or more tokens is the whole row, shifted or not: clamping changes no result where documents lie
+// within the keys.
 template <typename Int>
 LONGLORA_HOST_DEVICE Int clamp_group_size(Int group_size, Int seqlen) {
-  const Int largest = 2 * seqlen > kLargestGroup ? 2 * seqlen : static_cast<Int>(kLargestGroup);
-  return group_size < largest ? group_size : largest;
+  return group_size < 2 * seqlen ? group_size : 2 * seqlen;
+}
+
+// The same where documents may have begun before the keys: it changes no result for those shorter than 2^29 tokens.
+template <typename Int>
+LONGLORA_HOST_DEVICE Int bound_group_size(Int group_size, Int seqlen) {
+  const Int largest = static_cast<Int>(1) << 30;
+  return clamp_group_size(group_size, seqlen > largest / 2 ? seqlen : largest / 2);
 }
 
 }  // namespace longlora

@@ -58,6 +58,7 @@ Tensor readable(const Tensor& tensor) {
 
 // What differs between the devices:
 //   kAlignment, kRowStrides        what a row must begin at, in bytes; the bound of how many elements it is to the next
+//   kTakesDlse                     whether the backward takes a gradient of lse
 //   why_unsupported_dtype          why there are no kernels for a dtype, or nothing
 //   why_unsupported                why they do not run on that one of the devices, or nothing: a launch asks by itself
 //   check_problem                  what else a kernel relies on
@@ -66,6 +67,7 @@ Tensor readable(const Tensor& tensor) {
 struct Cpu {
   static constexpr size_t kAlignment = 1;
   static constexpr int64_t kRowStrides = INT64_MAX;
+  static constexpr bool kTakesDlse = true;
 
   static std::string why_unsupported_dtype(ScalarType dtype) {
     if (dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
@@ -95,8 +97,9 @@ struct Cpu {
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 struct Cuda {
-  static constexpr size_t kAlignment = 16;              // one cp.async, one vector store
-  static constexpr int64_t kRowStrides = 1 << 23;       // inside of a tile of 128 rows, 32 bits count
+  static constexpr size_t kAlignment = 16;         // one cp.async, one vector store
+  static constexpr int64_t kRowStrides = 1 << 23;  // inside of a tile of 128 rows, 32 bits count
+  static constexpr bool kTakesDlse = false;
   static constexpr int64_t kSequenceLengths = 1 << 29;  // as they do inside of a sequence, up to four times its length
 
   static std::string why_unsupported_dtype(ScalarType dtype) {
@@ -111,7 +114,11 @@ struct Cuda {
 
   // Not what doc_start says: to look would be to wait for the stream. Kernels clamp it: a wrong value gives a wrong
   // number or NaN, never a wild access.
-  static void check_problem(const Problem& problem) {
+  static void check_problem(Problem& problem) {
+    check(!problem.sink, "sink=True has kernels on the CPU alone, so far");
+    check(problem.window == problem.seqlen_k, "a window has kernels on the CPU alone, so far");
+    check(problem.seqlen == problem.seqlen_k, "fewer queries than keys have kernels on the CPU alone, so far");
+    problem.group_size = clamp_group_size(problem.group_size, problem.seqlen);
     check(problem.seqlen_k < kSequenceLengths, "seqlen must be below ", kSequenceLengths, " on CUDA, but is ",
           problem.seqlen_k);
     check(problem.heads * problem.head_dim < kRowStrides, "heads * head_dim must be below ", kRowStrides,
@@ -170,7 +177,7 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, int64_t group_s
                                    bool sink, std::optional<int64_t> window) {
   check_supported(Device::why_unsupported_dtype(q.scalar_type()));
   doc_start = contiguous(doc_start);
-  const Problem problem = make_problem(q, k, v, group_size, first_shifted_head, doc_start, scale, sink, window);
+  Problem problem = make_problem(q, k, v, group_size, first_shifted_head, doc_start, scale, sink, window);
   Device::check_problem(problem);
   q = readable<Device>(q);
   k = readable<Device>(k);
@@ -190,7 +197,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, Tensor q, Tensor k, Ten
   check_supported(Device::why_unsupported_dtype(q.scalar_type()));
   doc_start = contiguous(doc_start);
   dlse = contiguous(dlse);
-  const Problem problem = make_problem(q, k, v, group_size, first_shifted_head, doc_start, scale, sink, window);
+  Problem problem = make_problem(q, k, v, group_size, first_shifted_head, doc_start, scale, sink, window);
   Device::check_problem(problem);
   check(same_shape(dout, q), "dout must have q's shape ", shape_of(q), ", but is ", shape_of(dout));
   check(same_shape(out, q), "out must have q's shape ", shape_of(q), ", but is ", shape_of(out));
@@ -201,6 +208,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, Tensor q, Tensor k, Ten
         torch::headeronly::toString(lse.scalar_type()));
   check(lse.dim() == 3 && lse.size(0) == q.size(0) && lse.size(1) == q.size(2) && lse.size(2) == q.size(1),
         "lse must be the forward's, of shape [batch, heads, seqlen], but is ", shape_of(lse));
+  check(!dlse || Device::kTakesDlse, "a gradient of lse has kernels on the CPU alone, so far");
   check(!dlse || (same_shape(*dlse, lse) && dlse->scalar_type() == lse.scalar_type() && dlse->device() == lse.device()),
         "dlse must be like lse: on q's device, of lse's dtype and shape ", shape_of(lse));
   dout = readable<Device>(dout);

@@ -93,7 +93,7 @@ def main(argv: Sequence[str]) -> None:
         base_config = settle_context(base_config, options.present_context_length)
         check_attention(base_config, options.context_length)
     with one_clear_error():
-        check_kernels(base_config, dtype, args.device)
+        check_kernels(base_config, dtype, args.device, sink=options.sink, window=options.window)
         config = new_context(base_config, options)
         context = context_length(config)
         check_sequence_parallel(config, context, options.sequence_parallel_size)

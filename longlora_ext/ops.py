@@ -86,9 +86,9 @@ def s2attn(
         group_size (`int`): G, tokens in a group, even. With G >= N and no shifted head this is dense causal attention.
         doc_start (`Tensor`, *optional*): int32 [B, N]: for each token the index, within its row, of the first token of
             its document. Groups restart there and nothing is seen across. `longlora_ext.documents` makes it. It counts
-            in rows of `k`, and is negative where a document began before these, by less than 2^29 on CUDA. Without it
-            the document begins at the first key. Checked on a CPU; on CUDA, where to look would be to wait, a wrong one
-            gives wrong numbers or NaN, and rows whose document began before the keys see no sink.
+            in rows of `k`, and is negative where a document began before these. Without it the document begins at the
+            first key. Checked on a CPU; on CUDA, where to look would be to wait, a wrong one gives wrong numbers or
+            NaN.
         first_shifted_head (`int`, *optional*): query heads from this one on are shifted; H // 2 by default. A rank that
             holds only some heads passes clamp(H_total // 2 - its_first_head, 0, H).
         wrap (`bool`): Algorithm 1 of the paper to the letter: shifted heads are rolled by G/2, so that the last half
@@ -109,6 +109,8 @@ def s2attn(
         `Tensor`: [B, N, H, D], contiguous, dtype of `q`. Under autocast, inputs are cast to its dtype. With
         `return_lse` a tuple of it and the natural log-sum-exp, [B, H, N] of float32 (float64 for float64 inputs), which
         counts the sink. Both can be differentiated.
+
+        On CUDA `sink`, `window`, Nk > N and the gradient of the log-sum-exp have no kernels yet: they are errors.
 
     Raises:
         RuntimeError: for an argument that does not fit, named, before any work starts. Differentiating twice, or in
@@ -157,7 +159,7 @@ def why_unsupported(
     return torch.ops.longlora.why_unsupported(device, dtype, head_dim, backward=backward) or None
 
 
-def check_runs(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> None:
+def check_runs(device: torch.device | str, dtype: torch.dtype, head_dim: int, **pattern: Any) -> None:
     """
     Try `s2attn` on eight tokens, forward and backward.
 
@@ -167,6 +169,7 @@ def check_runs(device: torch.device | str, dtype: torch.dtype, head_dim: int) ->
         device (`torch.device` or `str`): Where.
         dtype (`torch.dtype`): In which dtype.
         head_dim (`int`): With heads of so many dimensions.
+        pattern: `sink` and `window` of `s2attn`.
 
     Raises:
         RuntimeError: It does not run there.
@@ -174,7 +177,7 @@ def check_runs(device: torch.device | str, dtype: torch.dtype, head_dim: int) ->
     if reason := why_unsupported(device, dtype, head_dim):
         raise RuntimeError(reason)
     q, k, v = torch.zeros(3, 1, 8, 1, head_dim, dtype=dtype, device=device, requires_grad=True).unbind()
-    s2attn(q, k, v, group_size=8).sum().backward()
+    s2attn(q, k, v, group_size=8, **pattern).sum().backward()
 
 
 def _check(ok: bool, message: str) -> None:

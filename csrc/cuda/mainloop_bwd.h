@@ -25,24 +25,17 @@ struct QueryWalk {
     begin(kv_head * heads_per_kv);
   }
   DEVICE Visibility visible() const { return Visibility(problem, batch, head); }
-  // With the first head that has rows for these keys: of the keys before the first row's own some have none.
   DEVICE void begin(int next_head) {
-    for (head = next_head; head <= last_head; ++head) {
-      tile = cute::max(key - visible().offset, 0) / kRows;
-      first_end = visible().last_row_end(key);
-      last_end = visible().last_row_end(last_key);
-      if (sees()) break;
-    }
+    head = next_head;
+    tile = key / kRows;
+    first_end = visible().last_row_end(key);
+    last_end = visible().last_row_end(last_key);
   }
   DEVICE bool ended() const { return head > last_head; }
   // Rows see ever later keys, so the first tile that begins past all of these ends a head's turn.
   DEVICE void next() {
-    ++tile;
-    if (!sees()) begin(head + 1);
-  }
-  DEVICE bool sees() const {
-    const int row = tile * kRows;
-    return row < last_end && visible().document(row) <= last_key;
+    const int row = ++tile * kRows;
+    if (row >= last_end || visible().document(row) > last_key) begin(head + 1);
   }
   // Whether some row of the tile does not see the first of the keys.
   DEVICE bool masks_first() const {
@@ -63,8 +56,7 @@ struct Backward : BackwardTiles<Element, kHeadDim> {
   // What tiles of keys share are q, dout and the sums of dq.
   static Schedule schedule(const Problem& problem) {
     const int64_t heads_per_kv = problem.heads / problem.kv_heads;
-    return Schedule(problem, problem.seqlen_k, kKeys, problem.kv_heads,
-                    (problem.first_shifted_head + heads_per_kv - 1) / heads_per_kv,
+    return Schedule(problem, kKeys, problem.kv_heads, (problem.first_shifted_head + heads_per_kv - 1) / heads_per_kv,
                     4 * Tiles::kRowBytes * heads_per_kv);
   }
 
@@ -89,8 +81,7 @@ struct Backward : BackwardTiles<Element, kHeadDim> {
   DEVICE static void run(const BackwardParams& params, const Turn& turn, Shared& shared) {
     const Problem& problem = params.problem;
     const int batch = turn.batch, kv_head = turn.head, key = turn.tile * kKeys, thread = threadIdx.x;
-    const int seqlen = static_cast<int>(problem.seqlen), seqlen_k = static_cast<int>(problem.seqlen_k);
-    const int head_dim = static_cast<int>(problem.head_dim);
+    const int seqlen = static_cast<int>(problem.seqlen), head_dim = static_cast<int>(problem.head_dim);
     const float scale_log2 = scale_log2_of(problem);
 
     const auto q_tile = make_tensor(make_smem_ptr(shared.q), typename Tiles::RowsTile{});
@@ -128,20 +119,18 @@ struct Backward : BackwardTiles<Element, kHeadDim> {
     };
 
     QueryWalk<kRows> walk(problem, batch, kv_head, key, kKeys);
-    if (!walk.ended()) {
-      load_tile<kThreads>(global_tile<Element, kKeys, kHeadDim>(params.k, batch, kv_head, key), k_tile, seqlen_k - key,
-                          head_dim, thread);
-      load_tile<kThreads>(global_tile<Element, kKeys, kHeadDim>(params.v, batch, kv_head, key), v_tile, seqlen_k - key,
-                          head_dim, thread);
-      load_stage(walk, 0);
-    }
+    load_tile<kThreads>(global_tile<Element, kKeys, kHeadDim>(params.k, batch, kv_head, key), k_tile, seqlen - key,
+                        head_dim, thread);
+    load_tile<kThreads>(global_tile<Element, kKeys, kHeadDim>(params.v, batch, kv_head, key), v_tile, seqlen - key,
+                        head_dim, thread);
+    load_stage(walk, 0);
 
     auto dk = zeros<kKeys, kHeadDim>(dkv_mma);
     auto dv = zeros<kKeys, kHeadDim>(dkv_mma);
     const auto where = coordinates<kRows, kKeys>(scores_mma, thread);
     Stage stage(shared);
     while (!walk.ended()) {
-      const int head = walk.head, row = walk.tile * kRows, own_key = row + seqlen_k - seqlen;
+      const int head = walk.head, row = walk.tile * kRows;
       const int row_tile = Tiles::row_tile(problem, batch, head, walk.tile);
       const bool masks_first = walk.masks_first();
       walk.next();
@@ -152,10 +141,10 @@ struct Backward : BackwardTiles<Element, kHeadDim> {
       auto scores = zeros<kRows, kKeys>(scores_mma);
       multiply(scores, scores_mma, q, k);
       auto score_matrix = as_matrix(scores);
-      if (masks_first || key + kKeys - 1 > own_key) {
+      if (masks_first || key + kKeys - 1 > row) {
         const Visibility visible(problem, batch, head);
         const auto first_key = [&](int i) { return masks_first ? visible.first_key(row + i) : key; };
-        apply_mask(score_matrix, where, first_key, own_key, key);
+        apply_mask(score_matrix, where, first_key, row, key);
       }
       stage.statistics.normalize(score_matrix, where, scale_log2);
       share(scores, scores_mma, weights_tile, thread);
@@ -186,19 +175,13 @@ struct Backward : BackwardTiles<Element, kHeadDim> {
       }
     }
 
-    if (problem.sink) {
-      sync_block();  // nobody reads the weights and ds any more, whose places are taken
-      const SinkGradients<Element, kHeadDim, kKeys, kThreads> sinks{
-          params, batch, kv_head, key, reinterpret_cast<int*>(shared.ds), reinterpret_cast<float2*>(shared.weights)};
-      sinks.run(coordinates<kKeys, kHeadDim>(dkv_mma, thread), thread, as_matrix(dk), as_matrix(dv));
-    }
     scale_by(dk, static_cast<float>(problem.scale));
     // dk and dv take the places of k and v, which were last read before the loop's last barrier, but for dq.
     if constexpr (kWithDq) sync_block();
     store_tile<kThreads>(dk, dkv_mma, k_tile, global_tile<Element, kKeys, kHeadDim>(params.dk, batch, kv_head, key),
-                         seqlen_k - key, head_dim, thread);
+                         seqlen - key, head_dim, thread);
     store_tile<kThreads>(dv, dkv_mma, v_tile, global_tile<Element, kKeys, kHeadDim>(params.dv, batch, kv_head, key),
-                         seqlen_k - key, head_dim, thread);
+                         seqlen - key, head_dim, thread);
   }
 };
 

@@ -11,7 +11,6 @@
 #include "mask.h"
 #include "scheduler.h"
 #include "shared_memory.h"
-#include "sink.h"
 #include "softmax.h"
 #include "tile_config.h"
 
@@ -30,8 +29,7 @@ struct Forward {
 
   static Schedule schedule(const Problem& problem) {
     const int64_t bytes_of_keys = 2 * sizeof(Element) * kHeadDim * problem.kv_heads / problem.heads;
-    return Schedule(problem, problem.seqlen, kRows, problem.heads, problem.first_shifted_head,
-                    std::max<int64_t>(1, bytes_of_keys));
+    return Schedule(problem, kRows, problem.heads, problem.first_shifted_head, std::max<int64_t>(1, bytes_of_keys));
   }
 
   DEVICE static void run(const ForwardParams& params, const Turn& turn, Shared& shared) {
@@ -69,7 +67,7 @@ struct Forward {
   DEVICE static void sum_over_keys(const ForwardParams& params, const Visibility& visible, int batch, int head, int row,
                                    Shared& shared, int thread, Out& out, Softmax& softmax) {
     const Problem& problem = params.problem;
-    const int seqlen_k = visible.seqlen + visible.offset, head_dim = static_cast<int>(problem.head_dim);
+    const int seqlen = visible.seqlen, head_dim = static_cast<int>(problem.head_dim);
     const int kv_head = static_cast<int>(head / (problem.heads / problem.kv_heads));
 
     const Mma mma;
@@ -83,13 +81,13 @@ struct Forward {
 
     const auto load_keys = [&](const TensorView& from, auto& tile, int n) ALWAYS_INLINE {
       load_tile<kThreads>(global_tile<Element, kKeys, kHeadDim>(from, batch, kv_head, n * kKeys), tile,
-                          seqlen_k - n * kKeys, head_dim, thread);
+                          seqlen - n * kKeys, head_dim, thread);
       commit_copies();
     };
 
     const auto where = coordinates<kRows, kKeys>(mma, thread);
     const RowTile rows(visible, row, kRows);
-    const int first_tile = rows.lowest / kKeys, last_tile = (cute::min(rows.own_key + kRows, seqlen_k) - 1) / kKeys;
+    const int first_tile = rows.lowest / kKeys, last_tile = (cute::min(row + kRows, seqlen) - 1) / kKeys;
 
     // K and V of a step are never needed at once: each is on its way while the other is multiplied. V is waited for
     // after the softmax: its fragments, fetched among the exponentials, would be too much for the registers.
@@ -100,7 +98,7 @@ struct Forward {
       auto scores = zeros<kRows, kKeys>(mma);
       multiply(scores, mma, q, k);
       auto score_matrix = as_matrix(scores);
-      if constexpr (masked) apply_mask(score_matrix, where, first_keys, rows.own_key, n * kKeys);
+      if constexpr (masked) apply_mask(score_matrix, where, first_keys, row, n * kKeys);
       softmax.add(score_matrix, as_matrix(out));
       auto weights = operand_from<Element>(scores);
       wait_copies<0>();
@@ -110,15 +108,9 @@ struct Forward {
     };
 
     first_keys.template fill<kThreads>(visible, row, thread);
-    load_tile<kThreads>(global_tile<Element, kRows, kHeadDim>(params.q, batch, head, row), q_tile, visible.seqlen - row,
+    load_tile<kThreads>(global_tile<Element, kRows, kHeadDim>(params.q, batch, head, row), q_tile, seqlen - row,
                         head_dim, thread);
     load_keys(params.k, k_tile, last_tile);
-    if (problem.sink) {
-      wait_copies<0>();
-      sync_block();  // the queries have come
-      begin_with_sinks<Element>(params, visible, batch, kv_head, row, q_tile, coordinates<kRows, kHeadDim>(mma, thread),
-                                thread, as_matrix(out), softmax);
-    }
     for (int n = last_tile; n >= first_tile;) {
       for (; n >= first_tile && rows.masks(n * kKeys, kKeys); --n) step(n, std::true_type{});
       for (; n >= first_tile && !rows.masks(n * kKeys, kKeys); --n) step(n, std::false_type{});

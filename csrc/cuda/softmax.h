@@ -28,12 +28,6 @@ DEVICE float row_sum_of_four(float x) {
   return x + shuffle_xor(x, 2);
 }
 
-// The eight neighbours that do.
-DEVICE float row_sum_of_eight(float x) {
-  x = row_sum_of_four(x);
-  return x + shuffle_xor(x, 4);
-}
-
 // kRows are those of one thread. `scale_log2` is positive.
 template <int kRows>
 struct OnlineSoftmax {

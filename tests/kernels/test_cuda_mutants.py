@@ -18,29 +18,21 @@ CONFIG = "fp16-128"
 SHAPES, DOCUMENTS, COUNTS = "test_shapes", "test_documents", "test_no_instruction_more_than_needed"
 GUARDS, LSE, GQA = "test_nothing_beside_the_tensors", "test_log_sum_exp", "GQA"
 FAR = "test_offsets_beyond_32_bits"
-PATTERNS, BEGAN, NARROW = "test_patterns", "test_documents_that_began_before_the_keys", "test_sinks_of_a_narrow_head"
-DLSE = "test_gradient_of_log_sum_exp"
 
 # Of the sources.
 KV_HEAD = "head / (problem.heads / problem.kv_heads)"
 STATISTICS = "shared.statistics + i * Statistics::kSize"
 BATCH, ROWS = "batch * view.batch_stride", "first_row * view.row_stride"
-TILE = "cute::max(key - visible().offset, 0) / kRows"
 ROW, COLUMN = "get<0>(where(0, m, k))", "get<1>(where(0, m, k))"
 
 MUTANTS = {
     # who sees whom
     "shift": Mutant("groups.h", "group_size / 2", "group_size / 2 + 1", SHAPES, "{} : 0;\n  const Int group ="),
-    "window": Mutant("groups.h", "i - window + 1", "i - window", PATTERNS, "? group : {};"),
-    "keys before the first": Mutant("groups.h", "first > 0 ? first : 0", "first", PATTERNS),
-    "ends of the window": Mutant("groups.h", "j + window", "j + window + 1", COUNTS, "? group : {};"),
-    "sink counted twice": Mutant("groups.h", "doc_start < first_key", "doc_start <= first_key", PATTERNS),
-    "sink before the keys": Mutant("groups.h", "doc_start >= 0", "true", BEGAN),
     "groups from the row's start": Mutant(
         "groups.h", "i - doc_start + offset", "i + offset", DOCUMENTS, "group = ({})"
     ),
     "start of documents": Mutant("groups.h", "group > 0 ? group : 0", "group", DOCUMENTS),
-    "ends of groups": Mutant("groups.h", "offset", "0", COUNTS, "* group_size - {}) + group_size;"),
+    "ends of groups": Mutant("groups.h", "offset", "0", COUNTS, "+ 1) * group_size - {};"),
     "ends of groups from the row's start": Mutant(
         "groups.h", "i - doc_start + offset", "i + offset", DOCUMENTS, "return doc_start + (({})"
     ),
@@ -49,13 +41,11 @@ MUTANTS = {
         "cuda/mask.h", "problem.doc_start + batch * problem.seqlen", "problem.doc_start", DOCUMENTS
     ),
     "doc_start unclamped": Mutant(
-        "cuda/mask.h", "cute::max(+kFarthest, cute::min(doc_start[row], row + offset))", "doc_start[row]", GUARDS
+        "cuda/mask.h", "cute::max(0, cute::min(doc_start[row], row))", "doc_start[row]", GUARDS
     ),
     "left mask": Mutant("cuda/mask.h", "j < first", "j + 1 < first", SHAPES),
     "causal mask": Mutant("cuda/mask.h", "j > last", "j > last + 1", SHAPES),
-    "diagonal unmasked": Mutant("cuda/mask.h", "key + keys - 1 > own_key", "key > own_key", SHAPES),
-    "another document's sink": Mutant("cuda/mask.h", "d", "0", PATTERNS, "sees_sink_of(row, d) ? {} : -1"),
-    "document of keys before the rows": Mutant("cuda/mask.h", "d > key", "false", COUNTS),
+    "diagonal unmasked": Mutant("cuda/mask.h", "key + keys - 1 > row", "key > row", SHAPES),
     "left border unmasked": Mutant("cuda/mask.h", "key < highest", "key < lowest", SHAPES),
     # which tiles
     "tile without a block": Mutant("cuda/scheduler.h", "tiles_per_group / 2", "0", SHAPES, "? {} : 0)"),
@@ -65,21 +55,20 @@ MUTANTS = {
     "tile past the last": Mutant("cuda/scheduler.h", "turn.tile >= schedule.tiles", "false", COUNTS),
     "forward: first tile of keys": Mutant("cuda/mainloop_fwd.h", "rows.lowest", "(rows.lowest + kKeys)", SHAPES),
     "forward: keys that none sees": Mutant("cuda/mainloop_fwd.h", "rows.lowest", "0", COUNTS),
-    "forward: last tile of keys": Mutant(
-        "cuda/mainloop_fwd.h", "cute::min(rows.own_key + kRows, seqlen_k) - 1", "rows.own_key", SHAPES
+    "forward: last tile of keys": Mutant("cuda/mainloop_fwd.h", "cute::min(row + kRows, seqlen) - 1", "row", SHAPES),
+    "backward: first tile of rows": Mutant("cuda/mainloop_bwd.h", "key / kRows", "key / kRows + 1", SHAPES),
+    "backward: rows that see none": Mutant("cuda/mainloop_bwd.h", "key / kRows", "0", COUNTS),
+    "backward: last tile of rows": Mutant("cuda/mainloop_bwd.h", "row >= last_end", "row + 1 >= last_end", SHAPES),
+    "backward: rows past the group": Mutant(
+        "cuda/mainloop_bwd.h", "row >= last_end", "row >= visible().seqlen", COUNTS
     ),
-    "backward: first tile of rows": Mutant("cuda/mainloop_bwd.h", TILE, f"{TILE} + 1", SHAPES),
-    "backward: rows that see none": Mutant("cuda/mainloop_bwd.h", TILE, "0", COUNTS),
-    "backward: keys before the rows": Mutant("cuda/mainloop_bwd.h", TILE, "key / kRows", PATTERNS),
-    "backward: last tile of rows": Mutant("cuda/mainloop_bwd.h", "row < last_end", "row + 1 < last_end", SHAPES),
-    "backward: rows past the group": Mutant("cuda/mainloop_bwd.h", "row < last_end", "row < visible().seqlen", COUNTS),
     "backward: last document": Mutant(
-        "cuda/mainloop_bwd.h", "visible().document(row) <= last_key", "visible().document(row) <= key", DOCUMENTS
+        "cuda/mainloop_bwd.h", "visible().document(row) > last_key", "visible().document(row) > key", DOCUMENTS
     ),
     "backward: rows of later documents": Mutant(
-        "cuda/mainloop_bwd.h", "visible().document(row) <= last_key", "true", COUNTS
+        "cuda/mainloop_bwd.h", "visible().document(row) > last_key", "false", COUNTS
     ),
-    "backward: diagonal unmasked": Mutant("cuda/mainloop_bwd.h", "key + kKeys - 1 > own_key", "key > own_key", SHAPES),
+    "backward: diagonal unmasked": Mutant("cuda/mainloop_bwd.h", "key + kKeys - 1 > row", "key > row", SHAPES),
     "backward: group's border unmasked": Mutant("cuda/mainloop_bwd.h", "last_row >= first_end", "false", SHAPES),
     "backward: first row past the group unmasked": Mutant(
         "cuda/mainloop_bwd.h", "last_row >= first_end", "last_row > first_end", SHAPES
@@ -88,9 +77,7 @@ MUTANTS = {
         "cuda/mainloop_bwd.h", "visible().document(last_row) > key", "false", DOCUMENTS
     ),
     "dq: first tile of keys": Mutant("cuda/bwd_dq.h", "rows.lowest", "(rows.lowest + kKeys)", SHAPES),
-    "dq: last tile of keys": Mutant(
-        "cuda/bwd_dq.h", "cute::min(rows.own_key + kRows, seqlen_k) - 1", "rows.own_key - 1", SHAPES
-    ),
+    "dq: last tile of keys": Mutant("cuda/bwd_dq.h", "cute::min(row + kRows, seqlen) - 1", "row - 1", SHAPES),
     "stage": Mutant("cuda/mainloop_bwd.h", "index() ^ 1", "index()", SHAPES),
     # GQA
     "forward: KV head": Mutant("cuda/mainloop_fwd.h", KV_HEAD, "head % problem.kv_heads", GQA),
@@ -109,35 +96,9 @@ MUTANTS = {
     "scale 0": Mutant("cuda/softmax.h", "std::numeric_limits<float>::min()", "0.0f", SHAPES),
     "log-sum-exp": Mutant("cuda/softmax.h", "maximum[m] * scale_log2 * kLn2", "maximum[m] * scale_log2", LSE),
     "delta": Mutant("cuda/bwd_tiles.h", "dweights(m, n) - delta", "dweights(m, n)", SHAPES),
-    "delta of four lanes": Mutant("cuda/softmax.h", "shuffle_xor(x, 4)", "0", SHAPES),
-    "gradient of log-sum-exp": Mutant("cuda/bwd_pre_post.h", "params.dlse", "nullptr", DLSE, "if ({})"),
-    # the sink
-    "forward: sink missing in the sum": Mutant("cuda/sink.h", "thread % 4 == 0", "false", LSE),
-    "forward: sink in the sum four times": Mutant("cuda/sink.h", "thread % 4 == 0", "true", LSE),
-    "forward: no sink": Mutant("cuda/sink.h", "d < 0", "true", PATTERNS, "if ({}) continue;\n    softmax.maximum"),
-    "forward: sink's score": Mutant("cuda/sink.h", "score", "0", PATTERNS, "softmax.maximum[m] = {};"),
-    "forward: sink's pieces": Mutant("cuda/sink.h", "column < columns", "true", NARROW, "if ({}) add_product"),
-    "backward: weight of the sink": Mutant("cuda/bwd_pre_post.h", "lse_log2", "0", PATTERNS, "problem) - {});"),
-    "backward: delta of the sink": Mutant("cuda/bwd_pre_post.h", "dweight - delta", "dweight", PATTERNS),
-    "backward: sink of the batch": Mutant("cuda/sink.h", "batch * view.batch_stride", "0", PATTERNS),
-    "dq: sink missing": Mutant("cuda/sink.h", "d < 0", "true", PATTERNS, "if ({} || row + i"),
-    "dk: sink missing": Mutant("cuda/sink.h", "end == 0", "true", PATTERNS),
-    "dk: one group of threads": Mutant("cuda/sink.h", "group < kGroups", "group < 1", PATTERNS),
-    "dk: sinks of one head": Mutant(
-        "cuda/sink.h", "(kv_head + 1) * heads_per_kv", "kv_head * heads_per_kv + 1", PATTERNS
-    ),
-    "dk: rows of later documents": Mutant("cuda/sink.h", "visible.document(row) > d", "false", PATTERNS),
-    "dk: rows that see it in their group": Mutant(
-        "cuda/sink.h", "visible.sees_sink_of(row, d)", "true", PATTERNS, "return {}; });\n      const int64_t"
-    ),
-    "dk: last rows": Mutant("cuda/sink.h", "row + i * kGroups >= end", "false", PATTERNS),
-    "dk: sink of another key": Mutant(
-        "cuda/sink.h", "get<0>(where(m, 0)) != j", "get<0>(where(m, 0)) != j + 1", PATTERNS
-    ),
+    "delta of four lanes": Mutant("cuda/bwd_pre_post.h", "mask < 8", "mask < 4", SHAPES),
     "scale of dk": Mutant("cuda/mainloop_bwd.h", "scale_by(dk, static_cast<float>(problem.scale))", "void()", SHAPES),
-    "scale of dq by atomics": Mutant(
-        "cuda/bwd_pre_post.h", "static_cast<float>(problem.scale)", "1", SHAPES, "scale_by(dq, {})"
-    ),
+    "scale of dq by atomics": Mutant("cuda/bwd_pre_post.h", "static_cast<float>(problem.scale)", "1", SHAPES),
     "scale of dq": Mutant("cuda/bwd_dq.h", "scale_by(dq, static_cast<float>(problem.scale))", "void()", SHAPES),
     "dq's sums not begun": Mutant("cuda/bwd_pre_post.h", "sums[i] = 0", "sums[i]", SHAPES),
     # bounds
@@ -146,7 +107,7 @@ MUTANTS = {
     "rows stored": Mutant("cuda/copy.h", f"{ROW} < rows", f"{ROW} <= rows", GUARDS, "if ({}"),
     "columns stored": Mutant("cuda/copy.h", f"{COLUMN} < columns", f"{COLUMN} <= columns", GUARDS, "{})"),
     "log-sum-exp past the end": Mutant("cuda/mainloop_fwd.h", "i < rows", "i <= rows", GUARDS),
-    "delta past the end": Mutant("cuda/bwd_pre_post.h", "i >= rows", "false", GUARDS, "thread % 8 != 0 || {}"),
+    "delta past the end": Mutant("cuda/bwd_pre_post.h", "i < rows", "true", GUARDS, "thread % 8 == 0 && {}"),
     "batch in 32 bits": Mutant("cuda/copy.h", BATCH, f"static_cast<int>({BATCH})", FAR),
     "rows in 32 bits": Mutant("cuda/copy.h", ROWS, f"static_cast<int>({ROWS})", FAR),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -82,10 +84,11 @@ def check_context(option: str, tokens: int, own: int) -> None:
         )
 
 
-def check_kernels(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise `ValueError` if S2-Attn does not run there: it is tried, and says best itself what it lacks."""
+def check_kernels(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, **pattern: Any) -> None:
+    """Raise `ValueError` if S2-Attn, with this `sink` and `window`, does not run there: it is tried, and says best
+    itself what it lacks."""
     try:
-        check_runs(device, dtype, head_dim_of(config))
+        check_runs(device, dtype, head_dim_of(config), **pattern)
     except RuntimeError as error:
         raise ValueError(f"S2-Attn does not run here, on {device.type} in {dtype}: {error}") from error
 
