@@ -166,7 +166,7 @@ def test_a_layer_with_a_window_of_its_own_has_no_sink(monkeypatch: pytest.Monkey
         ({"window": 16}, None, (64, None, 16), "groups of 64 tokens, in them a window of 16"),
         ({"sink": True, "window": 16, "group_size": 512}, None, (512, True, 16),
          "one group of all tokens, in them a window of 16, and the first token"),
-        ({"sink": True, "window": 16}, 64, (16, True, 16), "groups of 16 tokens, in them a window of 16, and the first"),
+        ({"sink": True, "window": 16}, 64, (16, True, 16), "groups of 16 tokens, in them a window of 16, and the "),
         ({}, 64, (16, None, None), "groups of 16 tokens"),
     ],
     ids=str,

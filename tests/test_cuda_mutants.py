@@ -116,13 +116,17 @@ MUTANTS = {
     "forward: sink in the sum four times": Mutant("cuda/sink.h", "thread % 4 == 0", "true", LSE),
     "forward: no sink": Mutant("cuda/sink.h", "d < 0", "true", PATTERNS, "if ({}) continue;\n    softmax.maximum"),
     "forward: sink's score": Mutant("cuda/sink.h", "score", "0", PATTERNS, "softmax.maximum[m] = {};"),
-    "forward: sink's pieces": Mutant("cuda/sink.h", "column < columns", "true", NARROW, "if ({}) add_product"),
+    "forward: sink's pieces": Mutant(
+        "cuda/sink.h", "column < columns", "true", NARROW, "if ({}) add_product<Element>(score, q"
+    ),
     "backward: weight of the sink": Mutant("cuda/bwd_pre_post.h", "lse_log2", "0", PATTERNS, "problem) - {});"),
     "backward: delta of the sink": Mutant("cuda/bwd_pre_post.h", "dweight - delta", "dweight", PATTERNS),
     "backward: sink of the batch": Mutant("cuda/sink.h", "batch * view.batch_stride", "0", PATTERNS),
     "dq: sink missing": Mutant("cuda/sink.h", "d < 0", "true", PATTERNS, "if ({} || row + i"),
     "dk: sink missing": Mutant("cuda/sink.h", "end == 0", "true", PATTERNS),
-    "dk: one group of threads": Mutant("cuda/sink.h", "group < kGroups", "group < 1", PATTERNS),
+    "dk: one group of threads": Mutant(
+        "cuda/sink.h", "group < kGroups", "group < 1", PATTERNS, "group = 0; {}; ++group"
+    ),
     "dk: sinks of one head": Mutant(
         "cuda/sink.h", "(kv_head + 1) * heads_per_kv", "kv_head * heads_per_kv + 1", PATTERNS
     ),
@@ -130,10 +134,11 @@ MUTANTS = {
     "dk: rows that see it in their group": Mutant(
         "cuda/sink.h", "visible.sees_sink_of(row, d)", "true", PATTERNS, "return {}; });\n      const int64_t"
     ),
-    "dk: last rows": Mutant("cuda/sink.h", "row + i * kGroups >= end", "false", PATTERNS),
-    "dk: sink of another key": Mutant(
-        "cuda/sink.h", "get<0>(where(m, 0)) != j", "get<0>(where(m, 0)) != j + 1", PATTERNS
+    "dk: last rows": Mutant("cuda/sink.h", "row + i * kGroups < end", "true", PATTERNS, "counts = {};"),
+    "dk: scale of the sink": Mutant(
+        "cuda/sink.h", "static_cast<float>(params.problem.scale)", "1.0f", PATTERNS, "which == 0 ? {} : 1.0f"
     ),
+    "dk: columns past the last": Mutant("cuda/sink.h", "column < columns", "true", NARROW, "which < 2 && {}"),
     "scale of dk": Mutant("cuda/mainloop_bwd.h", "scale_by(dk, static_cast<float>(problem.scale))", "void()", SHAPES),
     "scale of dq by atomics": Mutant(
         "cuda/bwd_pre_post.h", "static_cast<float>(problem.scale)", "1", SHAPES, "scale_by(dq, {})"

@@ -16,6 +16,7 @@ void launch_backward(const BackwardParams& params, bool deterministic, void* str
   else
     launch_works<Preprocess<Element, kHeadDim>, Backward<Element, kHeadDim, true>, Postprocess<Element, kHeadDim>>(
         params, stream);
+  if (params.problem.sink) launch_works<SinkGradients<Element, kHeadDim>>(params, stream);
 }
 
 }  // namespace longlora::cuda

@@ -186,12 +186,6 @@ struct Backward : BackwardTiles<Element, kHeadDim> {
       }
     }
 
-    if (problem.sink) {
-      sync_block();  // nobody reads the weights and ds any more, whose places are taken
-      const SinkGradients<Element, kHeadDim, kKeys, kThreads> sinks{
-          params, batch, kv_head, key, reinterpret_cast<int*>(shared.ds), reinterpret_cast<float2*>(shared.weights)};
-      sinks.run(coordinates<kKeys, kHeadDim>(dkv_mma, thread), thread, as_matrix(dk), as_matrix(dv));
-    }
     scale_by(dk, static_cast<float>(problem.scale));
     // dk and dv take the places of k and v, which were last read before the loop's last barrier, but for dq.
     if constexpr (kWithDq) sync_block();

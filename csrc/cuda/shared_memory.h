@@ -47,6 +47,20 @@ struct alignas(128) PostprocessShared {
   Element dq[backward_tile(kHeadDim).rows * kHeadDim];
 };
 
+template <int kHeadDim>
+struct alignas(128) SinkShared {
+  static constexpr int kKeys = backward_tile(kHeadDim).keys, kThreads = 256;
+  static constexpr int kPieces = 2;  // of eight columns: 32 bytes of a row, what memory is read by
+
+  struct alignas(16) Four {
+    float values[4];
+  };
+  // Of dk, then dv, the first and the last four columns of each thread's eight. Two more a line: the threads that add
+  // them up read all lines at once, and these must begin in other banks.
+  Four sums[4][kThreads + 2];
+  int row_ends[kKeys];
+};
+
 struct NothingShared {};
 
 }  // namespace longlora::cuda

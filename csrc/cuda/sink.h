@@ -5,6 +5,8 @@
 #include "copy.h"
 #include "layouts.h"
 #include "mask.h"
+#include "scheduler.h"
+#include "shared_memory.h"
 #include "softmax.h"
 
 namespace longlora::cuda {
@@ -99,19 +101,51 @@ DEVICE void add_sinks_to_dq(const BackwardParams& params, int batch, int head, i
   }
 }
 
-// Backward: what a tile of keys gets from the rows that see some of them as sinks. A block goes through all rows of the
-// documents that begin in its tile, in an order that is always the same: no atomics, so both ways to dq have it.
-template <typename Element, int kHeadDim, int kKeys, int kThreads>
+// Backward, after all else: what the first tokens of documents get from the rows that see them as sinks, added to dk
+// and dv. A block does so for a tile of keys and a few columns, going through all rows of each document that begins in
+// the tile, in an order that is always the same: no atomics.
+template <typename Element, int kHeadDim>
 struct SinkGradients {
-  static constexpr int kPairs = kHeadDim / 2, kGroups = kThreads / kPairs;  // groups of threads that share a row
-  static constexpr int kAtOnce = 4;                                         // rows of a group
-  static_assert(kThreads % kPairs == 0 && kKeys <= kThreads);
+  using Params = BackwardParams;
+  using Shared = SinkShared<kHeadDim>;
+  static constexpr int kKeys = Shared::kKeys, kThreads = Shared::kThreads;
+  static constexpr int kPieces = Shared::kPieces, kGroups = kThreads / kPieces;  // of eight columns; of threads
+  static constexpr int kSlices = kHeadDim / 8 / kPieces;                         // of columns, a block each
+  static constexpr int kAtOnce = 4;                                              // rows of a group
+  static constexpr bool kLastFirst = false;
+  static_assert(kKeys <= kThreads && kPieces == 2);
 
-  const BackwardParams& params;
-  int batch, kv_head, key;
-  int* row_ends;  // [kKeys], in shared memory: past the last row that sees the key as its sink; 0: none does
-  float2* sums;   // [dk and dv, kGroups, kPairs], in shared memory
+  static Schedule schedule(const Problem& problem) {
+    const int64_t heads = problem.kv_heads * kSlices;
+    return Schedule(problem, problem.seqlen_k, kKeys, heads, heads, kHeadDim * sizeof(Element));
+  }
 
+  DEVICE static void run(const BackwardParams& params, const Turn& turn, Shared& shared) {
+    const int kv_head = turn.head / kSlices, key = turn.tile * kKeys, thread = threadIdx.x;
+    const int columns = static_cast<int>(params.problem.head_dim);
+    const int first_column = turn.head % kSlices * kPieces * 8;
+    find_rows(params, turn.batch, key, shared, thread);
+    sync_block();  // the rows of all keys are found
+    for (int j = 0; j < kKeys; ++j) {
+      int end;
+      Move<int>::copy(shared.row_ends[j], end);
+      if (end == 0) continue;
+      const int column = first_column + thread % kPieces * 8;
+      sum_rows(params, turn.batch, kv_head, key + j, end, column, column < columns, shared, thread);
+      sync_block();  // all have summed
+      // Four elements of one of the two gradients, a thread.
+      const int which = thread / (2 * kPieces), half = thread / kPieces % 2;
+      if (which < 2 && column < columns) {
+        const auto& view = which == 0 ? params.dk : params.dv;
+        const float factor = which == 0 ? static_cast<float>(params.problem.scale) : 1.0f;
+        Element* row = const_cast<Element*>(row_of<Element>(view, turn.batch, kv_head, key + j));
+        add_sums(shared.sums[2 * which + half] + thread % kPieces, factor, row[column + 4 * half]);
+      }
+      sync_block();  // nobody reads the sums any more
+    }
+  }
+
+ private:
   // The first of the rows [begin, end) for which `holds`; from there on it does.
   template <class Holds>
   DEVICE static int first_of(int begin, int end, const Holds& holds) {
@@ -125,12 +159,13 @@ struct SinkGradients {
     return begin;
   }
 
-  // One key a thread. Of its document, rows that do not see it come first.
-  DEVICE void find_rows(int thread) const {
+  // One key a thread: past the last row that sees it as its sink; 0 where none does. Of its document, rows that do not
+  // come first.
+  DEVICE static void find_rows(const BackwardParams& params, int batch, int key, Shared& shared, int thread) {
     if (thread >= kKeys) return;
     const Problem& problem = params.problem;
-    const int d = key + thread, heads = static_cast<int>(problem.heads);
-    const Visibility visible(problem, batch, 0), last_head(problem, batch, heads - 1);
+    const int d = key + thread;
+    const Visibility visible(problem, batch, 0), last_head(problem, batch, static_cast<int>(problem.heads) - 1);
     const int first = cute::max(d - visible.offset, 0);
     int end = 0;
     if (first < visible.seqlen && visible.document(first) == d) {
@@ -138,17 +173,16 @@ struct SinkGradients {
                               : visible.seqlen;
       if (!visible.sees_sink_of(end - 1, d) && !last_head.sees_sink_of(end - 1, d)) end = 0;
     }
-    Move<int>::copy(end, row_ends[thread]);
+    Move<int>::copy(end, shared.row_ends[thread]);
   }
 
-  // Sums over the rows of the document that key `d` begins, into `sums`: a group's, each.
-  DEVICE void sum_rows(int d, int end, int thread) const {
+  // Of eight columns, over every kGroups-th row of the document that key `d` begins.
+  DEVICE static void sum_rows(const BackwardParams& params, int batch, int kv_head, int d, int end, int column,
+                              bool inside, Shared& shared, int thread) {
     const Problem& problem = params.problem;
-    const int columns = static_cast<int>(problem.head_dim),
-              heads_per_kv = static_cast<int>(problem.heads / problem.kv_heads);
-    const int group = thread / kPairs, column = thread % kPairs * 2;
-    float2 dk = {0, 0}, dv = {0, 0};
-    for (int head = kv_head * heads_per_kv; head < (kv_head + 1) * heads_per_kv; ++head) {
+    const int heads_per_kv = static_cast<int>(problem.heads / problem.kv_heads), group = thread / kPieces;
+    float dk[8] = {}, dv[8] = {};
+    for (int head = kv_head * heads_per_kv; inside && head < (kv_head + 1) * heads_per_kv; ++head) {
       const Visibility visible(problem, batch, head);
       const int begin =
           first_of(cute::max(d - visible.offset, 0), end, [&](int row) { return visible.sees_sink_of(row, d); });
@@ -156,67 +190,47 @@ struct SinkGradients {
       const float* weights = static_cast<const float*>(params.sink_weight) + statistics;
       const float* ds = static_cast<const float*>(params.sink_ds) + statistics;
       for (int row = begin + group; row < end; row += kAtOnce * kGroups) {
-        float2 q[kAtOnce], dout[kAtOnce];
-        float weight[kAtOnce], of_score[kAtOnce];
         CUTE_UNROLL
-        for (int i = 0; i < kAtOnce; ++i) {
+        for (int i = 0; i < kAtOnce; ++i) {  // past the last row the last one again, for nothing
           const int next = cute::min(row + i * kGroups, end - 1);
-          q[i] = pair_of(row_of<Element>(params.q, batch, head, next), column, columns);
-          dout[i] = pair_of(row_of<Element>(params.dout, batch, head, next), column, columns);
-          weight[i] = weights[next], of_score[i] = ds[next];
-        }
-        CUTE_UNROLL
-        for (int i = 0; i < kAtOnce; ++i) {
-          if (row + i * kGroups >= end) break;
-          dk.x += of_score[i] * q[i].x, dk.y += of_score[i] * q[i].y;
-          dv.x += weight[i] * dout[i].x, dv.y += weight[i] * dout[i].y;
+          const bool counts = row + i * kGroups < end;
+          add_times(dk, counts ? ds[next] : 0, Piece(row_of<Element>(params.q, batch, head, next)[column]));
+          add_times(dv, counts ? weights[next] : 0, Piece(row_of<Element>(params.dout, batch, head, next)[column]));
         }
       }
     }
-    store(dk, sums[thread]);
-    store(dv, sums[kThreads + thread]);
-  }
-
-  // To the accumulators of a tile of keys, where key `j` of the tile is this thread's.
-  template <class Where, class Sums>
-  DEVICE void add(int j, int which, const Where& where, Sums&& acc) const {
     CUTE_UNROLL
-    for (int m = 0; m < size<0>(where); ++m) {
-      if (get<0>(where(m, 0)) != j) continue;
-      CUTE_UNROLL
-      for (int n = 0; n < size<1>(where); n += 2) {
-        for (int group = 0; group < kGroups; ++group) {
-          uint64_t bits;
-          Move<uint64_t>::copy(
-              reinterpret_cast<const uint64_t&>(sums[which * kThreads + group * kPairs + get<1>(where(m, n)) / 2]),
-              bits);
-          const float2 sum = reinterpret_cast<const float2&>(bits);
-          acc(m, n) += sum.x, acc(m, n + 1) += sum.y;
-        }
-      }
+    for (int i = 0; i < 4; ++i) {
+      const float* from = (i < 2 ? dk : dv) + i % 2 * 4;
+      alignas(16) float four[] = {from[0], from[1], from[2], from[3]};
+      Move<uint128_t>::copy(reinterpret_cast<const uint128_t&>(four),
+                            reinterpret_cast<uint128_t&>(shared.sums[i][thread]));
     }
   }
 
-  // A barrier has to stand before: the shared memory was something else's.
-  template <class Where, class Dk, class Dv>
-  DEVICE void run(const Where& where, int thread, Dk&& dk, Dv&& dv) const {
-    find_rows(thread);
-    sync_block();  // the rows of all keys are found
-    for (int j = 0; j < kKeys; ++j) {
-      int end;
-      Move<int>::copy(row_ends[j], end);
-      if (end == 0) continue;
-      sum_rows(key + j, end, thread);
-      sync_block();  // all have summed
-      add(j, 0, where, dk);
-      add(j, 1, where, dv);
-      sync_block();  // nobody reads the sums any more
+  DEVICE static void add_times(float (&sums)[8], float factor, const Piece& piece) {
+    CUTE_UNROLL
+    for (int pair = 0; pair < 4; ++pair) {
+      const float2 x = unpack2<Element>(piece.pairs[pair]);
+      sums[2 * pair] += factor * x.x, sums[2 * pair + 1] += factor * x.y;
     }
   }
 
- private:
-  DEVICE static void store(const float2& value, float2& to) {
-    Move<uint64_t>::copy(reinterpret_cast<const uint64_t&>(value), reinterpret_cast<uint64_t&>(to));
+  // The sums of all groups, to four elements.
+  DEVICE static void add_sums(const typename Shared::Four* of_group, float factor, Element& first) {
+    float4 sum = {0, 0, 0, 0};
+    for (int group = 0; group < kGroups; ++group) {
+      alignas(16) float four[4];
+      Move<uint128_t>::copy(reinterpret_cast<const uint128_t&>(of_group[group * kPieces]),
+                            reinterpret_cast<uint128_t&>(four));
+      sum.x += four[0], sum.y += four[1], sum.z += four[2], sum.w += four[3];
+    }
+    alignas(8) uint32_t pairs[2];
+    Move<uint64_t>::copy(reinterpret_cast<const uint64_t&>(first), reinterpret_cast<uint64_t&>(pairs));
+    const float2 low = unpack2<Element>(pairs[0]), high = unpack2<Element>(pairs[1]);
+    pairs[0] = pack2<Element>(low.x + sum.x * factor, low.y + sum.y * factor);
+    pairs[1] = pack2<Element>(high.x + sum.z * factor, high.y + sum.w * factor);
+    Move<uint64_t>::copy(reinterpret_cast<const uint64_t&>(pairs), reinterpret_cast<uint64_t&>(first));
   }
 };
 
