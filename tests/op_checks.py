@@ -53,7 +53,7 @@ class Problem:
         begins[:, 0] = True
         index = torch.arange(self.tokens, dtype=torch.int32)
         documents = torch.where(begins, index, 0).cummax(dim=1).values.to(torch.int32)
-        return documents[:, self.tokens - self.seqlen :]
+        return documents[:, self.tokens - self.seqlen :].contiguous()
 
     def kwargs(self) -> dict[str, float | int | None]:
         names = ("first_shifted_head", "scale", "sink", "window")

@@ -38,6 +38,7 @@ def problem(
 ) -> object:
     batch, seqlen, heads, head_dim = q.shape
     seqlen_k = k.shape[1]
+    assert doc_start is None or doc_start.is_contiguous()
     return module.Problem(
         batch=batch,
         seqlen=seqlen,
