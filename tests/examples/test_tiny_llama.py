@@ -186,10 +186,12 @@ def test_bad_arguments_are_named(
     assert not list(tmp_path.iterdir())
 
 
-def test_says_so_when_there_is_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_says_so_when_there_is_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(corpus.sysconfig, "get_path", lambda name: str(tmp_path / "stdlib"))
-    with pytest.raises(SystemExit, match="sources of Python's standard library are not in"):
+    with pytest.raises(SystemExit, match="2"):
         train(tmp_path / "model")
+    said = capsys.readouterr().err
+    assert "train_tiny_llama.py: error: " in said and "sources of Python's standard library are not in" in said
     assert not list(tmp_path.iterdir())
 
 

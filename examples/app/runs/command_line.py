@@ -84,7 +84,7 @@ def as_program(name: str, stopped: str = "") -> Iterator[None]:
 
     Args:
         name: The program's.
-        stopped: What to say when it is stopped in the middle.
+        stopped: What to say at Ctrl-C.
     """
     launch.program = name
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -101,7 +101,7 @@ def as_program(name: str, stopped: str = "") -> Iterator[None]:
         if not _is_closed(sys.stdout):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be written
-        _end(CLOSED, *filter(None, [stopped]))
+        _end(CLOSED)
 
 
 def _is_closed(output: TextIO) -> bool:
