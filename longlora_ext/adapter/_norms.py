@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from longlora_ext.adapter._precision import whole_shape
+
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 
 
@@ -38,14 +40,19 @@ def _is_norm(name: str, module: nn.Module) -> bool:
         return False  # it has weighty parts
     if isinstance(module, _NORMS) or "norm" in type(module).__name__.lower():
         return True
-    vectors = all(weight.ndim == 1 for weight in own.values())
+    vectors = all(_is_vector(weight) for weight in own.values())
     return vectors and ("norm" in name.rpartition(".")[2].lower() or _is_of_norm("weight", own.get("weight"), module))
 
 
 def _is_of_norm(part: str, weight: nn.Parameter | None, module: nn.Module) -> bool:
     """Whether a parameter looks like that of a norm. The weights of other layers are matrices, but a PReLU's."""
-    is_vector = weight is not None and weight.ndim == 1 and not isinstance(module, nn.PReLU)
+    is_vector = weight is not None and _is_vector(weight) and not isinstance(module, nn.PReLU)
     return is_vector and ("norm" in part.lower() or part == "weight")
+
+
+def _is_vector(weight: nn.Parameter) -> bool:
+    """Whether it has one dimension, also where ZeRO-3 has cut it up."""
+    return len(whole_shape(weight)) == 1
 
 
 def names_for_peft(model: nn.Module, wanted: Iterable[str]) -> list[str]:

@@ -24,7 +24,7 @@ from finetune_runs import environment, losses, make_model, make_text, run, small
 from patience import patience, wait_until
 from same_run import assert_same_run
 
-HELPER = Path(__file__).resolve().parents[2] / "helpers" / "killed_run.py"
+HELPER = Path(__file__).resolve().parents[1] / "helpers" / "killed_run.py"
 FILES = ("adapter_model.safetensors", "optimizer.pt", "trainer_state.json")
 
 

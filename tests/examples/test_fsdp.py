@@ -19,7 +19,7 @@ from patience import patience
 from tiny_models import tiny_model
 from tiny_training import save_base
 
-WORKER = Path(__file__).resolve().parents[2] / "helpers" / "fsdp_worker.py"
+WORKER = Path(__file__).resolve().parents[1] / "helpers" / "fsdp_worker.py"
 
 
 @pytest.mark.parametrize("check", ["gradients", "saving", "first_version"])

@@ -14,7 +14,7 @@ from patience import patience
 from tiny_models import tokens
 from tiny_training import began, extended_model, joined_batches, moved, save_base, train
 
-WORKER = Path(__file__).resolve().parents[2] / "helpers" / "zero_worker.py"
+WORKER = Path(__file__).resolve().parents[1] / "helpers" / "zero_worker.py"
 
 
 def run(folder: Path, kind: str, *cases: str) -> None:

@@ -192,8 +192,8 @@ def test_a_config_for_the_models_own_context_leaves_rope_alone() -> None:
     for asked in ({"rope_type": "yarn"}, {"rope_parameters": {"factor": 2.0}}):
         with pytest.raises(ValueError, match="context_length 64 is the model's own: RoPE is not scaled for it"):
             config_for(own, **asked)
-    with pytest.raises(ValueError, match="group_size must be an even integer from 2 to the context of 64"):
-        config_for(own, group_size=128)
+    with pytest.raises(ValueError, match="group_size must be an even integer from 2 to twice the context of 64"):
+        config_for(own, group_size=130)
     for context in (32, 64.0, True):
         with pytest.raises(ValueError, match=f"at least the model's own 64 tokens, but it is {context}"):
             config_for(own, context)

@@ -14,7 +14,7 @@ from finetune_runs import ROOT, deepspeed, environment, make_model, make_text, r
 from longlora_ext._ulysses import first_shifted_head, sequence_parallel
 from patience import patience
 
-WORKER = Path(__file__).resolve().parents[2] / "helpers" / "parallel_worker.py"
+WORKER = Path(__file__).resolve().parents[1] / "helpers" / "parallel_worker.py"
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from finetune_runs import ROOT, SCRIPT, environment, losses, make_model, make_te
 from longlora_ext.adapter import load
 from tiny_training import save_base
 
-WORKER = Path(__file__).resolve().parents[2] / "helpers" / "qlora_worker.py"
+WORKER = Path(__file__).resolve().parents[1] / "helpers" / "qlora_worker.py"
 WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # on a CPU it wants multiples of 64
 pytestmark = pytest.mark.full
 
