@@ -149,7 +149,7 @@ def test_nothing_broken_is_saved(whole: Path, tmp_path: Path) -> None:
 
 
 def test_a_base_model_whose_files_name_weights_otherwise(tmp_path: Path, caplog) -> None:
-    """One that was saved as `LlamaModel`, without the head that is tied to the embedding, is merged a file at a time."""
+    """One saved as `LlamaModel`, without the head that is tied to the embedding, is merged a file at a time."""
     base = fp32_base(tmp_path / "base", tie_word_embeddings=True)
     adapter = save_random_adapter(base, tmp_path / "adapter")
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
