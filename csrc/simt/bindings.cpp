@@ -39,15 +39,9 @@ PYBIND11_MODULE(simt_kernels, module) {
   pybind11::class_<Problem>(module, "Problem", pybind11::module_local())
       .def(pybind11::init([](int64_t batch, int64_t seqlen, int64_t heads, int64_t kv_heads, int64_t head_dim,
                              int64_t group_size, int64_t first_shifted_head, double scale, uintptr_t doc_start) {
-             return Problem{batch,
-                            seqlen,
-                            heads,
-                            kv_heads,
-                            head_dim,
-                            group_size,
-                            first_shifted_head,
-                            scale,
-                            pointer<int32_t>(doc_start)};
+             return Problem{batch,    seqlen,   seqlen,     heads,
+                            kv_heads, head_dim, group_size, first_shifted_head,
+                            seqlen,   false,    scale,      pointer<int32_t>(doc_start)};
            }),
            "batch"_a, "seqlen"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "group_size"_a, "first_shifted_head"_a,
            "scale"_a, "doc_start"_a = 0);
@@ -63,8 +57,8 @@ PYBIND11_MODULE(simt_kernels, module) {
       [](const Problem& problem, bool bfloat16, bool deterministic, TensorView dout, TensorView q, TensorView k,
          TensorView v, TensorView out, TensorView dq, TensorView dk, TensorView dv, uintptr_t lse, uintptr_t delta,
          uintptr_t dq_scratch) {
-        cuda::backward({problem, dout, q, k, v, out, dq, dk, dv, pointer<void>(lse), pointer<void>(delta),
-                        pointer<float>(dq_scratch)},
+        cuda::backward({problem, dout, q, k, v, out, dq, dk, dv, pointer<void>(lse), nullptr, pointer<void>(delta),
+                        nullptr, nullptr, pointer<float>(dq_scratch)},
                        dtype_of(bfloat16), deterministic, nullptr);
       },
       "problem"_a, "bfloat16"_a, "deterministic"_a, "dout"_a, "q"_a, "k"_a, "v"_a, "out"_a, "dq"_a, "dk"_a, "dv"_a,
