@@ -56,8 +56,9 @@ class Problem:
         return documents[:, self.tokens - self.seqlen :]
 
     def kwargs(self) -> dict[str, float | int | None]:
-        names = ("first_shifted_head", "scale", "sink", "window")
-        return {name: getattr(self, name) for name in names}
+        """Those of the op. What only some kernels take is left out where it is not asked for."""
+        asked = {name: getattr(self, name) for name in ("sink", "window") if getattr(self, name)}
+        return {"first_shifted_head": self.first_shifted_head, "scale": self.scale, **asked}
 
 
 def outputs_and_grads(function, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
