@@ -20,7 +20,7 @@ SEEDS = range(8)
 
 @pytest.fixture(scope="module")
 def toy() -> ModuleType:
-    return simt_build.load(simt_build.build("simt_toy", [simt_build.ROOT / "tests" / "simt_toy.cpp"]))
+    return simt_build.load(simt_build.build("simt_toy", [simt_build.ROOT / "tests" / "helpers" / "simt_toy.cpp"]))
 
 
 def probe(toy: ModuleType, name: str, argument: int = 0, blocks: int = 1, seed: int = 0) -> torch.Tensor:
@@ -233,7 +233,7 @@ def test_pair_conversions(toy: ModuleType) -> None:
 def sanitized(request: pytest.FixtureRequest) -> Callable[..., str]:
     """Run simt_sanitized.py under a sanitizer and return what was found, "" if nothing."""
     sanitizer: str = request.param
-    module = simt_build.build("simt_toy", [simt_build.ROOT / "tests" / "simt_toy.cpp"], sanitizer)
+    module = simt_build.build("simt_toy", [simt_build.ROOT / "tests" / "helpers" / "simt_toy.cpp"], sanitizer)
 
     def run(name: str, argument: int = 0, blocks: int = 1) -> str:
         script = simt_build.ROOT / "tests" / "simt_sanitized.py"
