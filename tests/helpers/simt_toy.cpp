@@ -4,7 +4,7 @@
 #include <map>
 #include <string>
 
-#include "../csrc/simt/python.h"
+#include "../../csrc/simt/python.h"
 
 namespace longlora::toy {
 namespace {

@@ -2,8 +2,8 @@
 // over the blocks. Tiles of 64 x 64, two cp.async stages, everything through the atoms.
 #pragma once
 
-#include "../csrc/cuda/atoms.h"
-#include "../csrc/cuda/device.h"
+#include "../../csrc/cuda/atoms.h"
+#include "../../csrc/cuda/device.h"
 
 namespace longlora::toy {
 

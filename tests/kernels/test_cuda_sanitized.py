@@ -49,7 +49,7 @@ def module_for(tree: Path) -> Callable[[str], Path]:
 
 
 def run(sanitizer: str, module: Path) -> subprocess.CompletedProcess[str]:
-    return simt_build.run_sanitized(sanitizer, simt_build.ROOT / "tests" / "cuda_sanitized.py", module)
+    return simt_build.run_sanitized(sanitizer, simt_build.ROOT / "tests" / "helpers" / "cuda_sanitized.py", module)
 
 
 def test_each_mutant_has_its_place(tree: Path) -> None:

@@ -236,7 +236,7 @@ def sanitized(request: pytest.FixtureRequest) -> Callable[..., str]:
     module = simt_build.build("simt_toy", [simt_build.ROOT / "tests" / "helpers" / "simt_toy.cpp"], sanitizer)
 
     def run(name: str, argument: int = 0, blocks: int = 1) -> str:
-        script = simt_build.ROOT / "tests" / "simt_sanitized.py"
+        script = simt_build.ROOT / "tests" / "helpers" / "simt_sanitized.py"
         result = simt_build.run_sanitized(sanitizer, script, module, name, str(argument), str(blocks))
         return result.stderr if result.returncode else ""
 
