@@ -29,8 +29,8 @@ struct Problem {
   double scale;
   const int32_t* doc_start;  // [batch, seqlen] contiguous, in rows of k, or null: one document per row
 
-  // The key that is query row 0's own.
-  int64_t query_offset() const { return seqlen_k - seqlen; }
+  // The key that is query row 0's own. Inlined always: the code of one instruction set must not be another's.
+  __attribute__((always_inline)) int64_t query_offset() const { return seqlen_k - seqlen; }
 };
 
 struct ForwardParams {
