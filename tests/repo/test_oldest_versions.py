@@ -18,8 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 # With the oldest versions: what stands on other libraries. Kernels, builds and the checkout do not depend on them.
 ROOMS = ("package", "examples")
 # But for bitsandbytes, which is no part of what is installed here; FSDP, which needs newer ones; what installs versions
-# itself; the shipped model and its text; and finetune_zero, for its time.
-LEFT_OUT = {"qlora", "fsdp", "older_transformers", "corpus", "tiny_llama", "finetune_zero"}
+# itself; the shipped model and its text; finetune_zero, for its time; and what is about today's transformers: the
+# operations of its mixtures of experts, counted by hand, and its tokenizers of GGUF files (5.5 puts a token before).
+LEFT_OUT = {"qlora", "fsdp", "older_transformers", "corpus", "tiny_llama", "finetune_zero", "plan_layers", "gguf"}
 TWO_AT_A_TIME = ["-n", "2", "--dist", "loadfile"]
 ALL = {path.stem.removeprefix("test_"): path for room in ROOMS for path in (ROOT / "tests" / room).glob("test_*.py")}
 
