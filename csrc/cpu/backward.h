@@ -7,9 +7,9 @@
 #pragma once
 
 #include "blocks.h"
-#include "pack.h"
 #include "query_gradient.h"
 #include "scratch.h"
+#include "weighted_sum.h"
 
 namespace longlora::cpu::LONGLORA_ISA {
 
@@ -19,6 +19,8 @@ template <typename T>
 struct Backward {
   using E = Multiplied<T>;
   using Acc = Accumulate<T>;
+  using Summed = SummedRows<T, kBackwardBlock>;
+  using Sums = WeightedSums<T, kBackwardBlock>;
 
   Backward(const BackwardParams& params, Arena& arena)
       : p(params),
@@ -30,10 +32,10 @@ struct Backward {
         k(arena.take<E>(kBackwardBlock / kPack<E> * pitch)),
         q(arena.take<E>(kBackwardBlock * pitch / kPack<E>)),
         dout(arena.take<E>(kBackwardBlock * pitch / kPack<E>)),
-        summed_q(kPack<E> == 1 ? q : arena.take<E>(kBackwardBlock / kPack<E> * pitch)),
-        summed_dout(kPack<E> == 1 ? dout : arena.take<E>(kBackwardBlock / kPack<E> * pitch)),
-        dk(arena.take<Acc>(kBackwardBlock * pitch)),
-        dv(arena.take<Acc>(kBackwardBlock * pitch)),
+        summed_q(head_dim, pitch, kPack<E> == 1 ? q : arena.take<E>(Summed::size(pitch))),
+        summed_dout(head_dim, pitch, kPack<E> == 1 ? dout : arena.take<E>(Summed::size(pitch))),
+        dk(head_dim, pitch, arena),
+        dv(head_dim, pitch, arena),
         scores(arena.take<Acc>(kBackwardBlock * kBackwardBlock)),
         dweights(arena.take<Acc>(kBackwardBlock * kBackwardBlock)),
         weights(arena.take<E>(kBackwardBlock * kBackwardBlock / kPack<E>)),
@@ -47,8 +49,8 @@ struct Backward {
     load_transposed<T>({p.k, batch, key, kv_head, keys}, head_dim, kBackwardBlock, k_t);
     load_transposed<T>({p.v, batch, key, kv_head, keys}, head_dim, kBackwardBlock, v_t);
     load_summed_rows<T>({p.k, batch, key, kv_head, keys}, head_dim, pitch, k);
-    std::memset(dk, 0, sizeof(Acc) * kBackwardBlock * pitch);
-    std::memset(dv, 0, sizeof(Acc) * kBackwardBlock * pitch);
+    dk.clear();
+    dv.clear();
 
     const int64_t heads_per_kv = problem.heads / problem.kv_heads;
     for (int64_t i = 0; i < heads_per_kv; ++i) {
@@ -73,10 +75,12 @@ struct Backward {
       }
     }
     if (problem.sink) add_sinks_of_documents(batch, kv_head, key, keys);
-    for (int j = 0; j < keys; ++j) {
-      store_row<T>(dk + j * pitch, static_cast<Acc>(problem.scale), head_dim, row_of<T>(p.dk, batch, key + j, kv_head));
-      store_row<T>(dv + j * pitch, 1, head_dim, row_of<T>(p.dv, batch, key + j, kv_head));
-    }
+    dk.for_each_row(keys, [&](int j, const Acc* values) {
+      store_row<T>(values, static_cast<Acc>(problem.scale), head_dim, row_of<T>(p.dk, batch, key + j, kv_head));
+    });
+    dv.for_each_row(keys, [&](int j, const Acc* values) {
+      store_row<T>(values, 1, head_dim, row_of<T>(p.dv, batch, key + j, kv_head));
+    });
   }
 
  private:
@@ -84,8 +88,8 @@ struct Backward {
     load_rows<T>({p.q, batch, row, head, rows}, head_dim, pitch, q);
     load_rows<T>({p.dout, batch, row, head, rows}, head_dim, pitch, dout);
     if (kPack<E> == 1) return;
-    load_summed_rows<T>({p.q, batch, row, head, rows}, head_dim, pitch, summed_q);
-    load_summed_rows<T>({p.dout, batch, row, head, rows}, head_dim, pitch, summed_dout);
+    summed_q.load({p.q, batch, row, head, rows});
+    summed_dout.load({p.dout, batch, row, head, rows});
   }
 
   // What dq of the rows that see a sink besides begins with.
@@ -142,8 +146,8 @@ struct Backward {
           for (int c = 0; c < head_dim; ++c) chain_dk[c] += sink_ds[i] * widen(q_row[c]);
           for (int c = 0; c < head_dim; ++c) chain_dv[c] += sink_weight[i] * widen(dout_row[c]);
         }
-        for (int c = 0; c < head_dim; ++c) dk[j * pitch + c] += chain_dk[c];
-        for (int c = 0; c < head_dim; ++c) dv[j * pitch + c] += chain_dv[c];
+        for (int c = 0; c < head_dim; ++c) dk.at(j, c) += chain_dk[c];
+        for (int c = 0; c < head_dim; ++c) dv.at(j, c) += chain_dv[c];
       }
     }
   }
@@ -181,10 +185,9 @@ struct Backward {
       if (first >= rows) break;
       const int summed = (rows - first + kPack<E> - 1) / kPack<E>;
       const int64_t from = first / kPack<E>;
-      gemm<Operand::kTransposed>(Update::kAdd, count, pitch, summed, weights + from * kBackwardBlock + j,
-                                 kBackwardBlock, summed_dout + from * pitch, pitch, dv + j * pitch, pitch);
-      gemm<Operand::kTransposed>(Update::kAdd, count, pitch, summed, ds + from * kBackwardBlock + j, kBackwardBlock,
-                                 summed_q + from * pitch, pitch, dk + j * pitch, pitch);
+      const int64_t at = from * kBackwardBlock + j;
+      dv.add(j, count, summed, weights + at, kBackwardBlock, summed_dout, from);
+      dk.add(j, count, summed, ds + at, kBackwardBlock, summed_q, from);
     }
   }
 
@@ -233,10 +236,10 @@ struct Backward {
   E* const k;         // [keys, pitch], summed over keys
   E* const q;         // [rows, pitch], summed over head_dim
   E* const dout;      // likewise
-  E* const summed_q;  // [rows, pitch], summed over rows
-  E* const summed_dout;
-  Acc* const dk;  // [keys, pitch], not yet times scale
-  Acc* const dv;
+  const Summed summed_q;
+  const Summed summed_dout;
+  const Sums dk;  // not yet times scale
+  const Sums dv;
   Acc* const scores;  // [rows, keys]
   Acc* const dweights;
   E* const weights;     // [rows, keys], summed over rows

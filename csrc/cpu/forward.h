@@ -8,8 +8,8 @@
 #pragma once
 
 #include "blocks.h"
-#include "pack.h"
 #include "scratch.h"
+#include "weighted_sum.h"
 
 namespace longlora::cpu::LONGLORA_ISA {
 
@@ -24,13 +24,13 @@ struct Forward {
         pitch(static_cast<int>(round_up(head_dim, kPad))),
         scale_log2(scale_log2_of<Acc>(params.problem)),
         q_t(arena.take<E>(head_dim / kPack<E> * kForwardRows)),
-        out(arena.take<Acc>(kForwardRows * pitch)),
+        out(head_dim, pitch, arena),
         row_max(arena.take<Acc>(kForwardRows)),
         row_sum(arena.take<Acc>(kForwardRows)),
         scores(arena.take<Acc>(kForwardKeys * kForwardRows)),
         weights(arena.take<E>(kForwardKeys / kPack<E> * kForwardRows)),
         k(arena.take<E>(kForwardKeys * pitch / kPack<E>)),
-        v(arena.take<E>(kForwardKeys / kPack<E> * pitch)) {}
+        v(head_dim, pitch, arena.take<E>(SummedRows<T, kForwardKeys>::size(pitch))) {}
 
   void run(int64_t batch, int64_t head, int64_t row) {
     const Problem& problem = p.problem;
@@ -38,14 +38,14 @@ struct Forward {
     const int64_t kv_head = head / (problem.heads / problem.kv_heads);
 
     load_transposed<T>({p.q, batch, row, head, block.rows}, head_dim, kForwardRows, q_t);
-    std::memset(out, 0, sizeof(Acc) * kForwardRows * pitch);
+    out.clear();
     for (int r = 0; r < kForwardRows; ++r) {
       row_max[r] = -INFINITY;
       row_sum[r] = 0;
     }
     block.for_each_sink(problem, batch, [&](int64_t d, int begin, int end) {
       load_rows<T>({p.k, batch, d, kv_head, 1}, head_dim, pitch, k);
-      load_summed_rows<T>({p.v, batch, d, kv_head, 1}, head_dim, pitch, v);
+      v.load({p.v, batch, d, kv_head, 1});
       step_of_sink(begin, end);
     });
     for (int64_t key = block.begin_key(); key < block.end_key(); key += kForwardKeys) {
@@ -53,7 +53,7 @@ struct Forward {
       const RowRun<Acc, kForwardRows> run(block, key, keys);
       if (run.size() <= 0) continue;  // the end of a document that this block does not reach back to
       load_rows<T>({p.k, batch, key, kv_head, keys}, head_dim, pitch, k);
-      load_summed_rows<T>({p.v, batch, key, kv_head, keys}, head_dim, pitch, v);
+      v.load({p.v, batch, key, kv_head, keys});
       step(block, run, key, keys);
     }
     finish(block, batch, head);
@@ -64,7 +64,8 @@ struct Forward {
     score(run, keys);
     block.mask(scores, key, keys, run.begin, run.end);
     for (int r = run.begin; r < run.end; r += kLanes<Acc>) softmax(keys, r);
-    add_values(run.begin, run.end, keys);
+    const int summed = (keys + kPack<E> - 1) / kPack<E>;
+    out.add(run.begin, run.size(), summed, weights + run.begin, kForwardRows, v, 0);
   }
 
   // Rows [begin, end), among which the neighbours in their vectors are not, see the one key.
@@ -74,18 +75,12 @@ struct Forward {
     for (int r = run.begin; r < begin; ++r) scores[r] = -INFINITY;
     for (int r = end; r < run.end; ++r) scores[r] = -INFINITY;
     for (int r = run.begin; r < run.end; r += kLanes<Acc>) softmax(1, r);
-    add_values(begin, end, 1);
+    out.add_one(begin, end, weights, v);
   }
 
   void score(const RowRun<Acc, kForwardRows>& run, int keys) {
     gemm<Operand::kPlain>(Update::kStore, keys, run.size(), head_dim / kPack<E>, k, pitch / kPack<E>, q_t + run.begin,
                           kForwardRows, scores + run.begin, kForwardRows);
-  }
-
-  void add_values(int begin, int end, int keys) {
-    const int summed = (keys + kPack<E> - 1) / kPack<E>;
-    gemm<Operand::kTransposed>(Update::kAdd, end - begin, pitch, summed, weights + begin, kForwardRows, v, pitch,
-                               out + begin * pitch, pitch);
   }
 
   // Online softmax in base 2 over one tile of keys, for kLanes query rows from row r on: scores become
@@ -109,34 +104,29 @@ struct Forward {
     const Vector<Acc> rescale = exp2(old_max - origin);
     as_vector(row_max + r) = new_max;
     as_vector(row_sum + r) = as_vector(row_sum + r) * rescale + sum;
-    for (int lane = 0; lane < kLanes<Acc>; ++lane) {
-      const Acc factor = rescale[lane];
-      if (factor == 1) continue;
-      Acc* line = out + (r + lane) * pitch;
-      for (int d = 0; d < pitch; ++d) line[d] *= factor;
-    }
+    out.scale(r, rescale);
   }
 
   void finish(const QueryBlock<kForwardRows>& block, int64_t batch, int64_t head) {
     Acc* lse = static_cast<Acc*>(p.lse) + (batch * p.problem.heads + head) * p.problem.seqlen + block.row;
-    for (int r = 0; r < block.rows; ++r) {
+    out.for_each_row(block.rows, [&](int r, const Acc* values) {
       lse[r] = static_cast<Acc>(row_max[r] * M_LN2 + ::log(row_sum[r]));
-      store_row<T>(out + r * pitch, 1 / row_sum[r], head_dim, row_of<T>(p.out, batch, block.row + r, head));
-    }
+      store_row<T>(values, 1 / row_sum[r], head_dim, row_of<T>(p.out, batch, block.row + r, head));
+    });
   }
 
   const ForwardParams& p;
   const int head_dim;
   const int pitch;
   const Acc scale_log2;
-  E* const q_t;        // [head_dim, rows]
-  Acc* const out;      // [rows, pitch], not yet divided by row_sum
+  E* const q_t;                             // [head_dim, rows]
+  const WeightedSums<T, kForwardRows> out;  // not yet divided by row_sum
   Acc* const row_max;  // of the scores times scale_log2, rounded: where it stays, the rescaling is exactly 1
   Acc* const row_sum;
   Acc* const scores;  // [keys, rows]
   E* const weights;   // [keys, rows]
   E* const k;         // [keys, pitch]
-  E* const v;         // [keys, pitch]
+  const SummedRows<T, kForwardKeys> v;
 };
 
 }  // namespace longlora::cpu::LONGLORA_ISA

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "simd.h"
+#include "tiles.h"
 
 namespace longlora::cpu::LONGLORA_ISA {
 
@@ -24,6 +25,15 @@ template <typename E>
 constexpr int kPack = Summed<E>::kPack;
 template <typename E>
 using Sum = typename Summed<E>::Acc;
+
+// Whether products of E run in AMX tiles, which cannot read A transposed.
+#ifdef __AMX_BF16__
+template <typename E>
+constexpr bool kTiles = kPack<E> == 2;
+#else
+template <typename E>
+constexpr bool kTiles = false;
+#endif
 
 template <typename E>
 inline Vector<E> broadcast(E value) {
@@ -81,10 +91,9 @@ inline void gemm_columns(Update update, int m, int k, const E* a, int64_t lda, c
   for (; r < m; ++r) gemm_block<kA, E, 1, kVectors>(update, k, a + r * a_row, lda, b, ldb, c + r * ldc, ldc);
 }
 
-// C[m, n] = or += A[m, k] * B[k, n], k in elements of E. n is a multiple of kLanes; B's and C's rows are aligned. Each
-// chain starts from zero and is added to C, so that long sums round like sums of partial sums.
+// gemm in vectors. Each chain starts from zero and is added to C, so that long sums round like sums of partial sums.
 template <Operand kA, typename E>
-inline void gemm(Update update, int m, int n, int k, const E* a, int64_t lda, const E* b, int64_t ldb, Sum<E>* c,
+inline void gemm_vectors(Update update, int m, int n, int k, const E* a, int64_t lda, const E* b, int64_t ldb, Sum<E>* c,
                  int64_t ldc) {
   constexpr int kWidth = kLanes<Sum<E>>;
   for (; k > 0; k -= kChain, a += kA == Operand::kPlain ? kChain : kChain * lda, b += kChain * ldb) {
@@ -97,6 +106,28 @@ inline void gemm(Update update, int m, int n, int k, const E* a, int64_t lda, co
     for (; col < n; col += kWidth) gemm_columns<kA, E, 1>(update, m, chain, a, lda, b + col, ldb, c + col, ldc);
     update = Update::kAdd;
   }
+}
+
+// C[m, n] = or += A[m, k] * B[k, n], k in elements of E. n is a multiple of kLanes; B's and C's rows are aligned. Tiles
+// multiply what is whole in all three, vectors the rest.
+template <Operand kA, typename E>
+inline void gemm(Update update, int m, int n, int k, const E* a, int64_t lda, const E* b, int64_t ldb, Sum<E>* c,
+                 int64_t ldc) {
+#ifdef __AMX_BF16__
+  if constexpr (kTiles<E>) {
+    static_assert(kA == Operand::kPlain, "A of tiles lies as it is read");
+    const int whole = k / kTile * kTile, rows = whole ? m / kTile * kTile : 0;
+    if (rows) {
+      gemm_tiles(update == Update::kAdd, rows, n, whole, a, lda, b, ldb, c, ldc);
+      gemm_vectors<kA>(Update::kAdd, rows, n, k - whole, a + whole, lda, b + whole * ldb, ldb, c, ldc);
+      a += rows * lda;
+      c += rows * ldc;
+    }
+    gemm_vectors<kA>(update, m - rows, n, k, a, lda, b, ldb, c, ldc);
+    return;
+  }
+#endif
+  gemm_vectors<kA>(update, m, n, k, a, lda, b, ldb, c, ldc);
 }
 
 }  // namespace longlora::cpu::LONGLORA_ISA

@@ -39,6 +39,7 @@ void for_each_block(const Params& params, int64_t block_rows) {
   const Scratch scratch = scratch_for<Tile>(params);
 #pragma omp parallel for schedule(dynamic) if (heads * blocks > 1)
   for (int64_t item = 0; item < heads * blocks; ++item) {
+    const TileRegisters tile_registers;
     Arena arena = scratch.of_this_thread();
     Tile tile(params, arena);
     tile.run(item % heads / p.heads, item % p.heads, (blocks - 1 - item / heads) * block_rows);
@@ -81,6 +82,7 @@ void backward(const BackwardParams& params) {
     // In this order: see QueryGradients. Neighbours are of different heads, so they seldom wait.
 #pragma omp parallel for schedule(monotonic : dynamic) if (count * blocks > 1)
     for (int64_t item = 0; item < count * blocks; ++item) {
+      const TileRegisters tile_registers;
       Arena arena = scratch.of_this_thread();
       Backward<T> tile(params, arena);
       const int64_t head = begin + item % count;

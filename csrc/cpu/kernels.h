@@ -12,7 +12,7 @@ struct Kernels {
 };
 
 // The kernels for the widest instruction set that this processor has, chosen once. The environment variable
-// LONGLORA_CPU_ISA (avx512bf16, avx512, avx2 or baseline) chooses another; one that this processor or build lacks
+// LONGLORA_CPU_ISA (amx, avx512bf16, avx512, avx2 or baseline) chooses another; one that this processor or build lacks
 // throws.
 const Kernels& best_kernels();
 

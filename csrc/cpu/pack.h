@@ -3,6 +3,7 @@
 
 #include "../params.h"
 #include "convert.h"
+#include "transpose.h"
 
 namespace longlora::cpu::LONGLORA_ISA {
 
@@ -61,18 +62,47 @@ void load_summed_rows(const Rows& source, int head_dim, int pitch, Multiplied<T>
 // tile[head_dim / kPack, pitch]: B of a sum over head_dim. Columns from `rows` on are zero.
 template <typename T>
 void load_transposed(const Rows& source, int head_dim, int pitch, Multiplied<T>* tile) {
-  constexpr int kStep = kPack<Multiplied<T>>;
-  for (int r = 0; r < pitch; ++r) {
-    if (r >= source.rows) {
-      for (int d = 0; d < head_dim / kStep; ++d) tile[d * pitch + r] = 0;
-      continue;
+  if constexpr (kPack<Multiplied<T>> == 2) {
+    const int pairs = head_dim / 2;
+    for (int r = 0; r < pitch; r += 16) {
+      for (int d = 0; d < pairs; d += 16) {
+        const int count = lesser(16, pairs - d);
+        Vector<Pair> block[16] = {};
+        for (int i = 0; i < lesser(16, source.rows - r); ++i)
+          std::memcpy(&block[i], source.at<T>(r + i) + 2 * d, sizeof(Pair) * count);
+        transpose(block);
+        for (int i = 0; i < count; ++i) as_vector(tile + (d + i) * pitch + r) = block[i];
+      }
     }
-    const T* row = source.at<T>(r);
-    for (int d = 0; d < head_dim / kStep; ++d) {
-      if constexpr (kStep == 2)
-        std::memcpy(tile + d * pitch + r, row + 2 * d, sizeof(Pair));
-      else
-        tile[d * pitch + r] = widen(row[d]);
+  } else {
+    for (int r = 0; r < pitch; ++r) {
+      if (r >= source.rows) {
+        for (int d = 0; d < head_dim; ++d) tile[d * pitch + r] = 0;
+        continue;
+      }
+      const T* row = source.at<T>(r);
+      for (int d = 0; d < head_dim; ++d) tile[d * pitch + r] = widen(row[d]);
+    }
+  }
+}
+
+// tile[head_dim, pitch] of pairs: A of a sum over rows, in tiles. Of columns those of whole blocks of 32 rows are
+// written; a row that makes the last pair whole is zero.
+template <typename T>
+void load_summed_transposed(const Rows& source, int head_dim, int pitch, Pair* tile) {
+  for (int r = 0; r < source.rows; r += 32) {
+    for (int d = 0; d < head_dim; d += 16) {
+      const int count = lesser(16, head_dim - d);
+      Vector<Pair> block[16] = {};
+      for (int i = 0; i < 16 && r + 2 * i < source.rows; ++i) {
+        const T* row = source.at<T>(r + 2 * i) + d;
+        for (int c = 0; c < count; ++c) block[i][c] = row[c].bits;
+        if (r + 2 * i + 1 == source.rows) break;
+        const T* next = source.at<T>(r + 2 * i + 1) + d;
+        for (int c = 0; c < count; ++c) block[i][c] |= static_cast<Pair>(next[c].bits) << 16;
+      }
+      transpose(block);
+      for (int c = 0; c < count; ++c) as_vector(tile + (d + c) * pitch + r / 2) = block[c];
     }
   }
 }

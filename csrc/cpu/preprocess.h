@@ -25,24 +25,20 @@ struct Preprocess {
         delta(arena.take<Acc>(kBackwardBlock)),
         sink_row(arena.take<E>(pitch / kPack<E>)),
         weights(arena.take<Acc>(kBackwardBlock)),
-        ds(arena.take<Acc>(kBackwardBlock)) {}
+        ds(arena.take<Acc>(kBackwardBlock)),
+        dout(kTiles<E> ? arena.take<E>(16 * pitch / kPack<E>) : nullptr),
+        square(kTiles<E> ? arena.take<Acc>(16 * 16) : nullptr) {}
 
   void run(int64_t batch, int64_t head, int64_t row) {
     const int rows = static_cast<int>(lesser<int64_t>(kBackwardBlock, p.problem.seqlen - row));
     const int64_t row_stats = (batch * p.problem.heads + head) * p.problem.seqlen + row;
     load_transposed<T>({p.dout, batch, row, head, rows}, head_dim, kBackwardBlock, dout_t);
     load_transposed<T>({p.out, batch, row, head, rows}, head_dim, kBackwardBlock, out_t);
-    const int summed = head_dim / kPack<E>;
     for (int r = 0; r < rows; r += kLanes<Acc>) {
-      Vector<Acc> sum = {};
-      for (int begin = 0; begin < summed; begin += kChain) {
-        Vector<Acc> chain = {};
-        for (int d = begin; d < lesser(begin + kChain, summed); ++d)
-          chain = multiply_add(as_vector(dout_t + d * kBackwardBlock + r), as_vector(out_t + d * kBackwardBlock + r),
-                               chain);
-        sum += chain;
-      }
-      as_vector(delta + r) = sum;
+      if constexpr (kTiles<E>)
+        sum_in_tiles(batch, head, row + r, lesser(kLanes<Acc>, rows - r), r);
+      else
+        sum_in_vectors(r);
     }
     if (p.dlse)
       for (int r = 0; r < rows; ++r) delta[r] -= static_cast<const Acc*>(p.dlse)[row_stats + r];
@@ -52,6 +48,27 @@ struct Preprocess {
   }
 
  private:
+  void sum_in_vectors(int r) {
+    const int summed = head_dim / kPack<E>;
+    Vector<Acc> sum = {};
+    for (int begin = 0; begin < summed; begin += kChain) {
+      Vector<Acc> chain = {};
+      for (int d = begin; d < lesser(begin + kChain, summed); ++d)
+        chain = multiply_add(as_vector(dout_t + d * kBackwardBlock + r), as_vector(out_t + d * kBackwardBlock + r),
+                             chain);
+      sum += chain;
+    }
+    as_vector(delta + r) = sum;
+  }
+
+  // In what order tiles sum is the processor's: the products of 16 rows with 16, of which the diagonal is wanted.
+  void sum_in_tiles(int64_t batch, int64_t head, int64_t row, int count, int r) {
+    load_rows<T>({p.dout, batch, row, head, count}, head_dim, pitch, dout);
+    gemm<Operand::kPlain>(Update::kStore, count, 16, head_dim / kPack<E>, dout, pitch / kPack<E>, out_t + r,
+                          kBackwardBlock, square, 16);
+    for (int i = 0; i < count; ++i) delta[r + i] = square[i * 16 + i];
+  }
+
   void sinks(const QueryBlock<kBackwardBlock>& block, int64_t batch, int64_t head, int64_t row_stats) {
     const int64_t kv_head = head / (p.problem.heads / p.problem.kv_heads);
     const Acc* lse = static_cast<const Acc*>(p.lse) + row_stats;
@@ -92,6 +109,8 @@ struct Preprocess {
   E* const sink_row;   // [head_dim], of k or v
   Acc* const weights;  // of a sink
   Acc* const ds;       // and the gradient of its scores
+  E* const dout;       // 16 rows of it, for tiles
+  Acc* const square;   // their products with 16 of out
 };
 
 }  // namespace longlora::cpu::LONGLORA_ISA

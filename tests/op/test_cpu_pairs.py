@@ -1,4 +1,4 @@
-"""The kernels that multiply bfloat16 in pairs, on any processor: avx512_bf16.h stands in for the instructions."""
+"""The kernels that multiply bfloat16 in pairs and in tiles, on any processor: headers stand in for the instructions."""
 
 import os
 import shutil
@@ -15,25 +15,31 @@ HERE = Path(__file__).resolve().parent
 HELPERS = HERE.parent / "helpers"
 TORCH = Path(torch.__file__).parent
 KERNELS = """
-#include "avx512_bf16.h"
+#include "%s"
 #include "cpu/kernels.cpp"
 using namespace longlora::cpu::baseline;
-static_assert(kPack<Multiplied<BFloat16>> == 2, "not the kernels that this is about");
+static_assert(kPack<Multiplied<BFloat16>> == 2 && kTiles<Multiplied<BFloat16>> == %s, "not those that this is about");
 """
+# Instruction set: what stands in for it, and the macros by which g++ says that it has it.
+STAND_INS = {
+    "avx512bf16": ("avx512_bf16.h", "false", ["-D__AVX512BF16__"]),
+    "amx": ("amx.h", "true", ["-D__AVX512BF16__", "-D__AMX_BF16__"]),
+}
 
 
-@pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=STAND_INS)
+def package(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with longlora_ext in it, of which these are the only kernels."""
-    folder = tmp_path_factory.mktemp("pairs")
+    folder = tmp_path_factory.mktemp(request.param)
+    header, tiles, macros = STAND_INS[request.param]
     csrc, ops = HERE.parents[1] / "csrc", folder / "ops.o"
     compiler = ["g++", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wno-psabi"]
     compiler += [f"-I{HELPERS}", f"-I{csrc}"]
     compiling = subprocess.Popen([*compiler, "-isystem", TORCH / "include", "-c", csrc / "ops.cpp", "-o", ops])
-    kernels = ["-O2", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-D__AVX512BF16__"]
+    kernels = ["-O2", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", *macros]
     kernels += ["-DLONGLORA_ISA=baseline", "-DLONGLORA_VECTOR_BYTES=64"]
     command = [*compiler, *kernels, "-c", "-x", "c++", "-", "-o", folder / "kernels.o"]
-    subprocess.run(command, input=KERNELS, text=True, check=True)
+    subprocess.run(command, input=KERNELS % (header, tiles), text=True, check=True)
     assert compiling.wait() == 0
     copied = Path(shutil.copytree(Path(longlora_ext.__file__).parent, folder / "longlora_ext"))
     (copied / "_C.so").unlink()  # which a process may have mapped
@@ -49,7 +55,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param("cpu", id="all", marks=pytest.mark.full),
     ],
 )
-def test_numerics_in_pairs(package: Path, chosen: str) -> None:
+def test_numerics(package: Path, chosen: str) -> None:
     """Odd lengths, GQA, documents and head dims from 8 to 256, forward and backward, by the op's own tests."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_op_numerics.py", "-k", chosen]
     environment = os.environ | {"PYTHONPATH": str(package)}
