@@ -233,9 +233,9 @@ struct Backward {
   const Acc scale_log2;
   E* const k_t;  // [head_dim, keys]
   E* const v_t;
-  E* const k;         // [keys, pitch], summed over keys
-  E* const q;         // [rows, pitch], summed over head_dim
-  E* const dout;      // likewise
+  E* const k;     // [keys, pitch], summed over keys
+  E* const q;     // [rows, pitch], summed over head_dim
+  E* const dout;  // likewise
   const Summed summed_q;
   const Summed summed_dout;
   const Sums dk;  // not yet times scale

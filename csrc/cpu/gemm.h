@@ -93,8 +93,8 @@ inline void gemm_columns(Update update, int m, int k, const E* a, int64_t lda, c
 
 // gemm in vectors. Each chain starts from zero and is added to C, so that long sums round like sums of partial sums.
 template <Operand kA, typename E>
-inline void gemm_vectors(Update update, int m, int n, int k, const E* a, int64_t lda, const E* b, int64_t ldb, Sum<E>* c,
-                 int64_t ldc) {
+inline void gemm_vectors(Update update, int m, int n, int k, const E* a, int64_t lda, const E* b, int64_t ldb,
+                         Sum<E>* c, int64_t ldc) {
   constexpr int kWidth = kLanes<Sum<E>>;
   for (; k > 0; k -= kChain, a += kA == Operand::kPlain ? kChain : kChain * lda, b += kChain * ldb) {
     const int chain = lesser(k, kChain);

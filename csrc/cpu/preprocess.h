@@ -54,8 +54,8 @@ struct Preprocess {
     for (int begin = 0; begin < summed; begin += kChain) {
       Vector<Acc> chain = {};
       for (int d = begin; d < lesser(begin + kChain, summed); ++d)
-        chain = multiply_add(as_vector(dout_t + d * kBackwardBlock + r), as_vector(out_t + d * kBackwardBlock + r),
-                             chain);
+        chain =
+            multiply_add(as_vector(dout_t + d * kBackwardBlock + r), as_vector(out_t + d * kBackwardBlock + r), chain);
       sum += chain;
     }
     as_vector(delta + r) = sum;

@@ -70,8 +70,7 @@ template <bool kTwoRows>
 inline void tile_columns(bool add, int n, int k, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb,
                          float* c, int64_t ldc) {
   int col = 0;
-  for (; col + 2 * kTile <= n; col += 2 * kTile)
-    tile_block<kTwoRows, true>(add, k, a, lda, b + col, ldb, c + col, ldc);
+  for (; col + 2 * kTile <= n; col += 2 * kTile) tile_block<kTwoRows, true>(add, k, a, lda, b + col, ldb, c + col, ldc);
   if (col < n) tile_block<kTwoRows, false>(add, k, a, lda, b + col, ldb, c + col, ldc);
 }
 
@@ -80,8 +79,7 @@ inline void tile_columns(bool add, int n, int k, const uint32_t* a, int64_t lda,
 inline void gemm_tiles(bool add, int m, int n, int k, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb,
                        float* c, int64_t ldc) {
   int r = 0;
-  for (; r + 2 * kTile <= m; r += 2 * kTile)
-    tile_columns<true>(add, n, k, a + r * lda, lda, b, ldb, c + r * ldc, ldc);
+  for (; r + 2 * kTile <= m; r += 2 * kTile) tile_columns<true>(add, n, k, a + r * lda, lda, b, ldb, c + r * ldc, ldc);
   if (r < m) tile_columns<false>(add, n, k, a + r * lda, lda, b, ldb, c + r * ldc, ldc);
 }
 

@@ -19,7 +19,8 @@ class SummedRows {
   static constexpr int64_t size(int pitch) { return kElements * pitch; }
 
   // `tile` has size(pitch) elements; where one holds one value, load_rows may have filled it.
-  SummedRows(int head_dim, int pitch, E* tile) : head_dim_(head_dim), pitch_(kTiles<E> ? kElements : pitch), tile_(tile) {}
+  SummedRows(int head_dim, int pitch, E* tile)
+      : head_dim_(head_dim), pitch_(kTiles<E> ? kElements : pitch), tile_(tile) {}
 
   void load(const Rows& source) const {
     if constexpr (kTiles<E>)
