@@ -72,7 +72,7 @@ from longlora_ext.adapter import is_tied, load_base, lora_config, prepare_model,
 from longlora_ext.adapter._load import MADE_BASE
 from longlora_ext.config import DEFAULT_GROUP_RATIO, config_for, context_length, rope_type_of, settle_context
 from longlora_ext.data import PackedSequences, SampleRows, pad_rows
-from longlora_ext.loss import refusal, tile_loss
+from longlora_ext.loss import tile_loss, why_not_tiled
 from longlora_ext.trainer import UlyssesTrainer, check_sequence_parallel
 
 
@@ -217,7 +217,7 @@ def new_context(base_config: PreTrainedConfig, options: ModelOptions) -> PreTrai
 
 def spare_logits(model: PreTrainedModel | PeftModel) -> None:
     """Compute the loss without the logits of all tokens, wherever that is the same loss."""
-    reason = refusal(model)
+    reason = why_not_tiled(model)
     if reason is None:
         tile_loss(model)
     else:
