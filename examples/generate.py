@@ -25,7 +25,8 @@ from app.inputs.prompt import prompt_ids
 from app.inputs.reading import decoded
 from app.models.suitable import check_largest_token
 from app.models.use_model import OpenedModel, add_model_options, add_scaling_options, check_model_options, open_model
-from app.runs.command_line import HelpFormatter, Parser, as_program, one_clear_error
+from app.runs.command_line import HelpFormatter, Parser, as_program
+from app.runs.errors import one_clear_error
 from app.runs.processes import be_quiet
 from longlora_ext.adapter import stops
 

@@ -28,7 +28,8 @@ from app.runs.launch import WORLD_SIZE, fail  # isort: skip  (first: it prepares
 from app.models.folders import check_run_folder
 from app.models.made_by import write_made_by
 from app.models.use_model import DTYPES
-from app.runs.command_line import Parser, as_program, one_clear_error
+from app.runs.command_line import Parser, as_program
+from app.runs.errors import one_clear_error
 from longlora_ext.adapter import merge
 
 

@@ -19,7 +19,8 @@ import import_longlora
 import merge_adapter
 import plan
 from app.runs import launch
-from app.runs.command_line import CLOSED, INTERRUPTED, Parser, as_program, one_clear_error
+from app.runs.command_line import CLOSED, INTERRUPTED, Parser, as_program
+from app.runs.errors import one_clear_error
 from app.runs.full_disk import writing_to
 from app.runs.launch import fail
 from longlora_ext._processes import on_first_process

@@ -1,4 +1,4 @@
-"""The folder of a run (examples/app/runs/run_folder.py): nothing is overwritten, and one run at a time has it."""
+"""The folder of a run (examples/app/runs/run.py): nothing is overwritten, and one run at a time has it."""
 
 from __future__ import annotations
 
@@ -6,19 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import TrainingArguments
 
-from app.runs import run_folder
+from app.runs.run import Run
 from held_folder import held
 
 
 def claim(folder: Path | str, resume: str | None = None, settings: dict | None = None) -> tuple[Path, Path | None]:
-    args = TrainingArguments(str(folder), resume_from_checkpoint=resume, report_to="none", use_cpu=True)
-    args.output_dir = str(folder)
     settings = settings or {"seed": 1}
-    claimed = run_folder.claim(args, "model-64", settings)
-    run_folder.begin(*claimed, settings, settings)
-    return claimed
+    run = Run.open(str(folder), resume, "model-64", settings)
+    run.begin(settings)
+    return run.folder, run.checkpoint
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
