@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
     say(banner(options, args, base_config, model, data, run))
     with writing_to(run.folder):
         trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
-        result = save_result(run, trainer, tokenizer, options, measurement, tail, title=name)
+        result = save_result(run, model, trainer, tokenizer, options, measurement, tail, title=name)
     say(results(run.folder, result, measurement, options.full_finetune))
     wait_for_all()
     leave_group()

@@ -23,8 +23,8 @@ from app.runs.command_line import CLOSED, INTERRUPTED, Parser, as_program
 from app.runs.errors import one_clear_error
 from app.runs.full_disk import writing_to
 from app.runs.launch import fail
+from longlora_ext._errors import naming
 from longlora_ext._processes import on_first_process
-from longlora_ext.adapter._load import naming
 
 PROGRAMS = {
     "evaluate.py": evaluate, "finetune_llama.py": finetune_llama, "generate.py": generate,

@@ -32,8 +32,9 @@ from app.runs.command_line import TINY_LLAMA, Parser
 from app.runs.errors import one_clear_error
 from app.runs.launch import WORLD_SIZE
 from longlora_ext import _pattern
+from longlora_ext._errors import naming
 from longlora_ext.adapter import load, load_base
-from longlora_ext.adapter._load import base_of, naming
+from longlora_ext.adapter._load import base_of
 from longlora_ext.attention import NAME
 from longlora_ext.config import context_length, extend_config, group_size, settle_context
 

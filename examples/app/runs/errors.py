@@ -1,13 +1,13 @@
 """How an exception becomes the one line that a user reads.
 
-Parts raise, and the program ends in one place. A part that knows more than the library below it raises an exception of
-its own `from` the library's, with what was wrong, what it was and what it may be. `one_clear_error`, around the steps
-of a program, prints the text of whatever arrives as one line and ends with exit status 2. `fail` itself is for what a
-program finds without an exception.
+The rule: parts raise, and `one_clear_error` ends the program.
 
-Which exceptions that is depends on the step. While options, model and text are looked at, everything counts: bad input
-makes libraries raise anything. Later, only those that are said to be expected: any other is a mistake in the program,
-and its traceback is to be seen.
+- A part that knows more than the library below it raises an exception of its own `from` the library's
+  (longlora_ext/_errors.py, `full_disk.py`). Its text says what was wrong, what the value was, and what it may be.
+- `one_clear_error`, around the steps of a program, prints that text as one line and ends with exit status 2. While
+  options, model and text are read it takes every exception, because bad input makes libraries raise anything. Later it
+  takes only the kinds it names: any other is a bug, whose traceback is shown.
+- `fail` by itself is for what a program finds without an exception.
 """
 
 from __future__ import annotations
@@ -15,12 +15,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from safetensors import SafetensorError
-
 from app.runs.launch import TRACEBACK, fail
-
-#: What libraries raise with a text that is meant to be read. Of any other the kind is named as well.
-USUAL = (ValueError, OSError, ImportError, NotImplementedError, RuntimeError, SafetensorError)
+from longlora_ext._errors import USUAL, in_one_line
 
 
 @contextmanager
@@ -36,7 +32,5 @@ def one_clear_error(about: str = "", only: type[Exception] | tuple[type[Exceptio
     except BrokenPipeError:  # nobody reads what was printed, which is no mistake
         raise
     except only as error:
-        kind, said = type(error).__name__, " ".join(str(error).split())
-        if said and isinstance(error, USUAL):
-            fail(about + said)
-        fail(f"{about}{kind}{f': {said}' if said else ''} ({TRACEBACK}=1 shows where)")
+        hint = "" if isinstance(error, USUAL) and str(error).strip() else f" ({TRACEBACK}=1 shows where)"
+        fail(f"{about}{in_one_line(error)}{hint}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase, Trainer
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from app.runs.errors import one_clear_error
 from app.runs.launch import fail
@@ -20,6 +21,7 @@ from longlora_ext.adapter import save_adapter
 
 def save_result(
     run: Run,
+    model: PreTrainedModel | PeftModel,
     trainer: Trainer,
     tokenizer: PreTrainedTokenizerBase,
     options: ModelOptions,
@@ -31,7 +33,8 @@ def save_result(
 
     Args:
         run: The run.
-        trainer: After its training.
+        model: What was trained.
+        trainer: What trained it.
         tokenizer: Goes along with the adapter.
         options: Whether there is an adapter, or a model.
         measurement: Measures the trained model, if anything was measured before.
@@ -49,9 +52,9 @@ def save_result(
         shutil.rmtree(result)
     wait_for_all()
     with one_clear_error(only=ValueError):  # there are NaN in what was trained
-        save_adapter(trainer.model, result, tokenizer)
+        save_adapter(model, result, tokenizer)
     if measurement:
-        measurement.measure(trainer.model, trainer.args, AFTER)
+        measurement.measure(model, trainer.args, AFTER)
     if is_first_process():
         loss_curve(trainer.state.log_history, run.folder / "loss.png", title)
         if measurement:
