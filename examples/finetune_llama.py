@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from app.runs.launch import leave_group, say  # isort: skip  (first: sets variables that torch and DeepSpeed read at import)
+from app.runs.launch import leave_group, say  # isort: skip  (first: sets what torch and DeepSpeed read at import)
 from app.runs.command_line import as_program
 from app.runs.errors import one_clear_error
 from app.runs.full_disk import writing_to

@@ -129,6 +129,18 @@ def test_an_error_of_an_unusual_kind_says_how_to_see_where(capsys: pytest.Captur
     assert line == "finetune_llama.py: error: --model x: KeyError: 'key' (LONGLORA_TRACEBACK=1 shows where)"
 
 
+def test_an_error_that_is_not_expected_goes_on_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """Once the work has begun, only what a step names is the user's; any other is a bug, with its traceback."""
+    with pytest.raises(KeyError), one_clear_error(only=(ValueError, OSError)):
+        {}["key"]  # type: ignore[index]
+
+    def way() -> None:
+        with one_clear_error(only=(ValueError, OSError)):
+            cause()
+
+    assert said_by(capsys, way) == ["finetune_llama.py: error: no room"]
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_each_program_says_what_a_bug_report_needs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):

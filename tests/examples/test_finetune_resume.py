@@ -148,6 +148,19 @@ def test_rotation_is_taken_from_the_trainer_and_spares_the_best(tmp_path: Path) 
     assert json.loads((tmp_path / "checkpoint-4" / MARKER).read_text()) == {"step": 4, "settings": {"seed": 1}}
 
 
+def test_a_marker_holds_what_is_known_at_its_step(tmp_path: Path) -> None:
+    args = TrainingArguments(str(tmp_path), save_total_limit=2, report_to="none", use_cpu=True)
+    measured: list[str] = []
+    callback = CompletionMarker(2, lambda: {"perplexity": measured})
+    assert args.save_total_limit == 2  # nothing is changed by making one
+    for step, row in enumerate(("before", "after"), 1):
+        measured.append(row)
+        write_checkpoint(tmp_path, step)
+        callback.on_save(args, TrainerState(global_step=step), TrainerControl())
+    markers = [json.loads((tmp_path / f"checkpoint-{step}" / MARKER).read_text()) for step in (1, 2)]
+    assert [marker["perplexity"] for marker in markers] == [["before"], ["before", "after"]]
+
+
 def test_checkpoints_over_the_limit_go_at_the_end_at_the_latest(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         mark(write_checkpoint(tmp_path, step), {"step": step})

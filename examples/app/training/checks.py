@@ -1,4 +1,4 @@
-"""Whether model, text and plan fit together: refused here, before the training, or not at all."""
+"""Checks before the training that need the text or the model itself, not the options alone."""
 
 from __future__ import annotations
 
