@@ -27,7 +27,8 @@ from app.evaluation.perplexity_task import SCORES, PerplexityTask
 from app.evaluation.prompts import ADJECTIVES, NOUNS
 from app.evaluation.retrieval_task import RetrievalTask
 from app.models.use_model import add_model_options, add_scaling_options, check_model_options, open_model
-from app.runs.command_line import HelpFormatter, Parser, as_program, one_clear_error
+from app.runs.command_line import HelpFormatter, Parser, as_program
+from app.runs.errors import one_clear_error
 from app.runs.processes import be_quiet, gathered, together
 from app.runs.provenance import commit, versions
 from longlora_ext._processes import on_first_process

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from app.runs import launch
 
-from app.runs.launch import WORLD_SIZE, fail  # isort: skip  (first: it prepares what the libraries below look at)
+from app.runs.launch import WORLD_SIZE, fail  # isort: skip  (first: sets what torch and DeepSpeed read at import)
 import torch
 from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer, set_seed
@@ -25,7 +25,8 @@ from app.inputs.prompt import prompt_ids
 from app.inputs.reading import decoded
 from app.models.suitable import check_largest_token
 from app.models.use_model import OpenedModel, add_model_options, add_scaling_options, check_model_options, open_model
-from app.runs.command_line import HelpFormatter, Parser, as_program, one_clear_error
+from app.runs.command_line import HelpFormatter, Parser, as_program
+from app.runs.errors import one_clear_error
 from app.runs.processes import be_quiet
 from longlora_ext.adapter import stops
 
@@ -216,14 +217,14 @@ def generation_config(
 ) -> GenerationConfig:
     """The model's own, with what was asked for. The answer is over at the end of a text, or at one of `ends`."""
     config = GenerationConfig.from_dict(opened.model.generation_config.to_dict())
-    asked = {name: getattr(options, name) for name in SAMPLING if getattr(options, name) is not None}
-    if asked.get("temperature") == 0:
+    sampling = {name: getattr(options, name) for name in SAMPLING if getattr(options, name) is not None}
+    if sampling.get("temperature") == 0:
         config.do_sample = False
         config.temperature = config.top_p = config.top_k = None
-        asked = {name: value for name, value in asked.items() if name == "repetition_penalty"}
-    elif asked.keys() & {"temperature", "top_p", "top_k"}:
+        sampling = {name: value for name, value in sampling.items() if name == "repetition_penalty"}
+    elif sampling.keys() & {"temperature", "top_p", "top_k"}:
         config.do_sample = True
-    config.update(max_new_tokens=new, max_length=None, **asked)
+    config.update(max_new_tokens=new, max_length=None, **sampling)
     tokenizer = opened.tokenizer
     ends = [*stops(config), *ends, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]
     config.eos_token_id = list(dict.fromkeys(ends)) or None

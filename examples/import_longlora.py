@@ -19,9 +19,10 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from app.runs.launch import WORLD_SIZE, fail  # isort: skip  (first: it prepares what the libraries below look at)
+from app.runs.launch import WORLD_SIZE, fail  # isort: skip  (first: sets what torch and DeepSpeed read at import)
 from app.models.made_by import write_made_by
-from app.runs.command_line import Parser, as_program, one_clear_error
+from app.runs.command_line import Parser, as_program
+from app.runs.errors import one_clear_error
 from longlora_ext.adapter import import_longlora
 
 

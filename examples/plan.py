@@ -27,7 +27,8 @@ from app.models.folders import check_model_folder
 from app.models.source import GGUF_HELP, check_config, find_model
 from app.models.suitable import check_attention, check_context
 from app.planning.planner import MOST, Plan, Run, Way
-from app.runs.command_line import Parser, as_program, one_clear_error
+from app.runs.command_line import Parser, as_program
+from app.runs.errors import one_clear_error
 from app.runs.wording import counted
 from app.training.recipe import accumulation
 from longlora_ext.config import context_length, settle_context
@@ -117,14 +118,13 @@ def read_config(model: str, gguf_file: str | None = None) -> PreTrainedConfig:
         model, gguf_file = find_model(model, gguf_file)
         check_model_folder(model)
         check_config(model, gguf_file)
-    config = AutoConfig.from_pretrained(model, **({"gguf_file": gguf_file} if gguf_file else {}))
-    check_attention(config)
-    return config
+    return AutoConfig.from_pretrained(model, **({"gguf_file": gguf_file} if gguf_file else {}))
 
 
 def figures(options: argparse.Namespace) -> dict[str, Any]:
     """All that is printed, in bytes, operations and tokens."""
     config = settle_context(read_config(options.model, options.gguf_file), options.present_context_length)
+    check_attention(config, options.context)
     own = context_length(config)
     context = options.context or 4 * own
     check_context("--context", context, own)

@@ -39,10 +39,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from app.inputs.corpus import fingerprint, stdlib_documents
-from app.runs.checkpoints import CompletionMarker, find_resumable, remove_incomplete, write_json
+from app.inputs.corpus import sha256_of_texts, stdlib_documents
+from app.runs.checkpoints import CompletionMarker, find_resumable, remove_incomplete, take_over_rotation, write_json
 from app.runs.command_line import as_program
-from app.runs.launch import fail
+from app.runs.errors import one_clear_error
 from longlora_ext._folders import appearing
 
 CONTEXT_LENGTH = 256
@@ -234,10 +234,8 @@ def partial_folder(options: argparse.Namespace) -> Path:
 @as_program("train_tiny_llama.py")
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    try:
+    with one_clear_error(only=FileNotFoundError):
         train_documents, held_out_documents = (part[: options.max_documents] for part in stdlib_documents())
-    except FileNotFoundError as error:
-        fail(str(error))
     partial = partial_folder(options)
     started = time.time()
 
@@ -276,7 +274,7 @@ def main(arguments: list[str] | None = None) -> None:
         ),
         train_dataset=Windows(stream, CONTEXT_LENGTH, windows, options.seed),
     )
-    trainer.add_callback(CompletionMarker(trainer.args, {}))
+    trainer.add_callback(CompletionMarker(take_over_rotation(trainer.args), dict))
     remove_incomplete(partial)
     checkpoint = find_resumable("latest", partial)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -290,8 +288,8 @@ def main(arguments: list[str] | None = None) -> None:
             "arguments": json.loads((partial / "arguments.json").read_text()),
             "parameters": model.num_parameters(),
             "train_tokens": len(stream),
-            "train_sha256": fingerprint(train_documents),
-            "held_out_sha256": fingerprint(held_out_documents),
+            "train_sha256": sha256_of_texts(train_documents),
+            "held_out_sha256": sha256_of_texts(held_out_documents),
             "seconds": round(time.time() - started),
             "resumed_from": checkpoint and checkpoint.name,
             "threads": torch.get_num_threads(),

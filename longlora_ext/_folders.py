@@ -9,7 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
+
+from longlora_ext._errors import writing
 
 #: What the name of a lock's file ends with.
 _LOCK = ".lock"
@@ -56,7 +57,7 @@ def appearing(folder: Path) -> Iterator[Path]:
     """
     named, folder = folder, folder.resolve()
     unfinished = folder.with_name(f"{_beginning(folder)}{secrets.token_hex(4)}")
-    with _writing(named):
+    with writing(named):
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(folder)
         with _locked(unfinished.with_name(unfinished.name + _LOCK)):  # before anybody can see the folder
@@ -82,15 +83,6 @@ def _remove_abandoned(folder: Path) -> None:
                     shutil.rmtree(path.with_suffix(""), ignore_errors=True)
                     path.unlink(missing_ok=True)
                     lock.release()
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Whoever finds the disk full, it is an `OSError` that names the folder."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"cannot write {folder}: {error}") from error
 
 
 @contextmanager

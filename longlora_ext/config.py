@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from longlora_ext import _lengths
 from longlora_ext._lengths import CONTEXT_LENGTH, context_length, is_int, of_layer_types, rope_type_of, settle_context
 from longlora_ext._pattern import SINK, WINDOW, check_window
 from longlora_ext._rope import check_rope, extended_rope, fill_in_head_dim, original_of_linear, with_one_rope
@@ -116,7 +117,7 @@ def config_for(
             but the context is the model's own, or RoPE cannot be extended as asked.
     """
     config = settle_context(config, present_context_length)
-    own = _own_length(config)
+    own = _lengths.context_length(config)
     if context_length is None:
         context_length = own
     if not is_int(context_length) or context_length < own:
@@ -226,10 +227,6 @@ def set_pattern(config: PreTrainedConfig, *, sink: bool, window: int | None) -> 
         config.s2attn_sink = True
     if window is not None:
         config.s2attn_window = check_window("window", window)
-
-
-def _own_length(config: PreTrainedConfig) -> int:
-    return context_length(config)
 
 
 def _present_length(config: PreTrainedConfig) -> int:

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-__all__ = ["IGNORED_LABEL", "refusal", "tile_loss"]
+__all__ = ["IGNORED_LABEL", "tile_loss", "why_not_tiled"]
 
 #: Logits that may exist at once: 256 MiB of them in fp32.
 TILE = 2**26
@@ -42,8 +42,8 @@ _CHANGES_LOGITS = (
 Model = TypeVar("Model", bound=PreTrainedModel | PeftModel)
 
 
-def refusal(model: PreTrainedModel | PeftModel) -> str | None:
-    """Why `tile_loss` would refuse a model, or None if it would not."""
+def why_not_tiled(model: PreTrainedModel | PeftModel) -> str | None:
+    """Why `tile_loss` cannot tile the loss of a model, or None if it can."""
     base = _causal_lm(model)
     changed = next((name for name in _CHANGES_LOGITS if getattr(base.config, name, None) is not None), None)
     if changed is not None:
@@ -70,12 +70,12 @@ def tile_loss(model: Model, tile: int = TILE) -> Model:
         The model.
 
     Raises:
-        ValueError: There is a `refusal`, the loss is tiled already, or `tile` is not positive; and in the first forward
-            pass if the model's logits turn out not to be its output layer's.
+        ValueError: `why_not_tiled` gives a reason, the loss is tiled already, or `tile` is not positive; and in the
+            first forward pass if the model's logits turn out not to be its output layer's.
     """
     if tile < 1:
         raise ValueError(f"tile must be 1 or more, got {tile}")
-    reason = refusal(model)
+    reason = why_not_tiled(model)
     base = _causal_lm(model)
     if isinstance(getattr(base, "loss_function", None), _TiledLoss):
         reason = "it is tiled already"

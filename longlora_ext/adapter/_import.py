@@ -14,10 +14,11 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from longlora_ext._errors import naming
 from longlora_ext._folders import appearing, refuse_to_overwrite
 from longlora_ext.adapter._card import write_card
 from longlora_ext.adapter._checkpoint import listed, load_pickled
-from longlora_ext.adapter._load import base_of, naming, weights_of_base
+from longlora_ext.adapter._load import base_of, weights_of_base
 from longlora_ext.adapter._lora import PREFIX, NeedsWholeModel, obstacle
 from longlora_ext.adapter._record import FACTORS, WEIGHTS, fingerprint, write_record
 from longlora_ext.adapter._stored import StoredModel

@@ -1,19 +1,16 @@
-"""`load`: what comes back of an adapter folder, the extended model."""
+"""`load`: rebuild the extended model from an adapter folder."""
 
 from __future__ import annotations
 
 import os
-import pickle
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 from peft import PeftConfig, PeftModel
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from longlora_ext._errors import naming
 from longlora_ext.adapter._checkpoint import Checkpoint, listed, refuse_pointer, weight_files
 from longlora_ext.adapter._generation import AsItIs, has_generation_config
 from longlora_ext.adapter._record import (
@@ -156,20 +153,6 @@ def weights_of_adapter(folder: Path) -> Path:
     if not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(f"{folder} has no {WEIGHTS}: the adapter is incomplete")
     return folder / WEIGHTS
-
-
-@contextmanager
-def naming(what: str) -> Iterator[None]:
-    """Say in one `ValueError` what could not be loaded: the libraries' own messages often leave it out."""
-    try:
-        yield
-    except pickle.UnpicklingError as error:  # whose text advises to load what might run code
-        raise ValueError(f"cannot load {what}: it is damaged, or has more in it than tensors") from error
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"cannot load {what}: {' '.join(str(error).split())[:500]}") from error
-    except Exception as error:  # of any type, where a file says something that the libraries did not expect
-        said = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-        raise ValueError(f"cannot load {what}: {said}") from error
 
 
 def base_of(folder: Path, base_model: str | None) -> str:

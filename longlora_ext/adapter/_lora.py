@@ -12,8 +12,9 @@ from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
+from longlora_ext._errors import naming
 from longlora_ext.adapter._checkpoint import Checkpoint
-from longlora_ext.adapter._load import naming, weights_of_adapter
+from longlora_ext.adapter._load import weights_of_adapter
 from longlora_ext.adapter._record import FACTORS, check_tensors
 
 PREFIX = "base_model.model."  # of a weight's name in a file of PEFT

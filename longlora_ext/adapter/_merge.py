@@ -23,11 +23,12 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from transformers.utils.logging import tqdm
 
+from longlora_ext._errors import naming
 from longlora_ext._folders import appearing, refuse_to_overwrite
 from longlora_ext._lengths import possible_lengths
 from longlora_ext.adapter._config_file import complete_config
 from longlora_ext.adapter._generation import AsItIs, has_generation_config, keep_generation_config
-from longlora_ext.adapter._load import HUB_ARGUMENTS, base_of, check_one_model, load, naming, weights_of_base
+from longlora_ext.adapter._load import HUB_ARGUMENTS, base_of, check_one_model, load, weights_of_base
 from longlora_ext.adapter._lora import LoraWeights, NeedsWholeModel
 from longlora_ext.adapter._record import apply_record, check_shape, check_tying, check_weights, read_record
 from longlora_ext.adapter._stored import StoredModel

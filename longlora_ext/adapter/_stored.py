@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from longlora_ext._errors import naming
 from longlora_ext.adapter._checkpoint import Checkpoint, listed
-from longlora_ext.adapter._load import naming
 from longlora_ext.adapter._lora import NeedsWholeModel
 from longlora_ext.adapter._tying import is_tied, say_tied
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 import finetune_llama
 import generate
+import merge_adapter
 from app.inputs.chat import LLAMA_2, answer_ends, encode, ends
 from app.inputs.conversations import conversation
 from app.inputs.samples import read_samples
@@ -23,7 +24,7 @@ from byte_tokens import BEGINNINGS, ENDLESS, byte_tokenizer
 from chat_templates import CHATML, DEEPSEEK, GEMMA, LLAMA_3_1, PHI_3, QWEN_3, tokenizer_of
 from conversation_rows import ANSWER, ASKED, CALL, chat
 from finetune_runs import small_run
-from longlora_ext.adapter import lora_config, prepare_model, stop_at, stops
+from longlora_ext.adapter import load, lora_config, prepare_model, stop_at, stops
 from tiny_models import tiny_model
 
 
@@ -139,6 +140,20 @@ def test_a_model_taught_in_chatml_stops(tmp_path: Path, capsys: pytest.CaptureFi
     tokenizer = AutoTokenizer.from_pretrained(made)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert stops(AutoModelForCausalLM.from_pretrained(made).generation_config) == [tokenizer.eos_token_id, end]
+
+
+def test_an_adapter_taught_in_chatml_stops(tmp_path: Path) -> None:
+    """Loaded by itself and merged; the base model's own end of a text stays."""
+    base, text = make_chatml_base(tmp_path / "base"), write_chats(tmp_path / "chats.jsonl")
+    run = small_run(base, text, tmp_path / "out", steps=1)
+    finetune_llama.main([*run, "--task", "sft", "--eval_tokens", "0"])
+    adapter, merged = tmp_path / "out" / "adapter", tmp_path / "merged"
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    both = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    assert load(adapter).generation_config.eos_token_id == both
+    merge_adapter.main([str(adapter), str(merged)])
+    assert AutoModelForCausalLM.from_pretrained(merged).generation_config.eos_token_id == both
+    assert AutoModelForCausalLM.from_pretrained(base).generation_config.eos_token_id == both[0]
 
 
 def test_generate_stops_where_answers_end(

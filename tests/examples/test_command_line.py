@@ -19,11 +19,12 @@ import import_longlora
 import merge_adapter
 import plan
 from app.runs import launch
-from app.runs.command_line import CLOSED, INTERRUPTED, Parser, as_program, one_clear_error
+from app.runs.command_line import CLOSED, INTERRUPTED, Parser, as_program
+from app.runs.errors import one_clear_error
 from app.runs.full_disk import writing_to
 from app.runs.launch import fail
+from longlora_ext._errors import naming
 from longlora_ext._processes import on_first_process
-from longlora_ext.adapter._load import naming
 
 PROGRAMS = {
     "evaluate.py": evaluate, "finetune_llama.py": finetune_llama, "generate.py": generate,
@@ -126,6 +127,18 @@ def test_an_error_of_an_unusual_kind_says_how_to_see_where(capsys: pytest.Captur
 
     (line,) = said_by(capsys, way)
     assert line == "finetune_llama.py: error: --model x: KeyError: 'key' (LONGLORA_TRACEBACK=1 shows where)"
+
+
+def test_an_error_that_is_not_expected_goes_on_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """Once the work has begun, only what a step names is the user's; any other is a bug, with its traceback."""
+    with pytest.raises(KeyError), one_clear_error(only=(ValueError, OSError)):
+        {}["key"]  # type: ignore[index]
+
+    def way() -> None:
+        with one_clear_error(only=(ValueError, OSError)):
+            cause()
+
+    assert said_by(capsys, way) == ["finetune_llama.py: error: no room"]
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

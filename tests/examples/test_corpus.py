@@ -34,13 +34,13 @@ def test_is_the_same_in_every_process(documents: tuple[list[str], list[str]]) ->
     command = [
         sys.executable,
         "-c",
-        "from app.inputs import corpus; print(*map(corpus.fingerprint, corpus.stdlib_documents()))",
+        "from app.inputs import corpus; print(*map(corpus.sha256_of_texts, corpus.stdlib_documents()))",
     ]
     for seed in ("1", "2"):
         printed = subprocess.run(
             command, cwd=EXAMPLES, env={"PYTHONHASHSEED": seed}, stdout=subprocess.PIPE, check=True
         )
-        assert printed.stdout.decode().split() == [corpus.fingerprint(part) for part in documents]
+        assert printed.stdout.decode().split() == [corpus.sha256_of_texts(part) for part in documents]
 
 
 def test_is_enough_text_with_many_long_documents(documents: tuple[list[str], list[str]]) -> None:
@@ -126,6 +126,6 @@ def test_says_clearly_that_the_sources_are_missing(tmp_path: Path) -> None:
 
 
 def test_fingerprint_sees_text_order_and_borders() -> None:
-    assert corpus.fingerprint(["ab", "c"]) == corpus.fingerprint(iter(["ab", "c"]))
+    assert corpus.sha256_of_texts(["ab", "c"]) == corpus.sha256_of_texts(iter(["ab", "c"]))
     different = (["ab", "c"], ["c", "ab"], ["a", "bc"], ["abc"], [])
-    assert len({corpus.fingerprint(documents) for documents in different}) == 5
+    assert len({corpus.sha256_of_texts(documents) for documents in different}) == 5

@@ -1,4 +1,4 @@
-"""Checkpoints that count, and runs that go on from them (checkpoints.py, run_folder.py in examples/app/runs)."""
+"""Checkpoints that count, and runs that go on from them (checkpoints.py, run.py in examples/app/runs)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,15 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 import finetune_runs
 import merge_adapter
-from app.runs.checkpoints import MARKER, CompletionMarker, complete_checkpoints, find_resumable, mark, remove_incomplete
+from app.runs.checkpoints import (
+    MARKER,
+    CompletionMarker,
+    complete_checkpoints,
+    find_resumable,
+    mark,
+    remove_incomplete,
+    take_over_rotation,
+)
 from finetune_runs import environment, losses, make_model, make_text, run, small_run
 from patience import patience, wait_until
 from same_run import assert_same_run
@@ -109,7 +117,7 @@ def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(
             mark(write_checkpoint(folder, step), {})
         write_checkpoint(folder, 8)
         args = TrainingArguments(str(folder), save_total_limit=limit, report_to="none", use_cpu=True)
-        callback = CompletionMarker(args, {})
+        callback = CompletionMarker(take_over_rotation(args), dict)
         state = TrainerState(global_step=8)
         try:
             with monkeypatch.context() as patch:
@@ -130,7 +138,7 @@ def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(
 
 def test_rotation_is_taken_from_the_trainer_and_spares_the_best(tmp_path: Path) -> None:
     args = TrainingArguments(str(tmp_path), save_total_limit=2, report_to="none", use_cpu=True)
-    callback = CompletionMarker(args, {"settings": {"seed": 1}})
+    callback = CompletionMarker(take_over_rotation(args), lambda: {"settings": {"seed": 1}})
     assert args.save_total_limit is None
     best = os.path.relpath(tmp_path / "checkpoint-1")  # as the run spelled it before it was interrupted
     for step in range(1, 5):
@@ -140,18 +148,31 @@ def test_rotation_is_taken_from_the_trainer_and_spares_the_best(tmp_path: Path) 
     assert json.loads((tmp_path / "checkpoint-4" / MARKER).read_text()) == {"step": 4, "settings": {"seed": 1}}
 
 
+def test_a_marker_holds_what_is_known_at_its_step(tmp_path: Path) -> None:
+    args = TrainingArguments(str(tmp_path), save_total_limit=2, report_to="none", use_cpu=True)
+    measured: list[str] = []
+    callback = CompletionMarker(2, lambda: {"perplexity": measured})
+    assert args.save_total_limit == 2  # nothing is changed by making one
+    for step, row in enumerate(("before", "after"), 1):
+        measured.append(row)
+        write_checkpoint(tmp_path, step)
+        callback.on_save(args, TrainerState(global_step=step), TrainerControl())
+    markers = [json.loads((tmp_path / f"checkpoint-{step}" / MARKER).read_text()) for step in (1, 2)]
+    assert [marker["perplexity"] for marker in markers] == [["before"], ["before", "after"]]
+
+
 def test_checkpoints_over_the_limit_go_at_the_end_at_the_latest(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         mark(write_checkpoint(tmp_path, step), {"step": step})
     args = TrainingArguments(str(tmp_path), save_total_limit=1, report_to="none", use_cpu=True)
-    CompletionMarker(args, {}).on_train_end(args, TrainerState(global_step=3), TrainerControl())
+    CompletionMarker(take_over_rotation(args), dict).on_train_end(args, TrainerState(global_step=3), TrainerControl())
     assert list(complete_checkpoints(tmp_path)) == [3]
 
 
 @pytest.mark.parametrize("limit", [None, 0, -1])
 def test_without_a_limit_all_checkpoints_stay(tmp_path: Path, limit: int | None) -> None:
     args = TrainingArguments(str(tmp_path), save_total_limit=limit, report_to="none", use_cpu=True)
-    callback = CompletionMarker(args, {})
+    callback = CompletionMarker(take_over_rotation(args), dict)
     for step in range(1, 4):
         write_checkpoint(tmp_path, step)
         callback.on_save(args, TrainerState(global_step=step), TrainerControl())

@@ -22,7 +22,7 @@ from app.evaluation import perplexity
 from app.evaluation.perplexity import Window, _batches, sliding_window_perplexity, windows
 from app.runs.checkpoints import write_json
 from app.training import measure
-from app.training.measure import choose_documents, lengths_to_measure, old_rotary_embedding
+from app.training.measure import lengths_to_measure, old_rotary_embedding
 from longlora_ext.config import extend_config
 from loss_models import LiveBytes, cohere, prepared
 from plain_perplexity import brute_force
@@ -224,12 +224,12 @@ def test_lengths_to_measure(base: int, context: int, expected: list[int]) -> Non
 
 def test_long_documents_are_measured_first_and_the_budget_kept() -> None:
     held_out = tokenised([[1] * 10, [2] * 500, [3], [4] * 90, [5] * 300, [], [6] * 200])
-    chosen = choose_documents(held_out, 400, longest=100)
+    chosen = held_out.to_measure(400, longest=100)[0]
     assert [(int(ids[0]), len(ids)) for ids in chosen] == [(2, 100), (5, 100), (6, 100), (4, 90), (1, 10)]
-    assert [len(ids) for ids in choose_documents(held_out, 150, longest=100)] == [100, 50]
-    assert [len(ids) for ids in choose_documents(held_out, 2400, longest=100)] == [342, 300, 200, 90, 10]
-    assert choose_documents(held_out, 0, longest=100) == []
-    (whole,) = choose_documents(tokenised([[1] * 900]), 800, longest=50)  # of one there are no eight parts
+    assert [len(ids) for ids in held_out.to_measure(150, longest=100)[0]] == [100, 50]
+    assert [len(ids) for ids in held_out.to_measure(2400, longest=100)[0]] == [342, 300, 200, 90, 10]
+    assert held_out.to_measure(0, longest=100)[0] == []
+    (whole,) = tokenised([[1] * 900]).to_measure(800, longest=50)[0]  # of one there are no eight parts
     assert len(whole) == 800
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, MambaConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, Llama4TextConfig, MambaConfig, PreTrainedConfig
 
+import finetune_llama
 import measured_peak
 import plan as command
 from app.planning.dry_run import Counts, cpu_scratch, cuda_scratch
@@ -221,6 +222,36 @@ def test_a_context_that_a_run_refuses_is_refused(tmp_path: Path, capsys, monkeyp
     with pytest.raises(SystemExit, match="2"):
         command.main([*given, "128"])
     assert "--context 128 is less than the model's own 256: give more to extend it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("context", "chunk", "fits"), [("64", 64, True), ("256", 128, False), (None, 128, True)])
+def test_chunks_are_compared_with_the_planned_context(
+    context: str | None, chunk: int, fits: bool, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    """As by finetune_llama.py: a chunk that holds the whole context is full attention. Four times its own is 128."""
+
+    def planned(*_: object) -> None:
+        raise ValueError("this is planned")
+
+    monkeypatch.setattr(command, "Plan", planned)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Llama4TextConfig(
+        **sizes,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=257,
+        max_position_embeddings=32,
+        attention_chunk_size=chunk,
+    )
+    config.save_pretrained(tmp_path)
+    words = [] if context is None else [context]
+    for main, model, option, next_step in (
+        (command.main, "--model", "--context", "this is planned"),
+        (finetune_llama.main, "--model_name_or_path", "--context_length", "the tokenizer of"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main([model, str(tmp_path), *([option] if words else []), *words])
+        assert (next_step if fits else "tokens, which S2-Attn cannot express") in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("config", [GPT2Config(), MambaConfig(), BertConfig()], ids=lambda config: config.model_type)

@@ -1,4 +1,4 @@
-"""The folder of a run (examples/app/runs/run_folder.py): nothing is overwritten, and one run at a time has it."""
+"""The folder of a run (examples/app/runs/run.py): nothing is overwritten, and one run at a time has it."""
 
 from __future__ import annotations
 
@@ -6,19 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import TrainingArguments
 
-from app.runs import run_folder
+from app.runs.run import Run
 from held_folder import held
 
 
 def claim(folder: Path | str, resume: str | None = None, settings: dict | None = None) -> tuple[Path, Path | None]:
-    args = TrainingArguments(str(folder), resume_from_checkpoint=resume, report_to="none", use_cpu=True)
-    args.output_dir = str(folder)
     settings = settings or {"seed": 1}
-    claimed = run_folder.claim(args, "model-64", settings)
-    run_folder.begin(*claimed, settings, settings)
-    return claimed
+    run = Run.open(str(folder), resume, "model-64", settings)
+    run.begin(settings)
+    return run.folder, run.checkpoint
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
@@ -59,6 +56,43 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
     (checkpoint / "complete.json").write_text(json.dumps({**marker, "resumable": False}))
     with pytest.raises(ValueError, match="--save_only_model"):
         claim(tmp_path, "latest", {"seed": 1, "context_length": 64})
+
+
+def test_settings_are_compared_when_they_become_known(tmp_path: Path) -> None:
+    """Those of the command line when the run is opened, those of the text later; each with what was recorded."""
+    checkpoint = tmp_path / "checkpoint-2"
+    checkpoint.mkdir()
+    (tmp_path / "run.json").write_text("{}")
+    marker = {"step": 2, "resumable": True, "settings": {"seed": 1, "train_sha256": "a", "template_date": "2024-07-26"}}
+    (checkpoint / "complete.json").write_text(json.dumps({**marker, "perplexity": {"before": 2.0}}))
+    run = Run.open(str(tmp_path), "true", "model-64", {"seed": 1})
+    assert (run.step, run.marker["perplexity"], run.recorded("template_date")) == (2, {"before": 2.0}, "2024-07-26")
+    with pytest.raises(ValueError, match="checkpoint-2 belongs to another run: train_sha256 was 'a' and is 'b'"):
+        run.settle({"train_sha256": "b"})
+    assert run.settings == {"seed": 1}
+    run.settle({"train_sha256": "a", "new in this version": True})
+    assert run.settings == {"seed": 1, "train_sha256": "a", "new in this version": True}
+
+
+def test_a_run_that_is_done_again_has_the_settings_of_the_first(tmp_path: Path) -> None:
+    first = {"settings": {"seed": 1, "train_sha256": "a"}, "command": "python x.py"}
+    with pytest.raises(
+        ValueError, match=r"not the run that --from_manifest names: seed was 1 and is 2. It was: python"
+    ):
+        Run.open(str(tmp_path), None, "model-64", {"seed": 2}, first)
+    run = Run.open(str(tmp_path), None, "model-64", {"seed": 1}, first)
+    assert (run.step, run.recorded("train_sha256"), run.recorded("template_date")) == (0, "a", None)
+    with pytest.raises(ValueError, match="--from_manifest names: train_sha256 was 'a' and is 'b'"):
+        run.settle({"train_sha256": "b"})
+
+
+def test_the_manifest_tells_the_outcome_and_goes_along_with_the_result(tmp_path: Path) -> None:
+    run = Run.open(str(tmp_path), None, "model-64", {"seed": 1})
+    run.begin({"settings": run.settings})
+    (tmp_path / "adapter").mkdir()
+    run.record_outcome(tmp_path / "adapter", {"steps": 3})
+    for folder in (tmp_path, tmp_path / "adapter"):
+        assert json.loads((folder / "run.json").read_text()) == {"settings": {"seed": 1}, "outcome": {"steps": 3}}
 
 
 @pytest.mark.parametrize("content", ["[]", "null", '{"step": 2}', '{"step": "2", "resumable": true, "settings": {}}'])

@@ -19,10 +19,10 @@ from transformers import AutoTokenizer
 import finetune_llama
 from app.evaluation.perplexity import sliding_window_perplexity
 from app.inputs.chat import LLAMA_2
-from app.inputs.samples import FEATURES, Samples, hold_out_samples, read_samples
+from app.inputs.samples import FEATURES, Samples, read_samples
 from byte_tokens import ASKED, FORGETFUL, PLAIN, byte_tokenizer
 from finetune_runs import ROOT, losses, make_model, small_run
-from longlora_ext.data import SampleRows, pad_rows
+from longlora_ext.data import pad_rows
 from tiny_models import tiny_model
 
 PAD = 0
@@ -46,7 +46,7 @@ def samples(*lengths: int) -> Samples:
 
 
 def test_packed_rows_by_hand() -> None:
-    rows = SampleRows(samples(3, 6, 4).rows, 8, PAD, packed=True)
+    rows = samples(3, 6, 4).rows(8, PAD, packed=True)
     assert [{name: values.tolist() for name, values in rows[i].items()} for i in range(len(rows))] == [
         {
             "input_ids": [20, 21, 22, 23, 24, 25, PAD, PAD],
@@ -63,7 +63,7 @@ def test_packed_rows_by_hand() -> None:
 
 
 def test_padded_rows_by_hand() -> None:
-    rows = SampleRows(samples(3, 5).rows, 8, PAD, packed=False)
+    rows = samples(3, 5).rows(8, PAD, packed=False)
     batch = pad_rows([rows[0], rows[1]], PAD)
     assert {name: values.tolist() for name, values in batch.items()} == {
         "input_ids": [[10, 11, 12, PAD, PAD], [20, 21, 22, 23, 24]],
@@ -77,7 +77,7 @@ def test_samples_learn_the_same_in_any_row() -> None:
     model, few = tiny_model().train(), samples(5, 9, 4, 7)
     totals = []
     for packed in (True, False):
-        rows = SampleRows(few.rows, 16, PAD, packed=packed)
+        rows = few.rows(16, PAD, packed=packed)
         batch = pad_rows([rows[i] for i in range(len(rows))], PAD)
         labels = batch.pop("labels")
         assert (labels != -100).sum() == 8
@@ -94,22 +94,22 @@ def test_samples_learn_the_same_in_any_row() -> None:
 
 def test_fingerprint_sees_labels_and_rows() -> None:
     few = samples(5, 9)
-    other = few.input_ids.map(lambda row: {"labels": [-100, *row["labels"][1:-1], -100]}, features=FEATURES)
+    other = few.dataset.map(lambda row: {"labels": [-100, *row["labels"][1:-1], -100]}, features=FEATURES)
     prints = [
-        SampleRows(few.rows, 16, PAD, packed=True).fingerprint(),
-        SampleRows(few.rows, 16, PAD, packed=False).fingerprint(),
-        SampleRows(Samples(other).rows, 16, PAD, packed=True).fingerprint(),
+        few.rows(16, PAD, packed=True).fingerprint(),
+        few.rows(16, PAD, packed=False).fingerprint(),
+        Samples(other).rows(16, PAD, packed=True).fingerprint(),
     ]
     assert prints[0]["train_sha256"] == prints[1]["train_sha256"] != prints[2]["train_sha256"]
     assert [found["rows"] for found in prints] == ["packed", "padded", "packed"]
 
 
 def test_held_out_samples() -> None:
-    train, held_out = hold_out_samples(samples(*[4] * 40))
-    assert (len(train.input_ids), len(held_out.input_ids)) == (38, 2)
+    train, held_out = samples(*[4] * 40).hold_out()
+    assert (len(train.dataset), len(held_out.dataset)) == (38, 2)
     assert held_out.ids(0)[0] == 200 and held_out.labels(0).tolist()[:2] == [-100, -100]
-    train, held_out = hold_out_samples(samples(4))
-    assert (len(train.input_ids), len(held_out.input_ids)) == (1, 0)
+    train, held_out = samples(4).hold_out()
+    assert (len(train.dataset), len(held_out.dataset)) == (1, 0)
 
 
 def test_a_conversation_is_held_out_as_a_whole(tmp_path: Path) -> None:
@@ -118,11 +118,11 @@ def test_a_conversation_is_held_out_as_a_whole(tmp_path: Path) -> None:
     files = [write(tmp_path / f"{name}.jsonl", *[{"messages": ASKED}] * 2) for name in "ab"]
     read = read_samples(files, tokenizer, 128)
     assert read.column("conversation").tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    train, held_out = hold_out_samples(read)
+    train, held_out = read.hold_out()
     assert train.column("conversation").tolist() == [0, 0, 1, 1, 2, 2]
     assert held_out.column("conversation").tolist() == [3, 3]
-    train, held_out = hold_out_samples(read_samples([write(tmp_path / "c.jsonl", {"messages": ASKED})], tokenizer, 128))
-    assert (len(train.input_ids), len(held_out.input_ids)) == (2, 0)
+    train, held_out = read_samples([write(tmp_path / "c.jsonl", {"messages": ASKED})], tokenizer, 128).hold_out()
+    assert (len(train.dataset), len(held_out.dataset)) == (2, 0)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_both_forms_in_each_format_are_the_same_samples(tmp_path: Path) -> None:
         write(tmp_path / "chat.jsonl", messages), str(tmp_path / "chat.parquet"),
     ]  # fmt: skip
     read = read_samples(files, tokenizer, 64)
-    assert len(read.input_ids) == 4
+    assert len(read.dataset) == 4
     assert all(read.ids(i).tolist() == read.ids(0).tolist() for i in range(4))
     assert tokenizer.decode(read.ids(0)) == "[INST] do it\n\nwith this [/INST] done <eos>"
     assert tokenizer.decode(read.labels(0)[read.labels(0) != -100]) == " done <eos>"
@@ -197,7 +197,7 @@ def test_shipped_questions() -> None:
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples" / "tiny_llama")
     tokenizer.chat_template = LLAMA_2
     read = read_samples([str(ROOT / "examples" / "data" / "questions.jsonl")], tokenizer, 256)
-    assert len(read.input_ids) == 20 and read.dropped == 0 and not read.column("lost").any()
+    assert len(read.dataset) == 20 and read.dropped == 0 and not read.column("lost").any()
 
 
 # --- runs -------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint import CheckpointException
 import finetune_llama
 from app.runs.checkpoints import complete_checkpoints, find_resumable
 from app.runs.full_disk import writing_to
+from app.training import trainer
 from finetune_runs import SCRIPT, deepspeed, environment, losses, make_model, make_text, small_run, torchrun
 from patience import patience, wait_until
 
@@ -45,7 +46,7 @@ def test_a_full_disk_is_one_clear_error_and_the_run_goes_on_when_there_is_room(
 ) -> None:  # fmt: skip
     """Files are limited in their size as soon as step 2, 4 or 6 is over and all of its checkpoint is there."""
 
-    class ThenFull(finetune_llama.CompletionMarker):
+    class ThenFull(trainer.CompletionMarker):
         def on_save(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
             super().on_save(args, state, control, **kwargs)
             if state.global_step == step:
@@ -54,7 +55,7 @@ def test_a_full_disk_is_one_clear_error_and_the_run_goes_on_when_there_is_room(
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     arguments = [*small_run(*inputs, tmp_path / "out"), "--resume_from_checkpoint", "latest"]
     with monkeypatch.context() as patch:
-        patch.setattr(finetune_llama, "CompletionMarker", ThenFull)
+        patch.setattr(trainer, "CompletionMarker", ThenFull)
         try:
             with pytest.raises(SystemExit) as stopped:
                 finetune_llama.main(arguments)

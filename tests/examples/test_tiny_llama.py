@@ -66,7 +66,7 @@ def test_is_stored_in_bfloat16_and_loads_as_float32(model: LlamaForCausalLM) -> 
 
 def test_held_out_perplexity_is_what_the_log_says(model: LlamaForCausalLM, windows: torch.Tensor) -> None:
     """The same within 1 % on the same text, and near it on the texts of other versions of Python."""
-    same = corpus.fingerprint(corpus.stdlib_documents()[1]) == LOG["held_out_sha256"]
+    same = corpus.sha256_of_texts(corpus.stdlib_documents()[1]) == LOG["held_out_sha256"]
     logged = LOG["perplexity"]["unscaled"]["256"]
     assert script.perplexity(model, windows, 256) == pytest.approx(logged, rel=0.01 if same else 0.15)
 

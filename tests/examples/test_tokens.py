@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import longlora_ext.attention  # noqa: F401
-from app.inputs.tokens import hold_out, tokenise
+from app.inputs.tokens import tokenise
 from longlora_ext.data import PackedSequences
 from tiny_texts import PAD, character_tokenizer, tokenised
 
@@ -57,7 +57,7 @@ def test_text_without_any_document() -> None:
 @given(lengths=st.lists(st.integers(2, 30), min_size=1, max_size=70))
 def test_held_out_documents_are_not_trained_on(lengths: list[int]) -> None:
     documents = tokenised([[100 * d + p for p in range(n)] for d, n in enumerate(lengths)])
-    train, held_out = hold_out(documents)
+    train, held_out = documents.hold_out()
     tokens = [np.concatenate([part.ids(d) for d in range(len(part.lengths))]) for part in (train, held_out)]
     assert min(map(len, tokens)) > 0
     assert sorted(np.concatenate(tokens).tolist()) == sorted(
@@ -70,5 +70,5 @@ def test_held_out_documents_are_not_trained_on(lengths: list[int]) -> None:
 
 def test_largest_id() -> None:
     assert tokenised([[1, 9], [], [3]]).largest_id == 9
-    assert tokenised([[1, 9], [3]]).input_ids.select([1]).num_rows == 1
+    assert tokenised([[1, 9], [3]]).dataset.select([1]).num_rows == 1
     assert tokenised([]).largest_id == -1

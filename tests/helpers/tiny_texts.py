@@ -7,17 +7,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import longlora_ext.attention  # noqa: F401
-from app.inputs.tokens import Tokenised
+from app.inputs.tokens import Documents
 
 FEATURES = datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32"))})
 PAD = 1
 
 
-def tokenised(documents: list[list[int]], chunks: int = 1) -> Tokenised:
+def tokenised(documents: list[list[int]], chunks: int = 1) -> Documents:
     """Documents in `chunks` Arrow chunks, as a large corpus has."""
     parts = [documents[i::chunks] for i in range(chunks)]
     rows = [datasets.Dataset.from_dict({"input_ids": part}, features=FEATURES) for part in parts]
-    return Tokenised(datasets.concatenate_datasets(rows))
+    return Documents(datasets.concatenate_datasets(rows))
 
 
 def character_tokenizer(add_eos: bool = False) -> PreTrainedTokenizerFast:

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import longlora_ext.attention  # noqa: F401
-from app.training.report import _material
 from longlora_ext.data import PackedSequences, SampleRows, pack, pad_rows
 from tiny_texts import PAD, tokenised
 
@@ -72,8 +71,7 @@ def test_no_sequence_is_a_single_token() -> None:
     text = tokenised([[10, 11, 12], [20, 21]])
     packed = PackedSequences(text.arrow_ids, 4, PAD)
     assert (
-        _material(text, packed)["sequences"]
-        == "1 of 4 tokens, 0 of them padding; the last token of the text is left out"
+        text.describe(packed)["sequences"] == "1 of 4 tokens, 0 of them padding; the last token of the text is left out"
     )
     assert (len(packed), packed.tokens, packed.targets, packed.padding) == (1, 4, 2, 0)
     assert packed.fingerprint()["train_tokens"] == 5

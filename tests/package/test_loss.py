@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from longlora_ext.adapter import lora_config, prepare_model
-from longlora_ext.loss import refusal, tile_loss
+from longlora_ext.loss import tile_loss, why_not_tiled
 from loss_models import LiveBytes, cohere, model_of, prepared
 from tiny_models import VOCABULARY, tiny_config, tiny_model, tokens
 
@@ -116,7 +116,7 @@ def test_without_labels_and_with_logits_asked_for_nothing_is_different() -> None
 
 def test_models_that_change_their_logits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = cohere()
-    assert refusal(model) == "its logits are more than its output layer's result (config.logit_scale)"
+    assert why_not_tiled(model) == "its logits are more than its output layer's result (config.logit_scale)"
     with pytest.raises(ValueError, match=r"CohereForCausalLM cannot be tiled: .*config\.logit_scale"):
         tile_loss(model)
     monkeypatch.setattr("longlora_ext.loss._CHANGES_LOGITS", ())  # as for a model that nobody has thought of

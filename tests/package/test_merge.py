@@ -12,10 +12,10 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-import finetune_llama
 import longlora_ext.adapter._merge
 import merge_adapter
-from app.models.fingerprint import fingerprint
+from app.models.fingerprint import files_fingerprint
+from app.training.context import new_context
 from app.training.options import ModelOptions
 from longlora_ext.adapter import lora_config, merge, prepare_model, save_adapter
 from longlora_ext.config import context_length, extend_config, rope_type_of
@@ -161,7 +161,7 @@ def test_a_merged_model_of_dynamic_rope_knows_its_context(dora: bool, tmp_path: 
     merged = AutoConfig.from_pretrained(tmp_path / "merged")
     assert (merged.max_position_embeddings, context_length(merged)) == (64, CONTEXT)
     assert not hasattr(merged, "s2attn_group_size") and rope_type_of(merged) == "dynamic"
-    trained_on = finetune_llama.new_context(merged, ModelOptions(context_length=CONTEXT))
+    trained_on = new_context(merged, ModelOptions(context_length=CONTEXT))
     assert trained_on.rope_parameters == merged.rope_parameters
 
 
@@ -172,9 +172,9 @@ def test_a_merged_model_says_what_made_it(tmp_path: Path, monkeypatch: pytest.Mo
     adapter = save_random_adapter(base, tmp_path / "adapter")
     merge_adapter.main(["adapter", "merged", "--base_model", "moved", "--dtype", "bfloat16"])
     made = json.loads(Path("merged/merge.json").read_text())
-    assert made["adapter"] == {"name": str(adapter), "fingerprint": fingerprint(str(adapter))}
+    assert made["adapter"] == {"name": str(adapter), "fingerprint": files_fingerprint(str(adapter))}
     assert made["base_model"]["name"] == str(tmp_path / "moved")
-    assert made["base_model"]["fingerprint"] == fingerprint("moved") != fingerprint("merged")
+    assert made["base_model"]["fingerprint"] == files_fingerprint("moved") != files_fingerprint("merged")
     assert made["versions"]["torch"] == torch.__version__ and {"commit", "date"} < made.keys()
     python, program, *words = shlex.split(made["command"])
     assert python == "python" and program == merge_adapter.__file__ and words == made["arguments"]
@@ -184,7 +184,7 @@ def test_a_merged_model_says_what_made_it(tmp_path: Path, monkeypatch: pytest.Mo
     again, first = (load_file(folder / "model.safetensors") for folder in (Path("OUTPUT_FOLDER"), tmp_path / "merged"))
     assert again.keys() == first.keys() and all(again[name].equal(weight) for name, weight in first.items())
     (adapter / "longlora.json").write_text("{}")
-    assert fingerprint(str(adapter)) != made["adapter"]["fingerprint"]
+    assert files_fingerprint(str(adapter)) != made["adapter"]["fingerprint"]
 
 
 def test_one_shard_is_in_memory_at_a_time(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import evaluate
 import finetune_llama
 import generate
 import plan
+from app.training.context import new_context
 from app.training.options import ModelOptions
 from longlora_ext.config import context_length, extend_config, group_size, settle_context
 from tiny_models import SIZES, tiny_config, tiny_model, tokens
@@ -67,13 +68,13 @@ def test_linear_scaling_goes_on_from_the_reading_that_was_chosen(
 def test_the_trainer_asks_and_goes_on(tmp_path: Path) -> None:
     config = vicuna(tmp_path)
     with pytest.raises(ValueError, match="512 or 128"):
-        finetune_llama.new_context(config, ModelOptions(context_length=512))
-    longer = finetune_llama.new_context(settle_context(config, 512), ModelOptions(context_length=1024))
+        new_context(config, ModelOptions(context_length=512))
+    longer = new_context(settle_context(config, 512), ModelOptions(context_length=1024))
     assert longer.rope_parameters["factor"] == 8.0
-    own = finetune_llama.new_context(settle_context(config, 512), ModelOptions(context_length=512))
+    own = new_context(settle_context(config, 512), ModelOptions(context_length=512))
     assert own.rope_parameters["factor"] == 4.0 and context_length(own) == 512 and group_size(own) == 128
     with pytest.raises(ValueError, match="--context_length 256 is less than the model's own 512"):
-        finetune_llama.new_context(settle_context(config, 512), ModelOptions(context_length=256))
+        new_context(settle_context(config, 512), ModelOptions(context_length=256))
 
 
 PROGRAMS = pytest.mark.parametrize(

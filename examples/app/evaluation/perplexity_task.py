@@ -19,11 +19,11 @@ from typing import Any
 import datasets
 import numpy as np
 
-from app.evaluation.perplexity import Window, fingerprint, perplexity_of, windows, windows_loss
+from app.evaluation.perplexity import Window, perplexity_of, sha256_of_ids, windows, windows_loss
 from app.inputs.corpus import stdlib_documents
 from app.inputs.files import load_documents, search
 from app.inputs.reading import KNOWN, format_of
-from app.inputs.tokens import Tokenised, tokenise
+from app.inputs.tokens import Documents, tokenise
 from app.models.suitable import check_tokens
 from app.models.use_model import OpenedModel
 from app.runs.launch import say
@@ -79,7 +79,7 @@ class PerplexityTask:
             "tokens": sum(map(len, self.documents)),
             "shorter_documents": f"{left_out} left out" if left_out else "kept" if options.keep_short else "none",
             "special_tokens": "as in the file" if self.has_ids else "the tokenizer's own, end-of-sequence behind",
-            "sha256": fingerprint(self.documents),
+            "sha256": sha256_of_ids(self.documents),
         }
         self.cells: dict[str, list[Window]] = {}
         self.length_of: dict[str, int] = {}
@@ -111,7 +111,7 @@ class PerplexityTask:
         documents = [found.ids(number)[: options.max_tokens] for number in chosen[: options.max_documents]]
         return documents, short
 
-    def _tokens(self, column: str) -> Tokenised:
+    def _tokens(self, column: str) -> Documents:
         if not self.sources:
             return tokenise(stdlib_documents()[1], self.opened.tokenizer)
         if not self.has_ids:
@@ -120,7 +120,7 @@ class PerplexityTask:
         if len(ids) < len(self.sources):
             raise ValueError(f"--text: files of token ids ({TOKEN_IDS}) and of text cannot be mixed")
         features = datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32"))})
-        return Tokenised(datasets.Dataset.from_dict({"input_ids": ids}, features=features))
+        return Documents(datasets.Dataset.from_dict({"input_ids": ids}, features=features))
 
     def cost(self, cell: str) -> int:
         """Tokens that are scored in a cell."""

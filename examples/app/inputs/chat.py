@@ -102,9 +102,9 @@ def ends(samples: Sequence[Encoded], conversation: Conversation, tokenizer: PreT
 
 def answer_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The special tokens that end an answer as the chat template of a tokenizer writes it; none if it takes none."""
-    asked = Conversation([{"role": USER, "content": "2 + 2?"}, {"role": ASSISTANT, "content": "4"}], [False, True])
+    example = Conversation([{"role": USER, "content": "2 + 2?"}, {"role": ASSISTANT, "content": "4"}], [False, True])
     try:
-        return ends(encode(asked, ChatTemplate(tokenizer)), asked, tokenizer)
+        return ends(encode(example, ChatTemplate(tokenizer)), example, tokenizer)
     except ValueError:  # it is one to ask with, not to answer
         return []
 

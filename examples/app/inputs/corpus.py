@@ -87,7 +87,7 @@ def stdlib_documents(stdlib: str | Path | None = None) -> tuple[list[str], list[
     return list(train.values()), list(held_out.values())
 
 
-def fingerprint(documents: Iterable[str]) -> str:
+def sha256_of_texts(documents: Iterable[str]) -> str:
     """The SHA-256 of a list of documents, in hex: equal when and only when texts and order are equal."""
     digest = hashlib.sha256()
     for document in documents:
@@ -160,6 +160,6 @@ if __name__ == "__main__":
         long = sum(len(document) >= 16_000 for document in documents)
         print(
             f"{title}: {len(documents)} documents, {sum(map(len, documents)):,} characters, "
-            f"{long} of them 16,000 characters or longer, SHA-256 {fingerprint(documents)[:16]}"
+            f"{long} of them 16,000 characters or longer, SHA-256 {sha256_of_texts(documents)[:16]}"
         )
     print(f"Python {sys.version.split()[0]}")

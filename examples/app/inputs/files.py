@@ -166,8 +166,8 @@ def _each(sources: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
 
 def _matching(pattern: Path) -> list[str]:
     """The files of a glob pattern, in which folders that are there as they are written are no patterns."""
-    there = next(parent for parent in pattern.parents if parent.exists())
-    return sorted(glob.glob(str(Path(glob.escape(str(there)), pattern.relative_to(there))), recursive=True))
+    folder = next(parent for parent in pattern.parents if parent.exists())
+    return sorted(glob.glob(str(Path(glob.escape(str(folder)), pattern.relative_to(folder))), recursive=True))
 
 
 def _tell(source: str, left_out: Counter[str]) -> None:

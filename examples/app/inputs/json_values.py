@@ -89,8 +89,8 @@ class JsonValues:
                 cut = error.msg.startswith("Unterminated") or error.pos > len(self.text) - LONGEST_WORD
                 if not cut or self.ended:
                     line = self.line + self.text.count("\n", self.place, error.pos)
-                    there = repr(self.text[error.pos : error.pos + 20]) if error.pos < len(self.text) else "the end"
-                    raise ValueError(f"line {line:,}: {error.msg.removesuffix(' at')} at {there}") from error
+                    at = repr(self.text[error.pos : error.pos + 20]) if error.pos < len(self.text) else "the end"
+                    raise ValueError(f"line {line:,}: {error.msg.removesuffix(' at')} at {at}") from error
             except (ValueError, RecursionError) as error:  # a number of 5,000 digits, lists in lists in lists
                 raise ValueError(f"line {self.line:,}: {error}") from error
             self._more()

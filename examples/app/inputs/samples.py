@@ -1,7 +1,7 @@
 """Samples to learn answers from.
 
 A sample is a conversation as token ids with a label for each: the token itself where it is part of an answer, -100
-elsewhere. `read_samples` makes them of files, `longlora_ext.data.SampleRows` the rows that are trained on.
+elsewhere. `read_samples` makes them of files, `Samples.rows` the rows that are trained on.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from transformers import PreTrainedTokenizerBase
 from app.inputs import chat, columns, conversations, messages, template
 from app.inputs.cache import cache_named
 from app.inputs.template import ChatTemplate
-from app.inputs.tokens import Tokenised
+from app.inputs.tokenised import HELD_OUT_EVERY, Tokenised
+from app.runs.launch import say
+from longlora_ext.data import SampleRows
 from longlora_ext.loss import IGNORED_LABEL
 
 _IDS = datasets.Sequence(datasets.Value("int32"))
@@ -37,11 +39,12 @@ _CODE = "".join(inspect.getsource(module) for module in (chat, columns, conversa
 
 
 @dataclass(frozen=True)
-class Samples(Tokenised):
-    """Tokenised samples. `input_ids` has a column `labels` beside that of its name, and for each sample `learned`, how
-    many of its tokens are answers, `lost`, how many did not fit into the context, `conversation`, the number of the one
-    that it is of, `ends`, the special tokens that end its answers, and `unread`, the columns of its row that were left
-    alone.
+class Samples(Tokenised[SampleRows]):
+    """Tokenised samples.
+
+    `dataset` has a column `labels` beside `input_ids`, and for each sample `learned`, how many of its tokens are
+    answers, `lost`, how many did not fit into the context, `conversation`, the number of the one that it is of, `ends`,
+    the special tokens that end its answers, and `unread`, the columns of its row that were left alone.
 
     Attributes:
         dropped: How many were left out, as their answers begin beyond the context.
@@ -50,27 +53,61 @@ class Samples(Tokenised):
     dropped: int = 0
 
     @property
-    def rows(self) -> datasets.Dataset:
-        """The samples for `SampleRows`: their `input_ids` and `labels` as arrays."""
-        return self.input_ids.with_format("numpy", columns=["input_ids", "labels"])
-
-    @property
     def ends(self) -> list[int]:
         """The special tokens that end an answer in any of the samples, sorted."""
-        return sorted({token for tokens in self.input_ids["ends"] for token in tokens})
+        return sorted({token for tokens in self.dataset["ends"] for token in tokens})
 
     @property
     def unread(self) -> list[str]:
         """The columns of the files that were left alone in any of the samples' rows, sorted."""
-        return sorted({name for names in self.input_ids["unread"] for name in names})
+        return sorted({name for names in self.dataset["unread"] for name in names})
 
     def column(self, name: str) -> np.ndarray:
         """`learned`, `lost` or `conversation`, int64 [samples]."""
-        return np.asarray(self.input_ids.select_columns([name]).with_format("numpy")[:][name], dtype=np.int64)
+        return np.asarray(self.dataset.select_columns([name]).with_format("numpy")[:][name], dtype=np.int64)
 
     def labels(self, sample: int) -> np.ndarray:
         """The labels of one sample, int64 [length]."""
-        return np.asarray(self.input_ids[sample]["labels"], dtype=np.int64)
+        return np.asarray(self.dataset[sample]["labels"], dtype=np.int64)
+
+    def hold_out(self) -> tuple[Samples, Samples]:
+        """Set every 20th conversation aside, with all its samples. A single one is trained on.
+
+        Returns:
+            `(train, held_out)`.
+        """
+        conversation = self.column("conversation")
+        numbers = np.unique(conversation)
+        chosen = numbers[min(HELD_OUT_EVERY, len(numbers)) - 1 :: HELD_OUT_EVERY] if len(numbers) > 1 else numbers[:0]
+        held_out = np.isin(conversation, chosen)
+        return (
+            replace(self, dataset=self.dataset.select(np.flatnonzero(~held_out))),
+            replace(self, dataset=self.dataset.select(np.flatnonzero(held_out))),
+        )
+
+    def rows(self, context_length: int, pad_token_id: int, packed: bool) -> SampleRows:
+        """Whole samples packed into rows, or one in each."""
+        arrays: Any = self.dataset.with_format("numpy", columns=["input_ids", "labels"])
+        return SampleRows(arrays, context_length, pad_token_id, packed=packed)
+
+    def describe(self, rows: SampleRows) -> dict[str, str]:
+        length, lost = rows.context_length, self.column("lost")
+        packed = f"{len(rows):,} of {length:,} tokens, {rows.padding:,} of them padding, samples packed whole"
+        return {
+            "samples": f"{len(lost):,} with {self.tokens:,} tokens, {rows.targets:,} of them in answers",
+            "too long": f"{(lost > 0).sum():,} truncated to {length:,} tokens, {lost.sum():,} tokens lost; "
+            f"{self.dropped:,} dropped, their answers begin beyond that",
+            "rows": packed if rows.packed else f"{len(rows):,}, one for each sample",
+            **({"not read": f"columns {', '.join(self.unread)}"} if self.unread else {}),
+        }
+
+    def to_measure(self, tokens: int, longest: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Choose samples in their order, each whole, whatever the `longest` context is. Answers alone are scored."""
+        fit = np.cumsum(self.lengths) <= tokens
+        if tokens and not fit.any():
+            say("no held-out sample is there, or short enough for --eval_tokens, to measure perplexity on")
+        chosen = range(int(fit.sum()))
+        return [self.ids(sample) for sample in chosen], [self.labels(sample) for sample in chosen]
 
 
 def read_samples(
@@ -140,16 +177,4 @@ def _encoded(
         remove_columns=rows.column_names,
         features=FEATURES,
         desc="reading conversations",
-    )
-
-
-def hold_out_samples(samples: Samples) -> tuple[Samples, Samples]:
-    """`(train, held_out)`: every 20th conversation is held out, with all its samples; a single one is trained on."""
-    rows, conversation = samples.input_ids, samples.column("conversation")
-    numbers = np.unique(conversation)
-    chosen = numbers[min(20, len(numbers)) - 1 :: 20] if len(numbers) > 1 else numbers[:0]
-    held_out = np.isin(conversation, chosen)
-    return (
-        replace(samples, input_ids=rows.select(np.flatnonzero(~held_out))),
-        replace(samples, input_ids=rows.select(np.flatnonzero(held_out))),
     )

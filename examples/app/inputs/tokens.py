@@ -4,61 +4,108 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import datasets
 import numpy as np
-import pyarrow.compute
 from transformers import PreTrainedTokenizerBase
 
 from app.inputs.cache import cache_named
+from app.inputs.tokenised import HELD_OUT_EVERY, Tokenised
+from app.runs.launch import say
+from app.runs.wording import counted
+from longlora_ext.data import PackedSequences
 
 BATCH_BYTES = 2**24  # of text that is tokenised at once, about
+FEATURES = datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32"))})
 
 
 @dataclass(frozen=True)
-class Tokenised:
-    """Tokenised documents, and what was read to get them.
+class Documents(Tokenised[PackedSequences]):
+    """Tokenised documents.
 
     Attributes:
-        input_ids: One row a document, column `input_ids`: its token ids (int32).
-        empty: How many documents had no text, or white space alone, and were left out.
+        empty: How many had no text, or white space alone, and were left out.
     """
 
-    input_ids: datasets.Dataset
     empty: int = 0
 
-    @property
-    def arrow_ids(self) -> pyarrow.ChunkedArray:
-        """The documents' token ids, as Arrow holds them."""
-        return self.input_ids.with_format("arrow")[:]["input_ids"]
+    def hold_out(self) -> tuple[Documents, Documents]:
+        """Set every 20th document aside, and never none. A single document gives up its last tenth.
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each document, int64 [documents]."""
-        return pyarrow.compute.list_value_length(self.arrow_ids).to_numpy().astype(np.int64)
+        Returns:
+            `(train, held_out)`.
+        """
+        count = len(self.dataset)
+        if count == 1:
+            ids = self.ids(0).tolist()
+            cut = len(ids) - max(1, len(ids) // 10)
+            head, tail = (
+                datasets.Dataset.from_dict({"input_ids": [part]}, features=self.dataset.features)
+                for part in (ids[:cut], ids[cut:])
+            )
+            return replace(self, dataset=head), replace(self, dataset=tail)
+        held_out = np.arange(min(HELD_OUT_EVERY, count) - 1, count, HELD_OUT_EVERY)
+        train = np.setdiff1d(np.arange(count), held_out)
+        return replace(self, dataset=self.dataset.select(train)), replace(self, dataset=self.dataset.select(held_out))
 
-    @property
-    def tokens(self) -> int:
-        """Tokens of all documents."""
-        return int(self.lengths.sum())
+    def rows(self, context_length: int, pad_token_id: int, packed: bool) -> PackedSequences:
+        """Documents laid end to end and cut into rows, or the pieces of each in rows of their own."""
+        return PackedSequences(self.arrow_ids, context_length, pad_token_id, own_rows=not packed)
 
-    @property
-    def largest_id(self) -> int:
-        """The largest token id of all documents, -1 if there is none."""
-        largest = (pyarrow.compute.max(chunk.flatten()).as_py() for chunk in self.arrow_ids.chunks)
-        return max((token for token in largest if token is not None), default=-1)
+    def check_rows(self, rows: PackedSequences) -> None:
+        """Raise `ValueError` if there is nothing to learn, or nothing as long as the context."""
+        super().check_rows(rows)
+        if rows.tokens < rows.context_length:
+            raise ValueError(
+                f"the context of {rows.context_length:,} tokens is longer than the whole text of {rows.tokens:,}: "
+                "there is nothing so long to learn from"
+            )
 
-    def ids(self, document: int) -> np.ndarray:
-        """The token ids of one document, int64 [length]."""
-        return np.asarray(self.input_ids[document]["input_ids"], dtype=np.int64)
+    def describe(self, rows: PackedSequences) -> dict[str, str]:
+        dropped = f"; {counted(self.empty, 'empty document')} dropped" if self.empty else ""
+        return {
+            "text": f"{self.tokens:,} tokens in {counted(len(self.dataset), 'document')}{dropped}",
+            "sequences": _sequences(rows, left_out=self.tokens - rows.tokens),
+        }
+
+    def to_measure(self, tokens: int, longest: int) -> tuple[list[np.ndarray], None]:
+        """Choose documents, those of `longest` tokens or more first, in their order.
+
+        They are cut so that there are about eight, or as many as have `longest` tokens, or all there are. All of their
+        tokens are scored.
+        """
+        lengths: list[int] = self.lengths.tolist()
+        order = sorted(range(len(lengths)), key=lambda document: (-min(lengths[document], longest), document))
+        share = max(longest, tokens // min(8, max(1, len(order))))
+        chosen: list[np.ndarray] = []
+        for document in order:
+            take = min(share, lengths[document], tokens)
+            if take < 2:
+                break
+            chosen.append(self.ids(document)[:take])
+            tokens -= take
+        if not chosen and tokens:
+            say("no held-out document is long enough to measure perplexity on")
+        elif chosen and len(chosen[0]) < longest:
+            say(
+                f"note: no held-out document of {longest:,} tokens is measured: the longest context is not put to the "
+                "test"
+            )
+        return chosen, None
 
 
-SomeTokenised = TypeVar("SomeTokenised", bound=Tokenised)
+def _sequences(rows: PackedSequences, left_out: int) -> str:
+    """How many rows of which length, and which tokens are in none."""
+    count, length = len(rows), rows.context_length
+    if rows.own_rows:
+        alone = f"; {counted(left_out, 'token')} that would be alone in a row left out" if left_out else ""
+        return f"{count:,} of up to {length:,} tokens, a document or a piece of one in each{alone}"
+    last = "; the last token of the text is left out" if left_out else ""
+    return f"{count:,} of {length:,} tokens, {rows.padding:,} of them padding{last}"
 
 
 @cache_named()
-def tokenise(documents: datasets.Dataset | Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Tokenised:
+def tokenise(documents: datasets.Dataset | Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Documents:
     """Turn documents into token ids.
 
     Each document gets the special tokens that the tokenizer adds by itself and ends with the
@@ -85,34 +132,9 @@ def tokenise(documents: datasets.Dataset | Sequence[str], tokenizer: PreTrainedT
         rows = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
         return {"input_ids": [row if eos is None or row[-1:] == [eos] else [*row, eos] for row in rows]}
 
-    features = datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32"))})
     size = documents.data.nbytes // max(1, len(documents))
     batch_size = min(64, max(1, BATCH_BYTES // max(1, size)))
     rows = documents.map(
-        encode, batched=True, batch_size=batch_size, remove_columns=["text"], features=features, desc="tokenising"
+        encode, batched=True, batch_size=batch_size, remove_columns=["text"], features=FEATURES, desc="tokenising"
     )
-    return Tokenised(rows, empty=len(documents) - len(rows))
-
-
-def hold_out(documents: SomeTokenised, every: int = 20) -> tuple[SomeTokenised, SomeTokenised]:
-    """Set documents aside to measure on.
-
-    Args:
-        documents: What there is, at least one document.
-        every: One document in this many is held out, and never none. A single document gives up its last
-            tenth.
-
-    Returns:
-        `(train, held_out)`.
-    """
-    rows = documents.input_ids
-    if len(rows) == 1:
-        ids = documents.ids(0).tolist()
-        cut = len(ids) - max(1, len(ids) // 10)
-        head, tail = (
-            datasets.Dataset.from_dict({"input_ids": [part]}, features=rows.features) for part in (ids[:cut], ids[cut:])
-        )
-        return replace(documents, input_ids=head), replace(documents, input_ids=tail)
-    held_out = np.arange(min(every, len(rows)) - 1, len(rows), every)
-    train = np.setdiff1d(np.arange(len(rows)), held_out)
-    return replace(documents, input_ids=rows.select(train)), replace(documents, input_ids=rows.select(held_out))
+    return Documents(rows, empty=len(documents) - len(rows))

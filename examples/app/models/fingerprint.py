@@ -11,7 +11,7 @@ WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 _ENDS = 1 << 16  # bytes read at each end of a file: its header or first weights, and its last weights
 
 
-def fingerprint(model: str) -> str:
+def files_fingerprint(model: str) -> str:
     """Tell a model, or an adapter, from others.
 
     Args:

@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from app.models.fingerprint import fingerprint
+from app.models.fingerprint import files_fingerprint
 from app.runs import launch
 from app.runs.checkpoints import write_json
 from app.runs.command_line import EXAMPLES
@@ -41,10 +41,10 @@ def write_made_by(path: Path, adapter: Path, options: Mapping[str, Any]) -> None
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
         "versions": versions(),
-        "adapter": {"name": str(adapter.resolve()), "fingerprint": fingerprint(str(adapter))},
+        "adapter": {"name": str(adapter.resolve()), "fingerprint": files_fingerprint(str(adapter))},
         "base_model": {
             "name": base,
-            "fingerprint": fingerprint(base),
+            "fingerprint": files_fingerprint(base),
             "revision": getattr(AutoConfig.from_pretrained(base), "_commit_hash", None),  # on the hub
         },
     }

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from app.inputs.tokens import Tokenised
+from app.inputs.tokenised import Tokenised
 from longlora_ext.attention import attention_window
 from longlora_ext.config import context_length
 from longlora_ext.ops import check_runs

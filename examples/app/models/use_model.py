@@ -28,16 +28,18 @@ from app.models.folders import check_run_folder, is_adapter
 from app.models.four_bits import check_bitsandbytes, four_bits
 from app.models.source import GGUF_HELP, check_config, find_model
 from app.models.suitable import check_attention, check_kernels, check_tokenizer
-from app.runs.command_line import TINY_LLAMA, Parser, one_clear_error
+from app.runs.command_line import TINY_LLAMA, Parser
+from app.runs.errors import one_clear_error
 from app.runs.launch import WORLD_SIZE
 from longlora_ext import _pattern
+from longlora_ext._errors import naming
 from longlora_ext.adapter import load, load_base
-from longlora_ext.adapter._load import base_of, naming
+from longlora_ext.adapter._load import base_of
 from longlora_ext.attention import NAME
 from longlora_ext.config import context_length, extend_config, group_size, settle_context
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-_SAMPLES = 16  # weights of each tensor that go into the fingerprint
+_SAMPLES = 16  # weights of each tensor that tell a model from others
 
 
 @dataclass(frozen=True)
@@ -230,7 +232,7 @@ def open_model(options: argparse.Namespace, attention: str = "dense", groups: in
     description = {
         "model": os.path.join(os.path.abspath(path) if os.path.isdir(path) else path, gguf_file or "").rstrip("/"),
         "kind": "adapter" if isinstance(model, PeftModel) else "model",
-        "weights": _fingerprint(model),
+        "weights": _sha256_of_weights(model),
         "dtype": str(dtype).removeprefix("torch.") + (", base model in 4 bits" if options.load_in_4bit else ""),
         "context": context_length(base_config),
         "scaled_without_training": scaled is not None,
@@ -262,7 +264,7 @@ def _tokenizer_source(path: str, base_model: str | None) -> str:
     return base_of(Path(path), base_model)
 
 
-def _fingerprint(model: torch.nn.Module) -> str:
+def _sha256_of_weights(model: torch.nn.Module) -> str:
     """SHA-256 of a few weights of each tensor: enough to tell two models apart, and fast for any size."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):

@@ -26,7 +26,7 @@ from app.training.recipe import CHECKPOINTING
 from longlora_ext.adapter import lora_config, prepare_model
 from longlora_ext.attention import NAME
 from longlora_ext.config import DEFAULT_GROUP_RATIO, config_for, context_length, even_group_size
-from longlora_ext.loss import refusal, tile_loss
+from longlora_ext.loss import tile_loss, why_not_tiled
 
 #: Bytes that no tensor shows: CUDA's context, the libraries' workspaces, gaps in the allocator. Assumed, not computed.
 UNSEEN = 2 * 10**9
@@ -132,7 +132,7 @@ class Plan:
             parameter.data = parameter.data.to(self.run.dtype)
         if way.checkpointing:
             getattr(model, f"{CHECKPOINTING}_enable")({"use_reentrant": False})
-        if way.tiled_loss and refusal(model) is None:
+        if way.tiled_loss and why_not_tiled(model) is None:
             tile_loss(model)
         return model.train()
 

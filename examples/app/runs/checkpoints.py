@@ -14,7 +14,7 @@ What may happen, and what a `kill -9` there leaves behind:
        oldest first                             its files, so it never counts half-deleted
 
 The Trainer's own rotation runs between 1 and 2 and could delete the last complete checkpoint; it is
-switched off by `CompletionMarker`, which does step 3 itself.
+switched off by `take_over_rotation`, and `CompletionMarker` does step 3.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -156,26 +157,34 @@ def find_resumable(resume_from: str, output_dir: Path) -> Path | None:
     return chosen
 
 
+def take_over_rotation(args: TrainingArguments) -> int | None:
+    """Take `save_total_limit` out of a run's arguments: the Trainer would apply it too early.
+
+    Returns:
+        What it was, for `CompletionMarker`.
+    """
+    limit, args.save_total_limit = args.save_total_limit, None
+    return limit
+
+
 class CompletionMarker(TrainerCallback):
     """Marks each checkpoint when it is complete, then deletes those over the limit.
 
     Args:
-        args: The run's arguments. `save_total_limit` is taken over from the Trainer, which would apply it
-            too early.
-        content: What to write into the markers, beside the step.
+        limit: How many to keep at most (see [`take_over_rotation`]).
+        content: Gives what to write into a marker, beside the step. It is called for each checkpoint.
     """
 
-    def __init__(self, args: TrainingArguments, content: dict[str, Any]) -> None:
-        self.limit = args.save_total_limit
+    def __init__(self, limit: int | None, content: Callable[[], dict[str, Any]]) -> None:
+        self.limit = limit
         self.content = content
-        args.save_total_limit = None
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Called on every process when its part of the checkpoint is written."""
         wait_for_all()
         if args.should_save:
             folder = Path(str(args.output_dir))
-            mark(folder / f"checkpoint-{state.global_step}", {"step": state.global_step, **self.content})
+            mark(folder / f"checkpoint-{state.global_step}", {"step": state.global_step, **self.content()})
             self._rotate(folder, state.best_model_checkpoint)
 
     def on_train_end(

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
 from app.runs import launch
@@ -54,25 +53,6 @@ def is_given(argv: Sequence[str], option: str) -> bool:
     """Whether an option of that name stands in `argv`: `--name VALUE`, `--name=VALUE`, with _ or - within it."""
     spellings = {f"--{option}", f"--{option.replace('_', '-')}"}
     return any(argument.split("=")[0] in spellings for argument in argv)
-
-
-@contextmanager
-def one_clear_error(about: str = "") -> Iterator[None]:
-    """Turn what libraries raise about bad input into one line that starts with what it is `about`.
-
-    Only for what comes before the work. What is usual there is said as it is; of anything else, which a broken file
-    makes of a library, the kind is named too, and how to see where it came from.
-    """
-    usual = (ValueError, OSError, ImportError, NotImplementedError, RuntimeError, SafetensorError)
-    try:
-        yield
-    except BrokenPipeError:  # nobody reads what was printed, which is no mistake
-        raise
-    except Exception as error:
-        kind, said = type(error).__name__, " ".join(str(error).split())
-        if said and isinstance(error, usual):
-            fail(about + said)
-        fail(f"{about}{kind}{f': {said}' if said else ''} ({TRACEBACK}=1 shows where)")
 
 
 @contextmanager

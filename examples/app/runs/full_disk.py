@@ -1,4 +1,4 @@
-"""What is said when the disk is full: every library reports it in another way."""
+"""A full disk: each library reports it in another way."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint import CheckpointException
 
 from app.runs.checkpoints import complete_checkpoints
-from app.runs.launch import fail
+from app.runs.errors import one_clear_error
 
 #: Why a disk takes no more, in the system's words, which end up in the messages of most libraries.
 REASONS = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)))
@@ -21,21 +21,37 @@ REASONS = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno
 TORCH_WRITERS = ("PytorchStreamWriter failed", "inline_container.cc")
 
 
+class FullDisk(OSError):
+    """The disk takes no more."""
+
+
 @contextmanager
 def writing_to(folder: Path) -> Iterator[None]:
-    """Turn a disk that takes no more into one line that names the folder of the run and what of it is complete.
+    """End the program with one line for a full disk: the folder of the run, and which checkpoints are complete.
 
     Nothing needs to be saved here: checkpoints are marked when they are whole, and results appear when they are.
     """
+    with one_clear_error(only=FullDisk), _recognised(folder):
+        yield
+
+
+@contextmanager
+def _recognised(folder: Path) -> Iterator[None]:
+    """Raise `FullDisk` for what libraries raise for it."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
-        text = str(error)
-        reason = next((reason for reason in REASONS if reason in text), None)
-        if reason is None and not any(writer in text for writer in TORCH_WRITERS):
+        reason = _reason(str(error))
+        if reason is None:
             raise
-        complete = [path.name for path in complete_checkpoints(folder).values()]
-        fail(
-            f"{folder} cannot be written to: {reason or os.strerror(errno.ENOSPC)}. The run has stopped; complete "
-            f"checkpoints: {', '.join(complete) or 'none'}. Make room, then go on with --resume_from_checkpoint latest"
-        )
+        complete = ", ".join(path.name for path in complete_checkpoints(folder).values()) or "none"
+        raise FullDisk(
+            f"{folder} cannot be written to: {reason}. The run has stopped; complete checkpoints: {complete}. Make "
+            "room, then go on with --resume_from_checkpoint latest"
+        ) from error
+
+
+def _reason(text: str) -> str | None:
+    """Why nothing could be written, if an error with this text is about that."""
+    by_torch = any(writer in text for writer in TORCH_WRITERS)
+    return next((reason for reason in REASONS if reason in text), os.strerror(errno.ENOSPC) if by_torch else None)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-from app.runs.launch import RANK, WORLD_SIZE, leave_group  # isort: skip  (first: it prepares what the libraries below look at)
+from app.runs.launch import RANK, WORLD_SIZE, leave_group  # isort: skip  (first: sets what torch and DeepSpeed read at import)
 import datasets
 import torch.distributed as dist
 import transformers

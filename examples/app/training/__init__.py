@@ -1,1 +1,1 @@
-"""The parts of `finetune_llama.py`: its options, what it refuses, its schedule of attention, what it reports."""
+"""The parts of `finetune_llama.py`: its options, checks, data, model and Trainer, and what it reports."""

@@ -16,7 +16,8 @@ from accelerate.utils import parse_flag_from_env
 from transformers import PreTrainedModel, TrainingArguments
 
 from app.models.source import find_model
-from app.runs.command_line import EXAMPLES, HelpFormatter, Parser, is_given, one_clear_error
+from app.runs.command_line import EXAMPLES, HelpFormatter, Parser, is_given
+from app.runs.errors import one_clear_error
 from app.runs.launch import USE_CONFIGURED_STATE, WORLD_SIZE, by_deepspeed, fail, prepare_deepspeed, prepare_fsdp
 from app.training.fsdp import FIELDS, compute_in, fsdp_config
 from app.training.options import DataOptions, ModelOptions, TrainingOptions

@@ -47,27 +47,27 @@ FIELDS: dict[str, tuple[Any, ...]] = {
 NEEDED = {torch: "2.13", transformers: "5.23", accelerate: "1.15"}
 
 
-def check_fsdp(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None:
+def check_fsdp(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Refuse what cannot be had with --fsdp, or without it.
 
     Args:
         parser: Says what is wrong, and ends the program.
-        asked: What `parser` made of it.
+        options: What `parser` made of the command line.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
         parser.error(
             "accelerate is configured for FSDP, and the Trainer would take half of it from there: take it out of that "
             "configuration, and give --fsdp full_shard"
         )
-    if not asked.fsdp:
-        if asked.fsdp_config:
+    if not options.fsdp:
+        if options.fsdp_config:
             parser.error("--fsdp_config has no effect without --fsdp")
         return
     for library, version in NEEDED.items():
         if Version(library.__version__).release < Version(version).release:
             parser.error(f"--fsdp needs {library.__name__} {version} or newer, and this is {library.__version__}")
     try:
-        config = fsdp_config(asked)
+        config = fsdp_config(options)
     except ValueError as error:
         parser.error(str(error))
     instead = {
@@ -82,29 +82,29 @@ def check_fsdp(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> No
         "to make an adapter of a checkpoint",
     }
     for option, why in instead.items():
-        if getattr(asked, option):
+        if getattr(options, option):
             parser.error(f"--fsdp does not work with --{option}: {why}")
     if "RANK" not in os.environ:
         parser.error("--fsdp needs processes to share the model: start the program with torchrun --nproc_per_node 2")
     if config["cpu_offload"] and not torch.accelerator.is_available():
         parser.error("--fsdp offload needs a GPU: on a CPU the weights are in host memory already")
-    if asked.save_only_model and config["state_dict_type"] == "SHARDED_STATE_DICT":
+    if options.save_only_model and config["state_dict_type"] == "SHARDED_STATE_DICT":
         parser.error('--save_only_model needs "state_dict_type": "FULL_STATE_DICT" in --fsdp_config')
 
 
-def fsdp_config(asked: argparse.Namespace) -> dict[str, Any]:
+def fsdp_config(options: argparse.Namespace) -> dict[str, Any]:
     """What --fsdp and --fsdp_config say, as the Trainer takes it: all fields but the classes have a value.
 
     Raises:
         ValueError: They do not say what they should.
     """
     config: dict[str, Any] = {}
-    for name, value in _read(asked.fsdp_config).items():
+    for name, value in _read(options.fsdp_config).items():
         name = name.removeprefix("fsdp_")
         if name not in FIELDS:
             raise ValueError(f"--fsdp_config has {name!r}; with version 2 of FSDP it may have {', '.join(FIELDS)}")
         config[name] = _value(name, value)
-    words = str(asked.fsdp).lower().split()
+    words = str(options.fsdp).lower().split()
     for word in words:
         if word in FIRST_VERSION_ONLY:
             raise ValueError(f"--fsdp {word} is of the first version of FSDP, which is not taken: give full_shard")
@@ -114,22 +114,22 @@ def fsdp_config(asked: argparse.Namespace) -> dict[str, Any]:
             if config.setdefault(name, value) != value:
                 raise ValueError(f"--fsdp {word} and {name} = {json.dumps(config[name])} say different things")
     # The Trainer's own default gathers the whole model in the first process for each checkpoint.
-    whole = "FULL_STATE_DICT" if asked.save_only_model else "SHARDED_STATE_DICT"
+    whole = "FULL_STATE_DICT" if options.save_only_model else "SHARDED_STATE_DICT"
     defaults = {"reshard_after_forward": True, "cpu_offload": False, "cpu_ram_efficient_loading": False}
     return {"version": 2, **defaults, "state_dict_type": whole, **config}
 
 
-def _read(given: Any) -> dict[str, Any]:
-    if not given:
+def _read(source: Any) -> dict[str, Any]:
+    if not source:
         return {}
     try:
-        config = json.loads(given if given.startswith("{") else Path(given).read_text(encoding="utf-8"))
+        config = json.loads(source if source.startswith("{") else Path(source).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"--fsdp_config {given}: {error.strerror}") from error
+        raise ValueError(f"--fsdp_config {source}: {error.strerror}") from error
     except ValueError as error:
-        raise ValueError(f"--fsdp_config {given}: no JSON: {error}") from error
+        raise ValueError(f"--fsdp_config {source}: no JSON: {error}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"--fsdp_config {given}: no JSON object")
+        raise ValueError(f"--fsdp_config {source}: no JSON object")
     return config
 
 
@@ -173,16 +173,16 @@ def choose_layers(args: TrainingArguments, model: PreTrainedModel | PeftModel) -
     option = "--fsdp_config transformer_layer_cls_to_wrap"
     config: dict[str, Any] = args.fsdp_config  # type: ignore[assignment]
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    there = {type(module).__name__ for module in model.modules()}
-    asked = config.get("transformer_layer_cls_to_wrap")
-    if missing := set(asked or ()) - there:
+    classes = {type(module).__name__ for module in model.modules()}
+    named = config.get("transformer_layer_cls_to_wrap")
+    if missing := set(named or ()) - classes:
         raise ValueError(f"{option}: the model has no module of the class {min(missing)}")
     if config["cpu_ram_efficient_loading"] and isinstance(model, PeftModel) and base.config.tie_word_embeddings:
         raise ValueError(
             "--fsdp_config cpu_ram_efficient_loading tears the tied embeddings of a model with an adapter apart: take "
             "it out"
         )
-    layers = asked or sorted(set(base._no_split_modules or ()) & there)
+    layers = named or sorted(set(base._no_split_modules or ()) & classes)
     if not layers:
         raise ValueError(f"{type(base).__name__} does not say what its layers are: name their class by {option}")
     args.fsdp_plugin_args["transformer_cls_names_to_wrap"] = layers

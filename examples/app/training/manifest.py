@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import shlex
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -26,10 +25,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, TrainingArguments
 
-from app.runs.checkpoints import read_json, write_json
+from app.runs.checkpoints import read_json
 from app.runs.command_line import EXAMPLES
-from app.runs.launch import fail, launcher, say
+from app.runs.launch import launcher, say
 from app.runs.provenance import commit, versions
+from app.runs.run import Run
 from app.runs.run_folder import RUN_FILE, differences
 from app.training.options import DataOptions, ModelOptions
 from longlora_ext.config import context_length, group_size
@@ -48,10 +48,10 @@ def repeated(argv: Sequence[str]) -> tuple[list[str], dict[str, Any] | None]:
         The arguments, and the earlier run's manifest or None.
 
     Raises:
-        SystemExit: There is no such file, or it is none of ours.
+        ValueError: There is no such file, or it is none of ours.
     """
-    given, rest = _split(argv)
-    path = given.from_manifest
+    of_the_call, rest = _split(argv)
+    path = of_the_call.from_manifest
     if path is None:
         return list(argv), None
     try:
@@ -61,22 +61,16 @@ def repeated(argv: Sequence[str]) -> tuple[list[str], dict[str, Any] | None]:
         if not known or not all(isinstance(word, str) for word in [command, *arguments]) or isinstance(arguments, str):
             raise TypeError
     except OSError as error:
-        fail(f"--from_manifest {path}: {error.strerror}")
-    except (ValueError, KeyError, TypeError):
-        fail(f"--from_manifest {path}: not the {RUN_FILE} of a run of this program")
-    kept = (f"--{name}={value}" for name, value in vars(given).items() if value is not None and name != "from_manifest")
-    return [*arguments, *rest, *kept], manifest
+        raise ValueError(f"--from_manifest {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--from_manifest {path}: not the {RUN_FILE} of a run of this program") from error
+    kept = {name: value for name, value in vars(of_the_call).items() if value is not None and name != "from_manifest"}
+    return [*arguments, *rest, *(f"--{name}={value}" for name, value in kept.items())], manifest
 
 
-def check_repeats(manifest: dict[str, Any] | None, settings: dict[str, Any]) -> None:
-    """Raise `ValueError` if this is not the run of the manifest; say which versions are others."""
-    if manifest is None:
-        return
-    if others := differences(manifest["settings"], settings):
-        raise ValueError(
-            f"this is not the run that --from_manifest names: {'; '.join(others)}. It was: {manifest['command']}"
-        )
-    if others := differences(manifest["versions"], versions()):
+def check_versions(manifest: dict[str, Any] | None) -> None:
+    """Say which versions are other than those of the run that is done again."""
+    if manifest and (others := differences(manifest["versions"], versions())):
         say(f"note: the same run with other versions: {'; '.join(others)}")
 
 
@@ -86,8 +80,7 @@ def describe(
     text: DataOptions,
     args: TrainingArguments,
     config: PreTrainedConfig,
-    checkpoint: Path | None,
-    settings: dict[str, Any],
+    run: Run,
 ) -> dict[str, Any]:
     """The manifest of a run that is about to begin, or to go on from a checkpoint.
 
@@ -95,16 +88,15 @@ def describe(
         argv: The arguments, as `repeated` returned them.
         options, text, args: What they came to.
         config: The extended config.
-        checkpoint: What the run goes on from.
-        settings: What its losses depend on, text included.
+        run: The run, with all of its settings.
     """
     heads: int = config.num_attention_heads
     group = group_size(config)
     return {
-        "command": _command(Path(str(args.output_dir)).resolve() / RUN_FILE),
+        "command": _command(run.folder.resolve() / RUN_FILE),
         "arguments": _absolute(_split(argv)[1]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "from": str(checkpoint) if checkpoint else None,
+        "from": str(run.checkpoint) if run.checkpoint else None,
         "commit": commit(),
         "versions": versions(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
@@ -125,17 +117,10 @@ def describe(
             "dense_steps": options.dense_steps,
             "evaluation": "dense",
         },
-        "settings": settings,
+        "settings": run.settings,
         "effective": {**asdict(options), **asdict(text), **args.to_dict()},
-        **_earlier(checkpoint),
+        **_earlier(run.checkpoint),
     }
-
-
-def finish(folder: Path, result: Path, outcome: dict[str, Any]) -> None:
-    """Note in a run's manifest how it ended, and put a copy into what it made. On one process."""
-    path = folder / RUN_FILE
-    write_json(path, {**read_json(path), "outcome": outcome})
-    shutil.copy(path, result / RUN_FILE)
 
 
 def _split(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

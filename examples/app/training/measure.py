@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from app.evaluation.perplexity import fingerprint, sliding_window_perplexity
-from app.inputs.samples import Samples
-from app.inputs.tokens import Tokenised
+from app.evaluation.perplexity import sha256_of_ids, sliding_window_perplexity
 from app.runs.checkpoints import write_json
 from app.runs.launch import say
+from app.runs.run import Run
 from app.runs.wording import counted
+from app.training.data import TrainingData
 from longlora_ext._processes import is_first_process
 from longlora_ext.config import context_length
 
@@ -36,52 +36,6 @@ def lengths_to_measure(base: int, context: int) -> list[int]:
         doublings.append(base)
         base *= 2
     return [*doublings, context]
-
-
-def choose_documents(held_out: Tokenised, tokens: int, longest: int) -> list[np.ndarray]:
-    """Held-out documents to measure on.
-
-    Args:
-        held_out: The documents there are.
-        tokens: How many tokens to take in all.
-        longest: The longest context to measure. Documents of that many tokens come first, in their order.
-
-    Returns:
-        Token ids of each document, cut so that there are about eight of them, as many as have `longest` tokens, or
-        all there are.
-    """
-    lengths: list[int] = held_out.lengths.tolist()
-    order = sorted(range(len(lengths)), key=lambda document: (-min(lengths[document], longest), document))
-    share = max(longest, tokens // min(8, max(1, len(order))))
-    chosen: list[np.ndarray] = []
-    for document in order:
-        take = min(share, lengths[document], tokens)
-        if take < 2:
-            break
-        chosen.append(held_out.ids(document)[:take])
-        tokens -= take
-    if not chosen and tokens:
-        say("no held-out document is long enough to measure perplexity on")
-    elif chosen and len(chosen[0]) < longest:
-        say(f"note: no held-out document of {longest:,} tokens is measured: the longest context is not put to the test")
-    return chosen
-
-
-def choose_samples(held_out: Samples, tokens: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Held-out samples to measure the answers of, in their order and whole.
-
-    Args:
-        held_out: The samples there are.
-        tokens: How many tokens to take at most.
-
-    Returns:
-        Token ids of each sample, and its labels.
-    """
-    fit = np.cumsum(held_out.lengths) <= tokens
-    if tokens and not fit.any():
-        say("no held-out sample is there, or short enough for --eval_tokens, to measure perplexity on")
-    chosen = range(int(fit.sum()))
-    return [held_out.ids(sample) for sample in chosen], [held_out.labels(sample) for sample in chosen]
 
 
 class Measurement(TrainerCallback):
@@ -118,7 +72,7 @@ class Measurement(TrainerCallback):
         self.record: dict[str, Any] = {
             "tokens": sum(map(len, documents)),
             "documents": len(documents),
-            "sha256": fingerprint(documents),
+            "sha256": sha256_of_ids(documents),
             "scored": "all" if labels is None else "answers",
             "attention": "dense",
             "stride": "half the context",
@@ -189,3 +143,21 @@ def old_rotary_embedding(model: torch.nn.Module, base_config: PreTrainedConfig) 
         yield
     finally:
         setattr(parent, name, new)
+
+
+def make_measurement(
+    data: TrainingData, tokens: int, base_config: PreTrainedConfig, config: PreTrainedConfig, run: Run
+) -> Measurement | None:
+    """What measures the held-out part of a run's text, if there is anything to measure.
+
+    Args:
+        data: The text.
+        tokens: How many tokens to measure at most.
+        base_config: The config before the extension.
+        config: The extended config.
+        run: The run; what was measured up to the checkpoint that it goes on from is kept.
+    """
+    documents, labels = data.held_out.to_measure(tokens, longest=context_length(config))
+    if not documents:
+        return None
+    return Measurement(run.folder, base_config, config, documents, run.marker.get("perplexity"), labels)

@@ -13,7 +13,8 @@ import torch
 from transformers.utils import is_liger_kernel_available
 
 from app.models.four_bits import check_bitsandbytes
-from app.runs.command_line import EXAMPLES, is_given, one_clear_error
+from app.runs.command_line import EXAMPLES, is_given
+from app.runs.errors import one_clear_error
 from app.runs.launch import WORLD_SIZE
 from app.training.fsdp import check_fsdp
 

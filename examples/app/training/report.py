@@ -9,17 +9,16 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig, TrainingArguments
 
-from app.inputs.samples import Samples
-from app.inputs.tokens import Tokenised
 from app.runs.command_line import EXAMPLES
 from app.runs.launch import WORLD_SIZE
+from app.runs.run import Run
 from app.runs.wording import counted
 from app.training.arguments import compute_dtype
+from app.training.data import TrainingData
 from app.training.measure import Measurement
 from app.training.options import ModelOptions
 from longlora_ext.adapter._norms import norms_of
 from longlora_ext.config import context_length
-from longlora_ext.data import PackedSequences, SampleRows
 from longlora_ext.trainer import dense_count
 
 
@@ -28,9 +27,8 @@ def banner(
     args: TrainingArguments,
     base_config: PreTrainedConfig,
     model: torch.nn.Module,
-    train: Tokenised,
-    sequences: PackedSequences | SampleRows,
-    checkpoint: Path | None,
+    data: TrainingData,
+    run: Run,
 ) -> str:
     """What is about to be done, a line for each thing worth checking before waiting for it."""
     config: PreTrainedConfig = model.config  # type: ignore[assignment]
@@ -58,10 +56,10 @@ def banner(
         "RoPE": ", ".join(f"{key}={value}" for key, value in rope.items()) if new > old else "as it is",
         "attention": f"{seen(config)} in training, {tail}dense in use",
         "training": f"{trained}: {trainable:,} of {total:,} weights, {dtype}",
-        **_material(train, sequences),
+        **data.train.describe(data.rows),
         "steps": f"{steps}, {counted(batch, 'sequence')} in each, learning rate {args.learning_rate:g}",
         "processes": f"{WORLD_SIZE}, {sharding}{f', {shared} for each sequence' if shared > 1 else ''}",
-        "output": f"{args.output_dir}{f', going on from {checkpoint.name}' if checkpoint else ''}",
+        "output": f"{run.folder}{f', going on from {run.checkpoint.name}' if run.checkpoint else ''}",
     }
     return "\n".join(["", *(f"{key + ':':<11}{value}" for key, value in rows.items()), ""])
 
@@ -74,36 +72,6 @@ def seen(config: PreTrainedConfig) -> str:
     if (window := getattr(config, "s2attn_window", None)) is not None:
         groups += f", in them a window of {window:,}"
     return groups + (", and the first token" if getattr(config, "s2attn_sink", None) else "")
-
-
-def _material(train: Tokenised, sequences: PackedSequences | SampleRows) -> dict[str, str]:
-    """What is trained on, and what of it is not."""
-    length = sequences.context_length
-    if not isinstance(train, Samples) or not isinstance(sequences, SampleRows):
-        return {
-            "text": f"{train.tokens:,} tokens in {counted(len(train.lengths), 'document')}"
-            + (f"; {counted(train.empty, 'empty document')} dropped" if train.empty else ""),
-            "sequences": _sequences(sequences, train.tokens - sequences.tokens),
-        }
-    lost = train.column("lost")
-    rows = f"{len(sequences):,} of {length:,} tokens, {sequences.padding:,} of them padding, samples packed whole"
-    return {
-        "samples": f"{len(lost):,} with {train.tokens:,} tokens, {sequences.targets:,} of them in answers",
-        "too long": f"{(lost > 0).sum():,} truncated to {length:,} tokens, {lost.sum():,} tokens lost; "
-        f"{train.dropped:,} dropped, their answers begin beyond that",
-        "rows": rows if sequences.packed else f"{len(sequences):,}, one for each sample",
-        **({"not read": f"columns {', '.join(train.unread)}"} if train.unread else {}),
-    }
-
-
-def _sequences(sequences: PackedSequences | SampleRows, left_out: int) -> str:
-    """The rows that text is trained in."""
-    count, length = len(sequences), sequences.context_length
-    if isinstance(sequences, PackedSequences) and sequences.own_rows:
-        alone = f"; {counted(left_out, 'token')} that would be alone in a row left out" if left_out else ""
-        return f"{count:,} of up to {length:,} tokens, a document or a piece of one in each{alone}"
-    last = "; the last token of the text is left out" if left_out else ""
-    return f"{count:,} of {length:,} tokens, {sequences.padding:,} of them padding{last}"
 
 
 def results(folder: Path, adapter: Path, measurement: Measurement | None, full_finetune: bool) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from app.models.fingerprint import fingerprint
+from app.models.fingerprint import files_fingerprint
 from app.runs.launch import WORLD_SIZE
 from app.training.options import ModelOptions
 
@@ -25,13 +25,15 @@ BUT = ("dataloader_drop_last",)
 
 
 def settings(options: ModelOptions, args: TrainingArguments) -> dict[str, Any]:
-    """All that the losses depend on, but for the text (`PackedSequences.fingerprint`)."""
-    given = {name: value for name, value in args.to_dict().items() if name in BUT or not name.startswith(MAY_DIFFER)}
+    """All that the losses depend on, but for the text (`TrainingData.settings`)."""
+    arguments = {
+        name: value for name, value in args.to_dict().items() if name in BUT or not name.startswith(MAY_DIFFER)
+    }
     zero = dict(args.deepspeed_plugin.deepspeed_config) if args.deepspeed_plugin else {}
-    given["zero_stage"] = zero.pop("zero_optimization", {}).get("stage")  # the rest is about memory and speed
+    arguments["zero_stage"] = zero.pop("zero_optimization", {}).get("stage")  # the rest is about memory and speed
     if options.dense_steps:  # they are counted from the end
-        given |= {"max_steps": args.max_steps, "num_train_epochs": args.num_train_epochs}
-    given["deepspeed"] = {name: value for name, value in zero.items() if name != "steps_per_print"}
+        arguments |= {"max_steps": args.max_steps, "num_train_epochs": args.num_train_epochs}
+    arguments["deepspeed"] = {name: value for name, value in zero.items() if name != "steps_per_print"}
     model = asdict(options)
-    model["model"] = fingerprint(model.pop("model_name_or_path"))  # it may lie elsewhere by now
-    return {**model, **given, "processes": WORLD_SIZE}
+    model["model"] = files_fingerprint(model.pop("model_name_or_path"))  # it may lie elsewhere by now
+    return {**model, **arguments, "processes": WORLD_SIZE}

@@ -1,4 +1,4 @@
-"""A run whose loss is no number any more stops: nothing that follows could be of use."""
+"""A run whose loss is NaN or infinite stops: no step after that could be of use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from app.runs.launch import fail
 class StopAtNaN(TrainerCallback):
     """Looks at each loss that is logged, on every process alike, and has it logged before each checkpoint.
 
-    A checkpoint is written after the log of its step: none holds weights that are no numbers.
+    A checkpoint is written after the log of its step: none holds weights that are NaN.
     """
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

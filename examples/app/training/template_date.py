@@ -3,36 +3,30 @@
 from __future__ import annotations
 
 from datetime import date
-from pathlib import Path
-from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase
 
 from app.inputs.template import prints_date
-from app.runs.checkpoints import read_marker
+from app.runs.run import Run
 
 #: What the setting is called that holds it, among those that the losses depend on.
 SETTING = "template_date"
 
 
-def template_date(
-    tokenizer: PreTrainedTokenizerBase, checkpoint: Path | None, manifest: dict[str, Any] | None
-) -> date | None:
+def template_date(tokenizer: PreTrainedTokenizerBase, run: Run) -> date | None:
     """The day for a run's conversations, None where the template prints none. Collective.
 
     Args:
         tokenizer: With the chat template.
-        checkpoint: What the run goes on from.
-        manifest: That of the run that is to be done again.
+        run: It may go on with an earlier run, or do one again, which had a day.
 
     Raises:
         ValueError: What was recorded is no day.
     """
     if not prints_date(tokenizer):
         return None
-    marked = read_marker(checkpoint, "settings")["settings"] if checkpoint else {}
-    recorded = marked.get(SETTING) or (manifest or {"settings": {}})["settings"].get(SETTING)
+    recorded = run.recorded(SETTING)
     if recorded is not None:
         try:
             return date.fromisoformat(recorded)

@@ -1,4 +1,4 @@
-"""Whether model, text and plan fit together: refused here, before the training, or not at all."""
+"""Checks before the training that need the text or the model itself, not the options alone."""
 
 from __future__ import annotations
 
@@ -7,23 +7,17 @@ from transformers import TrainingArguments
 
 from app.runs.launch import WORLD_SIZE
 from app.training.arguments import compute_dtype
-from longlora_ext.data import PackedSequences, SampleRows
+from app.training.data import TrainingData
 from longlora_ext.independence import check_documents_apart
 
 
-def check_training(args: TrainingArguments, sequences: PackedSequences | SampleRows) -> None:
+def check_training(args: TrainingArguments, data: TrainingData) -> None:
     """Raise `ValueError` if there would be nothing to learn, or not a step to do."""
-    if not sequences.targets:
-        raise ValueError(f"there is nothing to learn from {sequences.tokens} tokens, none with another before it")
-    if isinstance(sequences, PackedSequences) and sequences.tokens < sequences.context_length:
-        raise ValueError(
-            f"the context of {sequences.context_length:,} tokens is longer than the whole text of "
-            f"{sequences.tokens:,}: there is nothing so long to learn from"
-        )
+    data.train.check_rows(data.rows)
     batch = args.per_device_train_batch_size * WORLD_SIZE
-    if args.dataloader_drop_last and len(sequences) < batch:
+    if args.dataloader_drop_last and len(data.rows) < batch:
         raise ValueError(
-            f"--dataloader_drop_last leaves nothing to train on: {len(sequences)} sequences are no batch of {batch}"
+            f"--dataloader_drop_last leaves nothing to train on: {len(data.rows)} sequences are no batch of {batch}"
         )
 
 

@@ -1,0 +1,57 @@
+"""The Trainer of a run: what measures, marks and stops it, and where it begins."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+from app.runs.checkpoints import CompletionMarker, take_over_rotation
+from app.runs.run import Run
+from app.training.data import TrainingData
+from app.training.measure import Measurement
+from app.training.options import ModelOptions
+from app.training.stop_at_nan import StopAtNaN
+from longlora_ext.data import pad_rows
+from longlora_ext.trainer import UlyssesTrainer
+
+
+def make_trainer(
+    model: PreTrainedModel | PeftModel,
+    data: TrainingData,
+    options: ModelOptions,
+    args: TrainingArguments,
+    run: Run,
+    measurement: Measurement | None,
+    *further: TrainerCallback | None,
+) -> Trainer:
+    """The Trainer, whose checkpoints say what a run must know to go on from them.
+
+    Args:
+        model: As it is trained.
+        data: What on.
+        options: Whether processes share sequences.
+        args: The Trainer's arguments. The limit for checkpoints is taken out of them.
+        run: The run.
+        measurement: What measures perplexity, if anything does.
+        further: Other callbacks, which come before the measurement.
+    """
+
+    def to_go_on() -> dict[str, Any]:
+        measured = {"perplexity": measurement.record} if measurement else {}
+        return {"resumable": not args.save_only_model, "settings": run.settings, **measured}
+
+    marker = CompletionMarker(take_over_rotation(args), to_go_on)
+    # Resumed at its end, a run would do one step too many. Of one sequence an epoch is one step: all are over then.
+    is_over = 0 < args.max_steps <= run.step
+    return (UlyssesTrainer if options.sequence_parallel_size > 1 else Trainer)(
+        model=model,
+        args=args,
+        train_dataset=torch.utils.data.Subset(data.rows, [0]) if is_over else data.rows,
+        eval_dataset=data.eval_rows,
+        data_collator=partial(pad_rows, pad_token_id=data.pad_token_id),
+        callbacks=[StopAtNaN(), marker, *filter(None, (*further, measurement))],
+    )
