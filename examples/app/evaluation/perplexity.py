@@ -171,7 +171,7 @@ def windows_loss(
     return total, tokens
 
 
-def sha256_of_ids(documents: Sequence[np.ndarray]) -> str:
+def fingerprint(documents: Sequence[np.ndarray]) -> str:
     """SHA-256 of documents as token ids."""
     lengths = np.array([len(document) for document in documents])
     return hashlib.sha256(np.concatenate([lengths, *documents]).astype("<i8").tobytes()).hexdigest()

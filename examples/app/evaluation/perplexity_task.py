@@ -19,7 +19,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from app.evaluation.perplexity import Window, perplexity_of, sha256_of_ids, windows, windows_loss
+from app.evaluation.perplexity import Window, fingerprint, perplexity_of, windows, windows_loss
 from app.inputs.corpus import stdlib_documents
 from app.inputs.files import load_documents, search
 from app.inputs.reading import KNOWN, format_of
@@ -79,7 +79,7 @@ class PerplexityTask:
             "tokens": sum(map(len, self.documents)),
             "shorter_documents": f"{left_out} left out" if left_out else "kept" if options.keep_short else "none",
             "special_tokens": "as in the file" if self.has_ids else "the tokenizer's own, end-of-sequence behind",
-            "sha256": sha256_of_ids(self.documents),
+            "sha256": fingerprint(self.documents),
         }
         self.cells: dict[str, list[Window]] = {}
         self.length_of: dict[str, int] = {}

@@ -1,1 +1,1 @@
-"""What every program has, whatever it computes: command line, errors, processes, output folder, checkpoints."""
+"""What every program has, whatever it computes: command line, errors, processes, folders, checkpoints, versions."""

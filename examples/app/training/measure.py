@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from app.evaluation.perplexity import sha256_of_ids, sliding_window_perplexity
+from app.evaluation.perplexity import fingerprint, sliding_window_perplexity
 from app.runs.checkpoints import write_json
 from app.runs.launch import say
 from app.runs.run import Run
@@ -72,7 +72,7 @@ class Measurement(TrainerCallback):
         self.record: dict[str, Any] = {
             "tokens": sum(map(len, documents)),
             "documents": len(documents),
-            "sha256": sha256_of_ids(documents),
+            "sha256": fingerprint(documents),
             "scored": "all" if labels is None else "answers",
             "attention": "dense",
             "stride": "half the context",
