@@ -467,7 +467,9 @@ def seen_tiles(problem: Problem, doc_start: Tensor | None, keys: int) -> int:
 
 @pytest.mark.parametrize("documents", [False, True], ids=["whole", "documents"])
 @pytest.mark.parametrize(
-    "pattern", [{}, {"sink": True, "window": 140}, {"sink": True, "seqlen_k": 777}], ids=["groups", "window", "last"]
+    "pattern",
+    [{}, {"sink": True, "window": 140}, {"sink": True, "seqlen_k": 777}, {"seqlen_k": 650}],
+    ids=["groups", "window", "last", "last, whose unshifted groups begin first"],
 )
 def test_no_instruction_more_than_needed(
     module: ModuleType,
