@@ -289,7 +289,8 @@ def test_no_token_sees_the_future(module: ModuleType, config: Config) -> None:
         assert not torch.equal(after[:, j], before[:, j])
 
 
-def test_deterministic_gives_the_same_bits(module: ModuleType, config: Config) -> None:
+@pytest.mark.parametrize("sink", [False, True], ids=["dense", "sink"])
+def test_deterministic_gives_the_same_bits(module: ModuleType, config: Config, sink: bool) -> None:
     """In whatever order the blocks run. Where dq is summed up by atomics, it alone differs, in its last bits."""
     problem = Problem(seqlen=TOKENS[config.head_dim], heads=2, kv_heads=1, head_dim=config.head_dim)
     q, k, v = (x.to(DTYPES[config.dtype]) for x in problem.tensors())
@@ -298,7 +299,8 @@ def test_deterministic_gives_the_same_bits(module: ModuleType, config: Config) -
 
     def results(deterministic: bool, seed: int) -> tuple[Tensor, ...]:
         module.configure(seed)
-        run = Run(module, problem.seqlen, None, {"first_shifted_head": 2}, deterministic)
+        group_size = problem.seqlen * 3 // 4 if sink else problem.seqlen
+        run = Run(module, group_size, None, {"first_shifted_head": 2, "sink": sink}, deterministic)
         return outputs_and_grads(run, q, k, v, dout)
 
     out, dq, dk, dv = results(True, 0)

@@ -207,7 +207,9 @@ MUTANTS = {
     "scale of dk": Mutant("cuda/mainloop_bwd.h", "scale_by(dk, static_cast<float>(problem.scale))", "void()", SHAPES),
     "scale of dq by atomics": Mutant("cuda/bwd_pre_post.h", "static_cast<float>(problem.scale)", "1", SHAPES),
     "scale of dq": Mutant("cuda/bwd_dq.h", "scale_by(dq, static_cast<float>(problem.scale))", "void()", SHAPES),
-    "dq's sums not begun": Mutant("cuda/bwd_pre_post.h", "dq_sums[i * kThreads] = dq(i)", "void()", SHAPES),
+    "dq's sums not begun": Mutant(
+        "cuda/bwd_pre_post.h", "dq(i)", "dq_sums[i * kThreads]", SHAPES, "dq_sums[i * kThreads] = {}"
+    ),
     # bounds
     "rows loaded": Mutant("cuda/copy.h", f"{ROW} < rows", f"{ROW} <= rows", GUARDS, "bool inside = {}"),
     "columns loaded": Mutant("cuda/copy.h", f"{COLUMN} < columns", f"{COLUMN} <= columns", GUARDS, "{};"),
