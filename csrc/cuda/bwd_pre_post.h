@@ -29,6 +29,7 @@ struct Preprocess : BackwardTiles<Element, kHeadDim> {
     const auto dout = global_tile<Element, kRows, kHeadDim>(params.dout, batch, head, row);
     const int64_t statistics = (batch * problem.heads + head) * problem.seqlen + row;
     [[maybe_unused]] SinkSums<Element, kPieces> sums;
+    CUTE_NO_UNROLL
     for (int i = thread / 8; i < kRows; i += kThreads / 8) {
       float delta = 0;
       Piece of_dout[kPieces];
@@ -44,14 +45,11 @@ struct Preprocess : BackwardTiles<Element, kHeadDim> {
       if (thread % 8 == 0 && i < rows) static_cast<float*>(params.delta)[statistics + i] = delta;
       if constexpr (kSink) differentiate_sink(params, batch, head, row, i, of_dout, delta, thread, sums);
     }
-    if constexpr (kSink) {
-      store_sums(params, Tiles::row_tile(problem, batch, head, turn.tile), sums, shared, thread);
-      sync_block();  // the gradients of the sinks' scores have come
-    }
+    if constexpr (kSink) store_sums(params, Tiles::row_tile(problem, batch, head, turn.tile), sums, shared, thread);
     if (params.dq_scratch) {
       const typename Tiles::DqMma mma;
       auto dq = zeros<kRows, kHeadDim>(mma);
-      if constexpr (kSink)
+      if constexpr (kSink)  // what the rows' sinks have comes from before the last barrier
         add_sinks_to_dq<Element>(params, batch, head, row, coordinates<kRows, kHeadDim>(mma, thread), as_matrix(dq));
       float* dq_sums = Tiles::dq_sums(params, Tiles::row_tile(problem, batch, head, turn.tile)) + thread;
       CUTE_UNROLL
@@ -91,13 +89,13 @@ struct Preprocess : BackwardTiles<Element, kHeadDim> {
       static_cast<float*>(params.sink_weight)[statistics] = weight;
       static_cast<float*>(params.sink_ds)[statistics] = ds;
     }
-    if (d != visible.document(row) || d >= row + visible.offset) return;
+    if (d >= row + visible.offset) return;  // it begins within the tile; of those before, rows see one alone
     CUTE_UNROLL
     for (int piece = 0; piece < kPieces; ++piece) sums.add(piece, ds, of_q[piece], weight, of_dout[piece]);
   }
 
   // Adds up the sums of all threads that share columns, and writes the tile's. Of four lanes, 8 apart, each is left
-  // with the sum of one line.
+  // with the sum of one line. A barrier stands between its two halves.
   DEVICE static void store_sums(const BackwardParams& params, int row_tile, const SinkSums<Element, kPieces>& sums,
                                 Shared& shared, int thread) {
     const bool of_values = thread & 16, last_half = thread & 8;
@@ -116,7 +114,7 @@ struct Preprocess : BackwardTiles<Element, kHeadDim> {
       Four& part = shared.parts[thread / 32][thread % 32 / 8 * Lines::kPieces + piece * 8 + thread % 8];
       Move<uint128_t>::copy(reinterpret_cast<const uint128_t&>(four), reinterpret_cast<uint128_t&>(part));
     }
-    sync_block();  // all warps' sums have come
+    sync_block();  // all warps' sums have come, and the gradients of the sinks' scores
     if (thread >= Lines::kFours) return;
     alignas(16) float total[4] = {};
     Lines::template sum<kThreads / 32>(shared.parts[0], thread, total);

@@ -47,7 +47,6 @@ struct Visibility {
   DEVICE int last_row_end(int key) const {
     key = cute::min(key, seqlen - 1 + offset);
     const int d = document(cute::max(key - offset, 0));
-    if (d > key) return 0;
     return cute::min(longlora::last_row_end(key, d, group_size, shifted, window) - offset, seqlen);
   }
 

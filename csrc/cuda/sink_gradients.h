@@ -63,6 +63,7 @@ struct SinkGradients {
     const int key = turn.tile * kKeys, thread = threadIdx.x;
     find_rows(params, turn.batch, key, shared, thread);
     sync_block();  // the rows of all keys are found
+    CUTE_NO_UNROLL
     for (int j = 0; j < kKeys; ++j) {
       int end;
       Move<int>::copy(shared.row_ends[j], end);
@@ -118,11 +119,10 @@ struct SinkGradients {
       const Visibility visible(problem, batch, head);
       const int own_row = d - visible.offset;
       const int begin = first_of(cute::max(own_row, 0), end, [&](int row) { return visible.sees_sink_of(row, d); });
-      const int later_tile = own_row < 0 ? 0 : own_row / kRows + 1;
+      const int later_tile = own_row < 0 ? 0 : own_row / kRows + 1;  // tiles that see it as the sink before them
       if (piece * 8 < problem.head_dim)
         sum_rows(params, batch, head, begin + group, cute::min(end, later_tile * kRows), piece * 8, sums);
-      if (begin < end)
-        sum_tiles(params, batch, head, cute::max(begin / kRows, later_tile) + group, (end - 1) / kRows, piece, lines);
+      sum_tiles(params, batch, head, later_tile + group, (end - 1) / kRows, piece, lines);
     }
     CUTE_UNROLL
     for (int line = 0; line < 4; ++line) {

@@ -13,8 +13,8 @@ import numpy as np
 import simt_build
 
 # Several tiles in every direction, ragged, some begun before the first token; but few blocks, for ThreadSanitizer to
-# follow each of their threads. Groups begin within tiles, so that a sink has rows in its own tile and in later ones.
-BATCH, SEQLEN, HEADS, KV_HEADS, GROUP_SIZE, HEAD_DIM = 1, 300, 2, 1, 180, 56
+# follow each of their threads. With a sink also a window, so that it has rows in its own tile and in later ones.
+BATCH, SEQLEN, HEADS, KV_HEADS, GROUP_SIZE, HEAD_DIM = 1, 300, 2, 1, 256, 56
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
             head_dim=HEAD_DIM,
             group_size=GROUP_SIZE,
             first_shifted_head=1,
-            window=SEQLEN,
+            window=25 if sink else SEQLEN,
             sink=sink,
             scale=HEAD_DIM**-0.5,
             doc_start=0 if doc_start is None else doc_start.ctypes.data,

@@ -174,16 +174,17 @@ def test_sinks_of_a_narrow_head(module: ModuleType, config: Config) -> None:
             check(module, Problem(**shape, head_dim=head_dim, dtype=DTYPES[config.dtype]), None, deterministic)
 
 
+@pytest.mark.parametrize("group_size", [90, 400])
 @pytest.mark.parametrize("began", [-3, -200, -(2**28)])
-def test_documents_that_began_before_the_keys(module: ModuleType, config: Config, began: int) -> None:
+def test_documents_that_began_before_the_keys(module: ModuleType, config: Config, began: int, group_size: int) -> None:
     """They see no sink, where the kernels are asked for one all the same."""
-    shape = {"seqlen": 200, "seqlen_k": 260, "heads": 2, "kv_heads": 1, "group_size": 90}
+    shape = {"seqlen": 200, "seqlen_k": 260, "heads": 2, "kv_heads": 1, "group_size": group_size}
     problem = Problem(**shape, head_dim=config.head_dim, dtype=DTYPES[config.dtype])
     doc_start = torch.full((1, 200), began, dtype=torch.int32)
     check(module, problem, doc_start)
     q, k, v = problem.tensors()
-    without, with_sink = (simt_kernels.forward(module, q, k, v, 90, doc_start, sink=sink)[0] for sink in (False, True))
-    assert torch.equal(without, with_sink)
+    outs = [simt_kernels.forward(module, q, k, v, group_size, doc_start, sink=sink)[0] for sink in (False, True)]
+    assert torch.equal(*outs)
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["atomic", "deterministic"])
@@ -470,7 +471,7 @@ def seen_tiles(problem: Problem, doc_start: Tensor | None, keys: int) -> int:
 @pytest.mark.parametrize("documents", [False, True], ids=["whole", "documents"])
 @pytest.mark.parametrize(
     "pattern",
-    [{}, {"sink": True, "window": 140}, {"sink": True, "seqlen_k": 777}, {"seqlen_k": 650}],
+    [{}, {"sink": True, "window": 129}, {"sink": True, "seqlen_k": 777}, {"seqlen_k": 650}],
     ids=["groups", "window", "last", "last, whose unshifted groups begin first"],
 )
 def test_no_instruction_more_than_needed(
@@ -536,18 +537,15 @@ def test_each_site_is_needed(module: ModuleType, config: Config) -> None:
     """Without any one barrier, commit or wait the kernels are stopped or wrong, for one of a few seeds at least."""
     problem = Problem(seqlen=TOKENS[config.head_dim], heads=2, kv_heads=1, head_dim=config.head_dim)
     q, k, v = (x.to(DTYPES[config.dtype]) for x in problem.tensors())
-    dout = torch.randn_like(q)
+    dout, packed = torch.randn_like(q), starts_of([55, problem.seqlen - 55])[None]
 
     def results(deterministic: bool) -> tuple[Tensor, ...]:
-        """Of dense attention, and of groups with a sink."""
-        runs = (problem.seqlen, {}), (100, {"sink": True})
-        return sum(
-            (
-                outputs_and_grads(Run(module, size, None, pattern, deterministic), q, k, v, dout)
-                for size, pattern in runs
-            ),
-            (),
+        """Of dense attention, and of groups with two sinks in a tile of keys."""
+        runs = (
+            Run(module, problem.seqlen, None, {}, deterministic),
+            Run(module, 100, packed, {"sink": True}, deterministic),
         )
+        return sum((outputs_and_grads(run, q, k, v, dout) for run in runs), ())
 
     module.configure()
     right = {deterministic: results(deterministic) for deterministic in (False, True)}

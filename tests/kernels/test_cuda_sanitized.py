@@ -27,6 +27,7 @@ MUTANTS = {
     "scratch of whole tiles": Mutant(
         "cuda/dispatch.cu", "(problem.seqlen + rows - 1) / rows", "problem.seqlen / rows", "address"
     ),
+    "columns of a sink's rows": Mutant("cuda/sink_gradients.h", "piece * 8 < problem.head_dim", "true", "address"),
     "sinks past the end": Mutant("cuda/bwd_pre_post.h", "row + i < visible.seqlen", "true", "address"),
     "sums of sinks of all tiles": Mutant("cuda/sink_gradients.h", "int64_t{row_tile} * kFloats", "0", "thread"),
     "sums without atomics": Mutant(
