@@ -18,14 +18,17 @@ from providers import Point
 
 
 def small_problems(device: str) -> None:
-    """Each head dim that has kernels of its own and one between, both dtypes, GQA, documents, a ragged end."""
+    """Each head dim with kernels of its own and one between, both dtypes, and whatever a call may ask for."""
     for head_dim, dtype, deterministic in product((40, 64, 128, 256), ("bfloat16", "float16"), (False, True)):
         point = Point(device, dtype, head_dim, heads=4, kv_heads=2, seqlen=333, batch=2, group_size=128)
         documents = torch.arange(333, dtype=torch.int32).div(100, rounding_mode="floor").mul(100).expand(2, -1)
-        for doc_start in (None, documents.contiguous().to(device)):
+        cases = (0, None, {}), (0, documents, {"sink": True}), (150, None, {"sink": True, "window": 70})
+        for before, doc_start, pattern in cases:
             q, k, v, dout = point.tensors()
-            out = s2attn(q, k, v, point.group_size, doc_start, deterministic=deterministic)
-            results = out, *torch.autograd.grad(out, (q, k, v), dout)
+            doc_start = None if doc_start is None else doc_start.contiguous().to(device)
+            pattern |= {"deterministic": deterministic, "return_lse": True}
+            out, lse = s2attn(q[:, before:], k, v, point.group_size, doc_start, **pattern)
+            results = out, lse, *torch.autograd.grad((out, lse), (q, k, v), (dout[:, before:], torch.ones_like(lse)))
             if not all(x.isfinite().all() for x in results):
                 raise SystemExit(f"not finite: {point}")
     print("all results are finite")

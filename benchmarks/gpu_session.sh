@@ -99,7 +99,7 @@ else
   wait
   # How fast is it? Each alone.
   step benchmark 150 python3 benchmarks/attention.py --rounds 10 --seconds 0.7 \
-    --providers dense_flash dense_cudnn rolled_flash rolled_cudnn original groups_flash \
+    --providers ours_sink dense_flash dense_cudnn rolled_flash rolled_cudnn original groups_flash \
     --output "$out/attention_cuda.json"
   # Mangled names carry the namespace. The clocks stay as they are.
   step profile 50 ncu --set full --clock-control none --kernel-name-base mangled --kernel-name regex:longlora \

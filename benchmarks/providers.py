@@ -52,11 +52,15 @@ class Pattern:
     group_size: int
     first_shifted_head: int
     wraps: bool = False  # the last half group attends together with the first, as rolling has it
+    sink: bool = False  # rows see the first token as well
 
     def pairs(self, point: Point) -> int:
         """(query, key) pairs that are attended."""
         unshifted = causal_pairs(point.seqlen, self.group_size)
         shifted = unshifted if self.wraps else causal_pairs(point.seqlen, self.group_size, self.group_size // 2)
+        if self.sink:  # one more a row, but for those of the first group
+            unshifted += max(0, point.seqlen - self.group_size)
+            shifted += max(0, point.seqlen - self.group_size // 2)
         of_heads = self.first_shifted_head * unshifted + (point.heads - self.first_shifted_head) * shifted
         return point.batch * of_heads
 
@@ -76,6 +80,10 @@ def s2_pattern(point: Point) -> Pattern:
     return Pattern(point.group_size, point.heads // 2)
 
 
+def sink_pattern(point: Point) -> Pattern:
+    return replace(s2_pattern(point), sink=True)
+
+
 def rolled_pattern(point: Point) -> Pattern:
     return replace(s2_pattern(point), wraps=True)
 
@@ -86,6 +94,10 @@ def groups_pattern(point: Point) -> Pattern:
 
 def ours(point: Point) -> Attention:
     return lambda q, k, v: s2attn(q, k, v, point.group_size)
+
+
+def ours_with_sink(point: Point) -> Attention:
+    return lambda q, k, v: s2attn(q, k, v, point.group_size, sink=True)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend | None) -> Tensor:
@@ -204,6 +216,7 @@ FLASH, CUDNN = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
 
 PROVIDERS = {
     "ours": Provider("ours", ours, s2_pattern, ("cpu", "cuda")),
+    "ours_sink": Provider("ours, with the sink", ours_with_sink, sink_pattern, ("cpu", "cuda")),
     "dense": Provider("dense SDPA", partial(dense, backend=None), dense_pattern, ("cpu",)),
     "dense_flash": Provider("dense, flash", partial(dense, backend=FLASH), dense_pattern),
     "dense_cudnn": Provider("dense, cuDNN", partial(dense, backend=CUDNN), dense_pattern),

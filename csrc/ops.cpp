@@ -58,16 +58,15 @@ Tensor readable(const Tensor& tensor) {
 
 // What differs between the devices:
 //   kAlignment, kRowStrides        what a row must begin at, in bytes; the bound of how many elements it is to the next
-//   kTakesDlse                     whether the backward takes a gradient of lse
 //   why_unsupported_dtype          why there are no kernels for a dtype, or nothing
 //   why_unsupported                why they do not run on that one of the devices, or nothing: a launch asks by itself
 //   check_problem                  what else a kernel relies on
 //   dq_scratch_floats              fp32 scratch for backward
+//   sink_sums_floats               more of it
 //   forward, backward              the launch
 struct Cpu {
   static constexpr size_t kAlignment = 1;
   static constexpr int64_t kRowStrides = INT64_MAX;
-  static constexpr bool kTakesDlse = true;
 
   static std::string why_unsupported_dtype(ScalarType dtype) {
     if (dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
@@ -81,6 +80,8 @@ struct Cpu {
   static void check_problem(const Problem& problem) { check_doc_start_values(problem); }
 
   static int64_t dq_scratch_floats(const Problem&, bool /*deterministic*/) { return 0; }
+
+  static int64_t sink_sums_floats(const Problem&) { return 0; }
 
   static void forward(const ForwardParams& params, const Tensor& q) {
     cpu::best_kernels().forward[static_cast<int>(dtype_of(q))](params);
@@ -97,9 +98,8 @@ struct Cpu {
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 struct Cuda {
-  static constexpr size_t kAlignment = 16;         // one cp.async, one vector store
-  static constexpr int64_t kRowStrides = 1 << 23;  // inside of a tile of 128 rows, 32 bits count
-  static constexpr bool kTakesDlse = false;
+  static constexpr size_t kAlignment = 16;              // one cp.async, one vector store
+  static constexpr int64_t kRowStrides = 1 << 23;       // inside of a tile of 128 rows, 32 bits count
   static constexpr int64_t kSequenceLengths = 1 << 29;  // as they do inside of a sequence, up to four times its length
 
   static std::string why_unsupported_dtype(ScalarType dtype) {
@@ -114,11 +114,7 @@ struct Cuda {
 
   // Not what doc_start says: to look would be to wait for the stream. Kernels clamp it: a wrong value gives a wrong
   // number or NaN, never a wild access.
-  static void check_problem(Problem& problem) {
-    check(!problem.sink, "sink=True has kernels on the CPU alone, so far");
-    check(problem.window == problem.seqlen_k, "a window has kernels on the CPU alone, so far");
-    check(problem.seqlen == problem.seqlen_k, "fewer queries than keys have kernels on the CPU alone, so far");
-    problem.group_size = clamp_group_size(problem.group_size, problem.seqlen);
+  static void check_problem(const Problem& problem) {
     check(problem.seqlen_k < kSequenceLengths, "seqlen must be below ", kSequenceLengths, " on CUDA, but is ",
           problem.seqlen_k);
     check(problem.heads * problem.head_dim < kRowStrides, "heads * head_dim must be below ", kRowStrides,
@@ -128,6 +124,8 @@ struct Cuda {
   static int64_t dq_scratch_floats(const Problem& problem, bool deterministic) {
     return cuda::dq_scratch_floats(problem, deterministic);
   }
+
+  static int64_t sink_sums_floats(const Problem& problem) { return cuda::sink_sums_floats(problem); }
 
   static void forward(const ForwardParams& params, const Tensor& q) {
     on_current_stream(q, [&](void* stream) { cuda::forward(params, dtype_of(q), stream); });
@@ -177,7 +175,7 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, int64_t group_s
                                    bool sink, std::optional<int64_t> window) {
   check_supported(Device::why_unsupported_dtype(q.scalar_type()));
   doc_start = contiguous(doc_start);
-  Problem problem = make_problem(q, k, v, group_size, first_shifted_head, doc_start, scale, sink, window);
+  const Problem problem = make_problem(q, k, v, group_size, first_shifted_head, doc_start, scale, sink, window);
   Device::check_problem(problem);
   q = readable<Device>(q);
   k = readable<Device>(k);
@@ -197,7 +195,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, Tensor q, Tensor k, Ten
   check_supported(Device::why_unsupported_dtype(q.scalar_type()));
   doc_start = contiguous(doc_start);
   dlse = contiguous(dlse);
-  Problem problem = make_problem(q, k, v, group_size, first_shifted_head, doc_start, scale, sink, window);
+  const Problem problem = make_problem(q, k, v, group_size, first_shifted_head, doc_start, scale, sink, window);
   Device::check_problem(problem);
   check(same_shape(dout, q), "dout must have q's shape ", shape_of(q), ", but is ", shape_of(dout));
   check(same_shape(out, q), "out must have q's shape ", shape_of(q), ", but is ", shape_of(out));
@@ -208,7 +206,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, Tensor q, Tensor k, Ten
         torch::headeronly::toString(lse.scalar_type()));
   check(lse.dim() == 3 && lse.size(0) == q.size(0) && lse.size(1) == q.size(2) && lse.size(2) == q.size(1),
         "lse must be the forward's, of shape [batch, heads, seqlen], but is ", shape_of(lse));
-  check(!dlse || Device::kTakesDlse, "a gradient of lse has kernels on the CPU alone, so far");
   check(!dlse || (same_shape(*dlse, lse) && dlse->scalar_type() == lse.scalar_type() && dlse->device() == lse.device()),
         "dlse must be like lse: on q's device, of lse's dtype and shape ", shape_of(lse));
   dout = readable<Device>(dout);
@@ -225,10 +222,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, Tensor q, Tensor k, Ten
   Tensor sink_weight = empty_row_stats(q, sink);
   Tensor sink_ds = empty_row_stats(q, sink);
   Tensor dq_scratch = empty_floats(q, Device::dq_scratch_floats(problem, deterministic));
-  Device::backward({problem, view_of(dout), view_of(q), view_of(k), view_of(v), view_of(out), view_of(dq), view_of(dk),
-                    view_of(dv), lse.data_ptr(), dlse ? dlse->data_ptr() : nullptr, delta.data_ptr(),
-                    sink_weight.data_ptr(), sink_ds.data_ptr(), static_cast<float*>(dq_scratch.data_ptr())},
-                   q, deterministic);
+  Tensor sink_sums = empty_floats(q, Device::sink_sums_floats(problem));
+  Device::backward(
+      {problem, view_of(dout), view_of(q), view_of(k), view_of(v), view_of(out), view_of(dq), view_of(dk), view_of(dv),
+       lse.data_ptr(), dlse ? dlse->data_ptr() : nullptr, delta.data_ptr(), sink_weight.data_ptr(), sink_ds.data_ptr(),
+       static_cast<float*>(dq_scratch.data_ptr()), static_cast<float*>(sink_sums.data_ptr())},
+      q, deterministic);
   return {dq, dk, dv};
 }
 

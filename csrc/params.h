@@ -48,6 +48,7 @@ struct BackwardParams {
   void* sink_weight;  // scratch like lse, where there is a sink: its weight, and the gradient of its score
   void* sink_ds;
   float* dq_scratch;  // CUDA: as many as cuda::dq_scratch_floats says
+  float* sink_sums;   // CUDA: as many as cuda::sink_sums_floats says
 };
 
 }  // namespace longlora

@@ -227,7 +227,7 @@ def _dense_eval(
     tokens, keys = query.shape[2], key.shape[2]
     if tokens != keys:
         # A prompt in parts: whatever positions say, it goes on with all that the cache holds.
-        if _has_kernel(query, plain=False):
+        if _has_kernel(query):
             return _dense(query, key, value, None, told.window, scaling)
         real = torch.zeros((1, keys), dtype=torch.int32, device=query.device)
         rows = dense_mask(real, None, told.window)[:, :, keys - tokens :]
@@ -238,21 +238,16 @@ def _dense_eval(
     # Compiled code cannot ask whether there are several.
     several = documents is not None and (torch.compiler.is_compiling() or bool(documents.any()))
     if padding is None and (several or told.window is not None):
-        if _has_kernel(query, plain=told.window is None):
+        if _has_kernel(query):
             return _dense(query, key, value, documents, told.window, scaling)
         padding = torch.zeros((query.shape[0], tokens), dtype=torch.int32, device=query.device)  # none
     mask = None if padding is None else dense_mask(padding, documents, told.window)
     return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling)
 
 
-def _has_kernel(query: torch.Tensor, plain: bool = True) -> bool:
-    """Whether the op computes a call of this device, dtype and head dim, where `sdpa` can stand in for it.
-
-    `plain`: with as many queries as keys and no window. Others have kernels on the CPU alone, so far.
-    """
+def _has_kernel(query: torch.Tensor) -> bool:
+    """Whether the op computes a call of this device, dtype and head dim, where `sdpa` can stand in for it."""
     device, dtype = query.device, query.dtype
-    if not plain and device.type != "cpu":
-        return False
     if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.type)
     return _runs(device, dtype, query.shape[-1])

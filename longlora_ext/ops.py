@@ -110,8 +110,6 @@ def s2attn(
         `return_lse` a tuple of it and the natural log-sum-exp, [B, H, N] of float32 (float64 for float64 inputs), which
         counts the sink. Both can be differentiated.
 
-        On CUDA `sink`, `window`, Nk > N and the gradient of the log-sum-exp have no kernels yet: they are errors.
-
     Raises:
         RuntimeError: for an argument that does not fit, named, before any work starts. Differentiating twice, or in
             forward mode, is refused as well.

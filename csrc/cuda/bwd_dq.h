@@ -15,7 +15,8 @@ struct BackwardDq : BackwardTiles<Element, kHeadDim> {
   DEVICE static void run(const BackwardParams& params, const Turn& turn, Shared& shared) {
     const Problem& problem = params.problem;
     const int batch = turn.batch, head = turn.head, row = turn.tile * kRows, thread = threadIdx.x;
-    const int seqlen = static_cast<int>(problem.seqlen), head_dim = static_cast<int>(problem.head_dim);
+    const int seqlen = static_cast<int>(problem.seqlen), seqlen_k = static_cast<int>(problem.seqlen_k);
+    const int head_dim = static_cast<int>(problem.head_dim);
     const int kv_head = static_cast<int>(head / (problem.heads / problem.kv_heads));
     const float scale_log2 = scale_log2_of(problem);
 
@@ -41,13 +42,13 @@ struct BackwardDq : BackwardTiles<Element, kHeadDim> {
     };
     const auto load_keys = [&](const TensorView& from, auto& tile, int n) ALWAYS_INLINE {
       load_tile<kThreads>(global_tile<Element, kKeys, kHeadDim>(from, batch, kv_head, n * kKeys), tile,
-                          seqlen - n * kKeys, head_dim, thread);
+                          seqlen_k - n * kKeys, head_dim, thread);
       commit_copies();
     };
 
     const Visibility visible(problem, batch, head);
     const RowTile rows(visible, row, kRows);
-    const int first_tile = rows.lowest / kKeys, last_tile = (cute::min(row + kRows, seqlen) - 1) / kKeys;
+    const int first_tile = rows.lowest / kKeys, last_tile = (cute::min(rows.own_key + kRows, seqlen_k) - 1) / kKeys;
     load_rows(params.q, q_tile);
     load_rows(params.dout, dout_tile);
     statistics.template load<kThreads>(params, batch, head, row, thread);
@@ -64,7 +65,7 @@ struct BackwardDq : BackwardTiles<Element, kHeadDim> {
       multiply(scores, scores_mma, q, k);
       auto score_matrix = as_matrix(scores);
       if (rows.masks(n * kKeys, kKeys))
-        apply_mask(score_matrix, where, [&](int i) { return visible.first_key(row + i); }, row, n * kKeys);
+        apply_mask(score_matrix, where, [&](int i) { return visible.first_key(row + i); }, rows.own_key, n * kKeys);
       statistics.normalize(score_matrix, where, scale_log2);
       auto dweights = zeros<kRows, kKeys>(scores_mma);
       multiply(dweights, scores_mma, dout, v);
@@ -77,6 +78,8 @@ struct BackwardDq : BackwardTiles<Element, kHeadDim> {
       if (n > first_tile) load_keys(params.k, k_tile, n - 1);
     }
 
+    if (problem.sink)
+      add_sinks_to_dq<Element>(params, batch, head, row, coordinates<kRows, kHeadDim>(dq_mma, thread), as_matrix(dq));
     scale_by(dq, static_cast<float>(problem.scale));
     store_tile<kThreads>(dq, dq_mma, q_tile, global_tile<Element, kRows, kHeadDim>(params.dq, batch, head, row),
                          seqlen - row, head_dim, thread);

@@ -8,6 +8,7 @@
 #include "mask.h"
 #include "scheduler.h"
 #include "shared_memory.h"
+#include "sink.h"
 #include "softmax.h"
 #include "tile_config.h"
 
@@ -34,7 +35,8 @@ struct BackwardTiles {
   // What tiles of query rows share are keys.
   static Schedule schedule(const Problem& problem) {
     const int64_t shared_bytes = 2 * kRowBytes / (problem.heads / problem.kv_heads);
-    return Schedule(problem, kRows, problem.heads, problem.first_shifted_head, std::max<int64_t>(1, shared_bytes));
+    return Schedule(problem, problem.seqlen, kRows, problem.heads, problem.first_shifted_head,
+                    std::max<int64_t>(1, shared_bytes));
   }
 
   // A tile of rows among those of all heads and sequences. Each has a block (of Preprocess): 32 bits count them.

@@ -47,6 +47,13 @@ DEVICE int thread_index() {
   return index;
 }
 
+// The same value, which the compiler takes for another: what follows from it is not kept in registers from where it
+// followed before.
+DEVICE int anew(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 DEVICE float shuffle_xor(float x, int lane_mask) { return __shfl_xor_sync(0xffffffffu, x, lane_mask); }
 
 // In global memory. The old value is not asked for: this is a `red`, not an `atom`.
@@ -94,6 +101,8 @@ DEVICE void wait_copies(const char* file = __builtin_FILE(), int line = __builti
 DEVICE float exp2_fast(float x) { return __builtin_exp2f(x); }
 
 DEVICE int thread_index() { return threadIdx.x; }
+
+DEVICE int anew(int value) { return value; }
 
 DEVICE float shuffle_xor(float x, int lane_mask) { return simt::shuffle_xor(x, lane_mask); }
 

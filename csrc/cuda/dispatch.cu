@@ -46,10 +46,17 @@ constexpr int kForwardBytes = sizeof(ForwardShared<uint16_t, kHeadDim>);
 template <int kHeadDim>
 constexpr int kBackwardBytes =
     std::max({sizeof(BackwardShared<uint16_t, kHeadDim>), sizeof(BackwardDqShared<uint16_t, kHeadDim>),
-              sizeof(PostprocessShared<uint16_t, kHeadDim>)});
+              sizeof(PostprocessShared<uint16_t, kHeadDim>), sizeof(PreprocessShared<kHeadDim>),
+              sizeof(SinkGradientsShared<kHeadDim>)});
 // By padded head dimension, as above.
 constexpr int kForwardSharedBytes[] = {kForwardBytes<64>, kForwardBytes<128>, kForwardBytes<256>};
 constexpr int kBackwardSharedBytes[] = {kBackwardBytes<64>, kBackwardBytes<128>, kBackwardBytes<256>};
+
+// Of the backward, in all heads and sequences.
+int64_t row_tiles(const Problem& problem) {
+  const int64_t rows = backward_tile(padded_head_dim(static_cast<int>(problem.head_dim))).rows;
+  return problem.batch * problem.heads * ((problem.seqlen + rows - 1) / rows);
+}
 
 void check_device(const Problem& problem, bool backward) {
   const std::string why = why_unsupported(-1, problem.head_dim, backward);
@@ -87,10 +94,13 @@ std::string why_unsupported(int device, int64_t head_dim, bool backward) {
 
 // dq is summed up in whole tiles.
 int64_t dq_scratch_floats(const Problem& problem, bool deterministic) {
-  if (deterministic) return 0;
   const int head_dim = padded_head_dim(static_cast<int>(problem.head_dim));
-  const int64_t rows = backward_tile(head_dim).rows;
-  return problem.batch * problem.heads * ((problem.seqlen + rows - 1) / rows * rows) * head_dim;
+  return deterministic ? 0 : row_tiles(problem) * backward_tile(head_dim).rows * head_dim;
+}
+
+// dk and dv of one sink for each tile of rows.
+int64_t sink_sums_floats(const Problem& problem) {
+  return problem.sink ? row_tiles(problem) * 2 * padded_head_dim(static_cast<int>(problem.head_dim)) : 0;
 }
 
 void forward(const ForwardParams& params, Dtype dtype, void* stream) {

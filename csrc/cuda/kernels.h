@@ -13,8 +13,11 @@ namespace longlora::cuda {
 std::string why_unsupported(int device, int64_t head_dim, bool backward);
 
 // How many floats BackwardParams::dq_scratch must hold; 0 where backward needs none. It is null then, and must be:
-// where there is scratch, backward begins by setting it to zero (prepare_rows).
+// where there is scratch, backward begins by setting it to zero (Preprocess).
 int64_t dq_scratch_floats(const Problem& problem, bool deterministic);
+
+// The same of BackwardParams::sink_sums.
+int64_t sink_sums_floats(const Problem& problem);
 
 // Queue the kernels on `stream`, a cudaStream_t of the current device, and return. Nothing is allocated and nothing
 // waited for, so both can be captured in a CUDA graph. `dtype` is kBFloat16 or kFloat16. Rows of all tensors begin at

@@ -20,22 +20,32 @@ struct QueryWalk {
 
   DEVICE QueryWalk(const Problem& problem, int batch, int kv_head, int key, int keys)
       : problem(problem), batch(batch), key(key), last_key(key + keys - 1) {
+    // Of keys before the first row's own, a head has no rows where their groups end too early: those of one kind of
+    // heads may, shifted or not, so the first heads or the last ones, or all.
     const int heads_per_kv = static_cast<int>(problem.heads / problem.kv_heads);
-    last_head = kv_head * heads_per_kv + heads_per_kv - 1;
-    begin(kv_head * heads_per_kv);
+    const int first = kv_head * heads_per_kv, end = first + heads_per_kv;
+    const int first_shifted = cute::max(first, cute::min(static_cast<int>(problem.first_shifted_head), end));
+    begin(end - 1);
+    last_head = sees() ? end - 1 : first_shifted - 1;
+    begin(first);
+    if (!sees()) begin(first_shifted);
   }
   DEVICE Visibility visible() const { return Visibility(problem, batch, head); }
   DEVICE void begin(int next_head) {
     head = next_head;
-    tile = key / kRows;
+    tile = cute::max(key - visible().offset, 0) / kRows;
     first_end = visible().last_row_end(key);
     last_end = visible().last_row_end(last_key);
   }
   DEVICE bool ended() const { return head > last_head; }
   // Rows see ever later keys, so the first tile that begins past all of these ends a head's turn.
   DEVICE void next() {
-    const int row = ++tile * kRows;
-    if (row >= last_end || visible().document(row) > last_key) begin(head + 1);
+    ++tile;
+    if (!sees()) begin(head + 1);
+  }
+  DEVICE bool sees() const {
+    const int row = tile * kRows;
+    return row < last_end && visible().document(row) <= last_key;
   }
   // Whether some row of the tile does not see the first of the keys.
   DEVICE bool masks_first() const {
@@ -56,7 +66,8 @@ struct Backward : BackwardTiles<Element, kHeadDim> {
   // What tiles of keys share are q, dout and the sums of dq.
   static Schedule schedule(const Problem& problem) {
     const int64_t heads_per_kv = problem.heads / problem.kv_heads;
-    return Schedule(problem, kKeys, problem.kv_heads, (problem.first_shifted_head + heads_per_kv - 1) / heads_per_kv,
+    return Schedule(problem, problem.seqlen_k, kKeys, problem.kv_heads,
+                    (problem.first_shifted_head + heads_per_kv - 1) / heads_per_kv,
                     4 * Tiles::kRowBytes * heads_per_kv);
   }
 
@@ -81,7 +92,8 @@ struct Backward : BackwardTiles<Element, kHeadDim> {
   DEVICE static void run(const BackwardParams& params, const Turn& turn, Shared& shared) {
     const Problem& problem = params.problem;
     const int batch = turn.batch, kv_head = turn.head, key = turn.tile * kKeys, thread = threadIdx.x;
-    const int seqlen = static_cast<int>(problem.seqlen), head_dim = static_cast<int>(problem.head_dim);
+    const int seqlen = static_cast<int>(problem.seqlen), seqlen_k = static_cast<int>(problem.seqlen_k);
+    const int head_dim = static_cast<int>(problem.head_dim);
     const float scale_log2 = scale_log2_of(problem);
 
     const auto q_tile = make_tensor(make_smem_ptr(shared.q), typename Tiles::RowsTile{});
@@ -119,18 +131,20 @@ struct Backward : BackwardTiles<Element, kHeadDim> {
     };
 
     QueryWalk<kRows> walk(problem, batch, kv_head, key, kKeys);
-    load_tile<kThreads>(global_tile<Element, kKeys, kHeadDim>(params.k, batch, kv_head, key), k_tile, seqlen - key,
-                        head_dim, thread);
-    load_tile<kThreads>(global_tile<Element, kKeys, kHeadDim>(params.v, batch, kv_head, key), v_tile, seqlen - key,
-                        head_dim, thread);
-    load_stage(walk, 0);
+    if (!walk.ended()) {
+      load_tile<kThreads>(global_tile<Element, kKeys, kHeadDim>(params.k, batch, kv_head, key), k_tile, seqlen_k - key,
+                          head_dim, thread);
+      load_tile<kThreads>(global_tile<Element, kKeys, kHeadDim>(params.v, batch, kv_head, key), v_tile, seqlen_k - key,
+                          head_dim, thread);
+      load_stage(walk, 0);
+    }
 
     auto dk = zeros<kKeys, kHeadDim>(dkv_mma);
     auto dv = zeros<kKeys, kHeadDim>(dkv_mma);
     const auto where = coordinates<kRows, kKeys>(scores_mma, thread);
     Stage stage(shared);
     while (!walk.ended()) {
-      const int head = walk.head, row = walk.tile * kRows;
+      const int head = walk.head, row = walk.tile * kRows, own_key = row + seqlen_k - seqlen;
       const int row_tile = Tiles::row_tile(problem, batch, head, walk.tile);
       const bool masks_first = walk.masks_first();
       walk.next();
@@ -141,10 +155,10 @@ struct Backward : BackwardTiles<Element, kHeadDim> {
       auto scores = zeros<kRows, kKeys>(scores_mma);
       multiply(scores, scores_mma, q, k);
       auto score_matrix = as_matrix(scores);
-      if (masks_first || key + kKeys - 1 > row) {
+      if (masks_first || key + kKeys - 1 > own_key) {
         const Visibility visible(problem, batch, head);
         const auto first_key = [&](int i) { return masks_first ? visible.first_key(row + i) : key; };
-        apply_mask(score_matrix, where, first_key, row, key);
+        apply_mask(score_matrix, where, first_key, own_key, key);
       }
       stage.statistics.normalize(score_matrix, where, scale_log2);
       share(scores, scores_mma, weights_tile, thread);
@@ -179,9 +193,9 @@ struct Backward : BackwardTiles<Element, kHeadDim> {
     // dk and dv take the places of k and v, which were last read before the loop's last barrier, but for dq.
     if constexpr (kWithDq) sync_block();
     store_tile<kThreads>(dk, dkv_mma, k_tile, global_tile<Element, kKeys, kHeadDim>(params.dk, batch, kv_head, key),
-                         seqlen - key, head_dim, thread);
+                         seqlen_k - key, head_dim, thread);
     store_tile<kThreads>(dv, dkv_mma, v_tile, global_tile<Element, kKeys, kHeadDim>(params.dv, batch, kv_head, key),
-                         seqlen - key, head_dim, thread);
+                         seqlen_k - key, head_dim, thread);
   }
 };
 

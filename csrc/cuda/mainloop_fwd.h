@@ -11,6 +11,7 @@
 #include "mask.h"
 #include "scheduler.h"
 #include "shared_memory.h"
+#include "sink.h"
 #include "softmax.h"
 #include "tile_config.h"
 
@@ -29,7 +30,8 @@ struct Forward {
 
   static Schedule schedule(const Problem& problem) {
     const int64_t bytes_of_keys = 2 * sizeof(Element) * kHeadDim * problem.kv_heads / problem.heads;
-    return Schedule(problem, kRows, problem.heads, problem.first_shifted_head, std::max<int64_t>(1, bytes_of_keys));
+    return Schedule(problem, problem.seqlen, kRows, problem.heads, problem.first_shifted_head,
+                    std::max<int64_t>(1, bytes_of_keys));
   }
 
   DEVICE static void run(const ForwardParams& params, const Turn& turn, Shared& shared) {
@@ -43,10 +45,16 @@ struct Forward {
     OnlineSoftmax<decltype(size<0>(out_matrix))::value> softmax(scale_log2_of(problem));
     sum_over_keys(params, visible, turn.batch, turn.head, row, shared, thread_index(), out, softmax);
 
-    float lse[decltype(size<0>(out_matrix))::value];
-    softmax.finish(out_matrix, lse);
     const int thread = thread_index();
     const auto where = coordinates<kRows, kHeadDim>(mma, thread);
+    const auto q_tile = make_tensor(make_smem_ptr(shared.q), QueryTile{});
+    if (problem.sink) {
+      add_sinks<Element>(params, anew(turn.batch), anew(turn.head), row, q_tile, FirstKeys<kRows>{shared.first_keys},
+                         where, thread, out_matrix, softmax);
+      sync_block();  // nobody reads the queries any more
+    }
+    float lse[decltype(size<0>(out_matrix))::value];
+    softmax.finish(out_matrix, lse);
     float* lse_out =
         static_cast<float*>(params.lse) + (int64_t{turn.batch} * problem.heads + turn.head) * problem.seqlen;
     CUTE_UNROLL
@@ -54,20 +62,20 @@ struct Forward {
       const int i = get<0>(where(m, 0));
       if (get<1>(where(m, 0)) == 0 && i < rows) lse_out[row + i] = lse[m];
     }
-    // The loop's last barrier came after the last read of the queries, whose place the output takes.
-    store_tile<kThreads>(out, mma, make_tensor(make_smem_ptr(shared.q), QueryTile{}),
+    // The last barrier came after the last read of the queries, whose place the output takes.
+    store_tile<kThreads>(out, mma, q_tile,
                          global_tile<Element, kRows, kHeadDim>(params.out, turn.batch, turn.head, row), rows,
                          static_cast<int>(problem.head_dim), thread);
   }
 
  private:
-  // `out` and `softmax` come back with the sums over all keys, not yet divided. The tile of queries is free after a
-  // barrier.
+  // `out` and `softmax` come back with the sums over all keys, not yet divided. The tile of queries and the first keys
+  // stay in shared memory.
   template <class Out, class Softmax>
   DEVICE static void sum_over_keys(const ForwardParams& params, const Visibility& visible, int batch, int head, int row,
                                    Shared& shared, int thread, Out& out, Softmax& softmax) {
     const Problem& problem = params.problem;
-    const int seqlen = visible.seqlen, head_dim = static_cast<int>(problem.head_dim);
+    const int seqlen_k = visible.seqlen + visible.offset, head_dim = static_cast<int>(problem.head_dim);
     const int kv_head = static_cast<int>(head / (problem.heads / problem.kv_heads));
 
     const Mma mma;
@@ -81,13 +89,13 @@ struct Forward {
 
     const auto load_keys = [&](const TensorView& from, auto& tile, int n) ALWAYS_INLINE {
       load_tile<kThreads>(global_tile<Element, kKeys, kHeadDim>(from, batch, kv_head, n * kKeys), tile,
-                          seqlen - n * kKeys, head_dim, thread);
+                          seqlen_k - n * kKeys, head_dim, thread);
       commit_copies();
     };
 
     const auto where = coordinates<kRows, kKeys>(mma, thread);
     const RowTile rows(visible, row, kRows);
-    const int first_tile = rows.lowest / kKeys, last_tile = (cute::min(row + kRows, seqlen) - 1) / kKeys;
+    const int first_tile = rows.lowest / kKeys, last_tile = (cute::min(rows.own_key + kRows, seqlen_k) - 1) / kKeys;
 
     // K and V of a step are never needed at once: each is on its way while the other is multiplied. V is waited for
     // after the softmax: its fragments, fetched among the exponentials, would be too much for the registers.
@@ -98,7 +106,7 @@ struct Forward {
       auto scores = zeros<kRows, kKeys>(mma);
       multiply(scores, mma, q, k);
       auto score_matrix = as_matrix(scores);
-      if constexpr (masked) apply_mask(score_matrix, where, first_keys, row, n * kKeys);
+      if constexpr (masked) apply_mask(score_matrix, where, first_keys, rows.own_key, n * kKeys);
       softmax.add(score_matrix, as_matrix(out));
       auto weights = operand_from<Element>(scores);
       wait_copies<0>();
@@ -108,7 +116,7 @@ struct Forward {
     };
 
     first_keys.template fill<kThreads>(visible, row, thread);
-    load_tile<kThreads>(global_tile<Element, kRows, kHeadDim>(params.q, batch, head, row), q_tile, seqlen - row,
+    load_tile<kThreads>(global_tile<Element, kRows, kHeadDim>(params.q, batch, head, row), q_tile, visible.seqlen - row,
                         head_dim, thread);
     load_keys(params.k, k_tile, last_tile);
     for (int n = last_tile; n >= first_tile;) {

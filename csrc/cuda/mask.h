@@ -10,47 +10,67 @@
 
 namespace longlora::cuda {
 
-// One head of one sequence: row i sees the keys first_key(i)..i.
+// One head of one sequence: row i sees the keys first_key(i)..offset + i, the last of which is its own.
 struct Visibility {
+  static constexpr int kFarthest = -(1 << 29);
+
   const int32_t* doc_start;  // of this sequence, or null
-  int seqlen;
+  int seqlen;                // of the queries
+  int offset;                // the key that is row 0's own
   int group_size;
+  int window;
   bool shifted;
 
   DEVICE Visibility(const Problem& problem, int64_t batch, int head)
       : doc_start(problem.doc_start ? problem.doc_start + batch * problem.seqlen : nullptr),
         seqlen(static_cast<int>(problem.seqlen)),
+        offset(static_cast<int>(problem.seqlen_k) - static_cast<int>(problem.seqlen)),
         group_size(static_cast<int>(problem.group_size)),
+        window(static_cast<int>(problem.window)),
         shifted(head >= problem.first_shifted_head) {}
 
   // A row past the end counts as the last one, here and below. What doc_start holds is clamped, so that whatever it is,
   // no key outside the row is ever read.
   DEVICE int document(int row) const {
     row = cute::min(row, seqlen - 1);
-    return doc_start ? cute::max(0, cute::min(doc_start[row], row)) : 0;
+    return doc_start ? cute::max(+kFarthest, cute::min(doc_start[row], row + offset)) : 0;
   }
-  DEVICE int first_key(int row) const {
-    return longlora::group_start(cute::min(row, seqlen - 1), document(row), group_size, shifted);
+  DEVICE int first_key(int row) const { return first_key_in(row, document(row)); }
+  // Whether a row of document `d` sees its first token besides; and that token, or -1 where it does not.
+  DEVICE bool sees_sink_of(int row, int d) const { return sees_sink(first_key_in(row, d), d); }
+  DEVICE int sink(int row) const {
+    const int d = document(row);
+    return sees_sink_of(row, d) ? d : -1;
   }
-  // Rows from here on do not see `key`. Before, those do not that are in a later document.
+  // Rows from here on do not see `key`. Before, those do not that are in a later document. The document of a key before
+  // the first row's own is the first row's, if any row sees it.
   DEVICE int last_row_end(int key) const {
-    key = cute::min(key, seqlen - 1);
-    return cute::min(longlora::group_end(key, document(key), group_size, shifted), seqlen);
+    key = cute::min(key, seqlen - 1 + offset);
+    const int d = document(cute::max(key - offset, 0));
+    return cute::min(longlora::last_row_end(key, d, group_size, shifted, window) - offset, seqlen);
+  }
+
+ private:
+  DEVICE int first_key_in(int row, int d) const {
+    return longlora::first_key(cute::min(row, seqlen - 1) + offset, d, group_size, shifted, window);
   }
 };
 
 // A tile of query rows, by the first keys of its first and of its last row; those between lie between.
 struct RowTile {
-  int row;
+  int own_key;  // of its first row
   int rows;
   int lowest;
   int highest;
 
   DEVICE RowTile(const Visibility& visible, int row, int rows)
-      : row(row), rows(rows), lowest(visible.first_key(row)), highest(visible.first_key(row + rows - 1)) {}
+      : own_key(row + visible.offset),
+        rows(rows),
+        lowest(visible.first_key(row)),
+        highest(visible.first_key(row + rows - 1)) {}
 
   // Whether some row does not see some of the keys.
-  DEVICE bool masks(int key, int keys) const { return key + keys - 1 > row || key < highest; }
+  DEVICE bool masks(int key, int keys) const { return key + keys - 1 > own_key || key < highest; }
 };
 
 // The first keys of a tile's rows, in shared memory: only the few tiles that are masked read them, and registers that
@@ -72,14 +92,15 @@ struct FirstKeys {
   }
 };
 
-// Writes -inf over what a thread's rows do not see of a tile of scores. `first_key_of` takes a row of the tile.
+// Writes -inf over what a thread's rows do not see of a tile of scores. `first_key_of` takes a row of the tile;
+// `own_key` is that of the first row.
 template <class Scores, class Where, class FirstKeyOf>
-DEVICE void apply_mask(Scores& scores, const Where& where, const FirstKeyOf& first_key_of, int row, int key) {
+DEVICE void apply_mask(Scores& scores, const Where& where, const FirstKeyOf& first_key_of, int own_key, int key) {
   const int column = get<1>(where(0, 0));
   CUTE_UNROLL
   for (int m = 0; m < size<0>(scores); ++m) {
     const int i = get<0>(where(m, 0));
-    const int first = first_key_of(i) - key - column, last = row + i - key - column;
+    const int first = first_key_of(i) - key - column, last = own_key + i - key - column;
     CUTE_UNROLL
     for (int n = 0; n < size<1>(scores); ++n) {
       const int j = get<1>(where(m, n)) - column;

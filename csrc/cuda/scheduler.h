@@ -31,9 +31,11 @@ struct Schedule {
   int64_t section;         // pairs
   int64_t in_sections;     // pairs; the others are the last section
 
-  // `bytes_per_row`: what the tiles of a group share of each of its rows.
-  Schedule(const Problem& problem, int rows, int64_t heads, int64_t first_shifted_head, int64_t bytes_per_row)
-      : tiles(static_cast<int>((problem.seqlen + rows - 1) / rows)),
+  // Of `seqlen` rows, of queries or of keys, in tiles of `rows`. `bytes_per_row`: what the tiles of a group share of
+  // each of its rows.
+  Schedule(const Problem& problem, int64_t seqlen, int rows, int64_t heads, int64_t first_shifted_head,
+           int64_t bytes_per_row)
+      : tiles(static_cast<int>((seqlen + rows - 1) / rows)),
         tiles_per_group(std::min(tiles, static_cast<int>((problem.group_size + rows - 1) / rows))),
         groups((tiles + (first_shifted_head < heads ? tiles_per_group / 2 : 0) + tiles_per_group - 1) /
                tiles_per_group),

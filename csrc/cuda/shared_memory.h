@@ -47,6 +47,25 @@ struct alignas(128) PostprocessShared {
   Element dq[backward_tile(kHeadDim).rows * kHeadDim];
 };
 
+// Four numbers that are read and written at once.
+struct alignas(16) Four {
+  float values[4];
+};
+
+// Sums of dk and dv of a sink, to be added up. SinkLines says how each lies there.
+template <int kHeadDim>
+struct alignas(128) PreprocessShared {
+  Four parts[backward_tile(kHeadDim).warps][kHeadDim / 2];  // of each warp
+};
+
+template <int kHeadDim>
+struct alignas(128) SinkGradientsShared {
+  static constexpr int kThreads = 256;
+
+  Four parts[kThreads / (kHeadDim / 8)][kHeadDim / 2];  // of each group of threads
+  int row_ends[backward_tile(kHeadDim).keys];
+};
+
 struct NothingShared {};
 
 }  // namespace longlora::cuda

@@ -28,6 +28,12 @@ DEVICE float row_sum_of_four(float x) {
   return x + shuffle_xor(x, 2);
 }
 
+// The eight neighbours that do.
+DEVICE float row_sum_of_eight(float x) {
+  x = row_sum_of_four(x);
+  return x + shuffle_xor(x, 4);
+}
+
 // kRows are those of one thread. `scale_log2` is positive.
 template <int kRows>
 struct OnlineSoftmax {
@@ -69,6 +75,20 @@ struct OnlineSoftmax {
         sum[m] += scores(m, n);
       }
     }
+  }
+
+  // Takes one more score of row m into the sums, and returns its weight; `out` is rescaled as by `add`. All threads of
+  // the row have the score; one of them counts it.
+  template <class Out>
+  DEVICE float add_one(int m, float score, bool counts, Out&& out) {
+    const float highest = fmaxf(maximum[m], score);
+    const float shrink = exp2_fast((maximum[m] - highest) * scale_log2);
+    const float weight = exp2_fast((score - highest) * scale_log2);
+    sum[m] = sum[m] * shrink + (counts ? weight : 0.0f);
+    CUTE_UNROLL
+    for (int n = 0; n < size<1>(out); ++n) out(m, n) *= shrink;
+    maximum[m] = highest;
+    return weight;
   }
 
   // Divides by the sums and returns the log-sum-exp of row m in lse[m], natural logarithm.

@@ -37,14 +37,15 @@ PYBIND11_MODULE(simt_kernels, module) {
            "data"_a, "batch_stride"_a, "row_stride"_a, "head_stride"_a);
 
   pybind11::class_<Problem>(module, "Problem", pybind11::module_local())
-      .def(pybind11::init([](int64_t batch, int64_t seqlen, int64_t heads, int64_t kv_heads, int64_t head_dim,
-                             int64_t group_size, int64_t first_shifted_head, double scale, uintptr_t doc_start) {
-             return Problem{batch,    seqlen,   seqlen,     heads,
+      .def(pybind11::init([](int64_t batch, int64_t seqlen, int64_t seqlen_k, int64_t heads, int64_t kv_heads,
+                             int64_t head_dim, int64_t group_size, int64_t first_shifted_head, int64_t window,
+                             bool sink, double scale, uintptr_t doc_start) {
+             return Problem{batch,    seqlen,   seqlen_k,   heads,
                             kv_heads, head_dim, group_size, first_shifted_head,
-                            seqlen,   false,    scale,      pointer<int32_t>(doc_start)};
+                            window,   sink,     scale,      pointer<int32_t>(doc_start)};
            }),
-           "batch"_a, "seqlen"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "group_size"_a, "first_shifted_head"_a,
-           "scale"_a, "doc_start"_a = 0);
+           "batch"_a, "seqlen"_a, "seqlen_k"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "group_size"_a,
+           "first_shifted_head"_a, "window"_a, "sink"_a, "scale"_a, "doc_start"_a = 0);
 
   module.def(
       "forward",
@@ -55,18 +56,21 @@ PYBIND11_MODULE(simt_kernels, module) {
   module.def(
       "backward",
       [](const Problem& problem, bool bfloat16, bool deterministic, TensorView dout, TensorView q, TensorView k,
-         TensorView v, TensorView out, TensorView dq, TensorView dk, TensorView dv, uintptr_t lse, uintptr_t delta,
-         uintptr_t dq_scratch) {
-        cuda::backward({problem, dout, q, k, v, out, dq, dk, dv, pointer<void>(lse), nullptr, pointer<void>(delta),
-                        nullptr, nullptr, pointer<float>(dq_scratch)},
-                       dtype_of(bfloat16), deterministic, nullptr);
+         TensorView v, TensorView out, TensorView dq, TensorView dk, TensorView dv, uintptr_t lse, uintptr_t dlse,
+         uintptr_t delta, uintptr_t sink_weight, uintptr_t sink_ds, uintptr_t dq_scratch, uintptr_t sink_sums) {
+        cuda::backward(
+            {problem, dout, q, k, v, out, dq, dk, dv, pointer<void>(lse), pointer<void>(dlse), pointer<void>(delta),
+             pointer<void>(sink_weight), pointer<void>(sink_ds), pointer<float>(dq_scratch), pointer<float>(sink_sums)},
+            dtype_of(bfloat16), deterministic, nullptr);
       },
       "problem"_a, "bfloat16"_a, "deterministic"_a, "dout"_a, "q"_a, "k"_a, "v"_a, "out"_a, "dq"_a, "dk"_a, "dv"_a,
-      "lse"_a, "delta"_a, "dq_scratch"_a);
+      "lse"_a, "dlse"_a, "delta"_a, "sink_weight"_a, "sink_ds"_a, "dq_scratch"_a, "sink_sums"_a);
 
   module.def("dq_scratch_floats", &cuda::dq_scratch_floats, "problem"_a, "deterministic"_a);
-  module.def("first_key", &group_start<int>, "i"_a, "doc_start"_a, "group_size"_a, "shifted"_a);
-  module.def("group_end", &group_end<int>, "i"_a, "doc_start"_a, "group_size"_a, "shifted"_a);
+  module.def("sink_sums_floats", &cuda::sink_sums_floats, "problem"_a);
+  module.def("first_key", &first_key<int>, "i"_a, "doc_start"_a, "group_size"_a, "shifted"_a, "window"_a);
+  module.def("last_row_end", &last_row_end<int>, "j"_a, "doc_start"_a, "group_size"_a, "shifted"_a, "window"_a);
+  module.def("sees_sink", &sees_sink<int>, "first_key"_a, "doc_start"_a);
   module.def(
       "pretend",
       [](int major, int error, int shared_bytes) {
@@ -80,13 +84,14 @@ PYBIND11_MODULE(simt_kernels, module) {
   module.def(
       "blocks",
       [](const Problem& problem, int rows) {
-        return cuda::Schedule(problem, rows, problem.heads, problem.first_shifted_head, 1).grid().x;
+        return cuda::Schedule(problem, problem.seqlen, rows, problem.heads, problem.first_shifted_head, 1).grid().x;
       },
       "problem"_a, "rows"_a, "Blocks of a grid.");
   module.def(
       "turns",
       [](const Problem& problem, int rows, int64_t bytes_per_row) {
-        const cuda::Schedule schedule(problem, rows, problem.heads, problem.first_shifted_head, bytes_per_row);
+        const cuda::Schedule schedule(problem, problem.seqlen, rows, problem.heads, problem.first_shifted_head,
+                                      bytes_per_row);
         std::vector<std::tuple<int, int, int>> turns;
         for (unsigned block = 0; block < schedule.grid().x; ++block) {
           const cuda::Turn turn = cuda::turn_of<true>(schedule, block);

@@ -25,6 +25,10 @@ def view(module: ModuleType, tensor: Tensor) -> object:
     return module.TensorView(tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2))
 
 
+def contiguous(doc_start: Tensor | None) -> Tensor | None:
+    return None if doc_start is None else doc_start.contiguous()
+
+
 def problem(
     module: ModuleType,
     q: Tensor,
@@ -33,16 +37,23 @@ def problem(
     doc_start: Tensor | None,
     first_shifted_head: int | None,
     scale: float | None,
+    sink: bool,
+    window: int | None,
 ) -> object:
     batch, seqlen, heads, head_dim = q.shape
+    seqlen_k = k.shape[1]
+    assert doc_start is None or doc_start.is_contiguous()
     return module.Problem(
         batch=batch,
         seqlen=seqlen,
+        seqlen_k=seqlen_k,
         heads=heads,
         kv_heads=k.shape[2],
         head_dim=head_dim,
-        group_size=min(group_size, 2 * seqlen),
+        group_size=min(group_size, 2**30),
         first_shifted_head=heads // 2 if first_shifted_head is None else first_shifted_head,
+        window=seqlen_k if window is None else min(window, seqlen_k),
+        sink=sink,
         scale=1 / math.sqrt(head_dim) if scale is None else scale,
         doc_start=0 if doc_start is None else doc_start.data_ptr(),
     )
@@ -58,11 +69,14 @@ def forward(
     *,
     first_shifted_head: int | None = None,
     scale: float | None = None,
+    sink: bool = False,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse). What the kernel leaves unwritten is NaN."""
+    doc_start = contiguous(doc_start)
     out = torch.full(q.shape, float("nan"), dtype=q.dtype)
     lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), float("nan"))
-    described = problem(module, q, k, group_size, doc_start, first_shifted_head, scale)
+    described = problem(module, q, k, group_size, doc_start, first_shifted_head, scale, sink, window)
     views = [view(module, tensor) for tensor in (q, k, v, out)]
     module.forward(described, q.dtype == torch.bfloat16, *views, lse.data_ptr())
     return out, lse
@@ -81,14 +95,22 @@ def backward(
     *,
     first_shifted_head: int | None = None,
     scale: float | None = None,
+    sink: bool = False,
+    window: int | None = None,
     deterministic: bool = False,
+    dlse: Tensor | None = None,
 ) -> Sequence[Tensor]:
     """(dq, dk, dv). What the kernel leaves unwritten, or reads before it wrote it, is NaN."""
+    doc_start = contiguous(doc_start)
     dq, dk, dv = (torch.full(x.shape, float("nan"), dtype=x.dtype) for x in (q, k, v))
     delta = torch.full_like(lse, float("nan"))
-    described = problem(module, q, k, group_size, doc_start, first_shifted_head, scale)
+    described = problem(module, q, k, group_size, doc_start, first_shifted_head, scale, sink, window)
     scratch = torch.full((module.dq_scratch_floats(described, deterministic),), float("nan"))
+    sink_sums = torch.full((module.sink_sums_floats(described),), float("nan"))
     views = [view(module, tensor) for tensor in (dout, q, k, v, out, dq, dk, dv)]
-    pointers = [tensor.data_ptr() for tensor in (lse, delta, scratch)]
+    sink_weight, sink_ds = torch.full_like(delta, float("nan")), torch.full_like(delta, float("nan"))
+    nothing = torch.empty(0)
+    tensors = (lse, nothing if dlse is None else dlse, delta, sink_weight, sink_ds, scratch, sink_sums)
+    pointers = [tensor.data_ptr() for tensor in tensors]
     module.backward(described, q.dtype == torch.bfloat16, deterministic, *views, *pointers)
     return dq, dk, dv

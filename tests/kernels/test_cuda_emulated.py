@@ -127,6 +127,84 @@ def test_shapes(module: ModuleType, config: Config, shape: str, deterministic: b
     check(module, problem, deterministic=deterministic, seed=list(SHAPES).index(shape))
 
 
+PATTERNS: dict[str, dict[str, Any]] = {
+    "sink": {"seqlen": 300, "heads": 4, "kv_heads": 2, "group_size": 60, "sink": True},
+    "sink, scale, batch": {
+        "batch": 2,
+        "seqlen": 150,
+        "heads": 2,
+        "kv_heads": 1,
+        "group_size": 20,
+        "sink": True,
+        "scale": 0.7,
+    },
+    "window": {"seqlen": 400, "heads": 2, "kv_heads": 1, "group_size": 1000, "window": 131},
+    "window within groups": {"seqlen": 300, "heads": 2, "kv_heads": 2, "group_size": 100, "window": 37, "sink": True},
+    "a key": {"seqlen": 200, "heads": 2, "kv_heads": 1, "group_size": 400, "window": 1, "sink": True},
+    "last queries": {"seqlen": 170, "seqlen_k": 470, "heads": 2, "kv_heads": 1, "group_size": 200},
+    "last queries, window": {
+        "seqlen": 170,
+        "seqlen_k": 601,
+        "heads": 4,
+        "kv_heads": 2,
+        "group_size": 90,
+        "sink": True,
+        "window": 70,
+    },
+    "last query": {"seqlen": 1, "seqlen_k": 300, "heads": 2, "kv_heads": 1, "group_size": 90, "sink": True},
+}
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["atomic", "deterministic"])
+@pytest.mark.parametrize("documents", [False, True], ids=["whole", "packed"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_patterns(module: ModuleType, config: Config, pattern: str, documents: bool, deterministic: bool) -> None:
+    """The sink, the window, queries that are the last of the keys: alone and together."""
+    problem = Problem(**PATTERNS[pattern], documents=documents, head_dim=config.head_dim, dtype=DTYPES[config.dtype])
+    doc_start = problem.doc_start()
+    if doc_start is not None:  # with some documents that are long enough for a sink, over several tiles
+        doc_start[:, problem.seqlen // 3 :] = problem.tokens - problem.seqlen + problem.seqlen // 3
+    check(module, problem, doc_start, deterministic, list(PATTERNS).index(pattern))
+
+
+def test_sinks_of_a_narrow_head(module: ModuleType, config: Config) -> None:
+    shape = {"seqlen": 200, "heads": 2, "kv_heads": 1, "group_size": 60, "sink": True}
+    for head_dim in (config.head_dim - 8, config.head_dim // 2 + 8):
+        for deterministic in (False, True):
+            check(module, Problem(**shape, head_dim=head_dim, dtype=DTYPES[config.dtype]), None, deterministic)
+
+
+@pytest.mark.parametrize("group_size", [90, 400])
+@pytest.mark.parametrize("began", [-3, -200, -(2**28)])
+def test_documents_that_began_before_the_keys(module: ModuleType, config: Config, began: int, group_size: int) -> None:
+    """They see no sink, where the kernels are asked for one all the same."""
+    shape = {"seqlen": 200, "seqlen_k": 260, "heads": 2, "kv_heads": 1, "group_size": group_size}
+    problem = Problem(**shape, head_dim=config.head_dim, dtype=DTYPES[config.dtype])
+    doc_start = torch.full((1, 200), began, dtype=torch.int32)
+    check(module, problem, doc_start)
+    q, k, v = problem.tensors()
+    outs = [simt_kernels.forward(module, q, k, v, group_size, doc_start, sink=sink)[0] for sink in (False, True)]
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["atomic", "deterministic"])
+def test_gradient_of_log_sum_exp(module: ModuleType, config: Config, deterministic: bool) -> None:
+    """It is subtracted from delta; the sink counts."""
+    shape = {"seqlen": 200, "heads": 2, "kv_heads": 1, "group_size": 60, "sink": True}
+    problem = Problem(**shape, head_dim=config.head_dim, dtype=DTYPES[config.dtype])
+    q, k, v = problem.tensors()
+    dout, dlse = torch.zeros_like(q), torch.randn(1, 2, 200)
+    module.configure()
+    out, lse = simt_kernels.forward(module, q, k, v, 60, sink=True)
+    options: dict[str, Any] = {"sink": True, "deterministic": deterministic, "dlse": dlse}
+    dq, dk, dv = simt_kernels.backward(module, dout, q, k, v, out, lse, 60, **options)
+    inputs = [x.double().requires_grad_() for x in (q, k, v)]
+    exact = torch.autograd.grad(s2attn_reference(*inputs, 60, sink=True)[1], inputs[:2], dlse.double())
+    for a, b in zip((dq, dk), exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=3 * torch.finfo(a.dtype).eps * b.abs().max().item())
+    assert not dv.any()
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("deterministic", [False, True], ids=["atomic", "deterministic"])
 @pytest.mark.parametrize("seed", range(2))
@@ -165,23 +243,24 @@ def test_log_sum_exp(module: ModuleType, config: Config) -> None:
     shape = {"batch": 2, "seqlen": 300, "heads": 4, "kv_heads": 2, "group_size": 180}
     problem = Problem(**shape, documents=True, head_dim=config.head_dim, dtype=DTYPES[config.dtype])
     q, k, v = problem.tensors()
-    doc_start = problem.doc_start()
     module.configure()
-    _, lse = simt_kernels.forward(module, q, k, v, 180, doc_start, scale=0.25)
-    _, plain = s2attn_reference(q.float(), k.float(), v.float(), 180, doc_start, scale=0.25)
-    _, exact = s2attn_reference(q.double(), k.double(), v.double(), 180, doc_start, scale=0.25)
-    assert_close_to_reference(lse, plain, exact)
+    for doc_start, sink in ((problem.doc_start(), False), (None, True)):
+        options: dict[str, Any] = {"scale": 0.25, "sink": sink}
+        _, lse = simt_kernels.forward(module, q, k, v, 180, doc_start, **options)
+        _, plain = s2attn_reference(q.float(), k.float(), v.float(), 180, doc_start, **options)
+        _, exact = s2attn_reference(q.double(), k.double(), v.double(), 180, doc_start, **options)
+        assert_close_to_reference(lse, plain, exact)
 
 
-def test_large_scores_stay_exact(module: ModuleType, config: Config) -> None:
+@pytest.mark.parametrize("pattern", [{"group_size": 400}, {"group_size": 150, "sink": True}], ids=["dense", "sink"])
+def test_large_scores_stay_exact(module: ModuleType, config: Config, pattern: dict[str, Any]) -> None:
     """Scores that overflow exp, rising and falling along the keys."""
-    problem = Problem(seqlen=400, group_size=400, head_dim=config.head_dim, dtype=DTYPES[config.dtype])
-    q, k, v = problem.tensors()
+    q, k, v = Problem(seqlen=400, head_dim=config.head_dim, dtype=DTYPES[config.dtype]).tensors()
     k *= torch.linspace(-100, 100, 400).to(k.dtype)[None, :, None, None]
     module.configure()
-    out, _ = simt_kernels.forward(module, q, k, v, 400)
-    exact, _ = s2attn_reference(q.double(), k.double(), v.double(), 400)
-    plain, _ = s2attn_reference(q, k, v, 400)
+    out, _ = simt_kernels.forward(module, q, k, v, **pattern)
+    exact, _ = s2attn_reference(q.double(), k.double(), v.double(), **pattern)
+    plain, _ = s2attn_reference(q, k, v, **pattern)
     assert_close_to_reference(out, plain, exact)
 
 
@@ -211,7 +290,8 @@ def test_no_token_sees_the_future(module: ModuleType, config: Config) -> None:
         assert not torch.equal(after[:, j], before[:, j])
 
 
-def test_deterministic_gives_the_same_bits(module: ModuleType, config: Config) -> None:
+@pytest.mark.parametrize("sink", [False, True], ids=["dense", "sink"])
+def test_deterministic_gives_the_same_bits(module: ModuleType, config: Config, sink: bool) -> None:
     """In whatever order the blocks run. Where dq is summed up by atomics, it alone differs, in its last bits."""
     problem = Problem(seqlen=TOKENS[config.head_dim], heads=2, kv_heads=1, head_dim=config.head_dim)
     q, k, v = (x.to(DTYPES[config.dtype]) for x in problem.tensors())
@@ -220,7 +300,8 @@ def test_deterministic_gives_the_same_bits(module: ModuleType, config: Config) -
 
     def results(deterministic: bool, seed: int) -> tuple[Tensor, ...]:
         module.configure(seed)
-        run = Run(module, problem.seqlen, None, {"first_shifted_head": 2}, deterministic)
+        group_size = problem.seqlen * 3 // 4 if sink else problem.seqlen
+        run = Run(module, group_size, None, {"first_shifted_head": 2, "sink": sink}, deterministic)
         return outputs_and_grads(run, q, k, v, dout)
 
     out, dq, dk, dv = results(True, 0)
@@ -307,12 +388,17 @@ def test_nothing_beside_the_tensors(module: ModuleType, config: Config) -> None:
     garbage = torch.randint(-(2**31), 2**31 - 1, (1, 150)).to(torch.int32)
     backwards = torch.arange(150, 0, -1, dtype=torch.int32)[None]
     # A doc_start that is none makes wrong results, and no more.
-    for doc_start, deterministic in product((None, problem.doc_start(), garbage, backwards), (False, True)):
+    starts = (None, problem.doc_start(), garbage, backwards)
+    for doc_start, deterministic, sink in product(starts, (False, True), (False, True)):
         module.configure()
-        described = simt_kernels.problem(module, q, k, 80, doc_start, None, None)
+        window = 31 if sink else None
+        described = simt_kernels.problem(module, q, k, 80, doc_start, None, None, sink, window)
         inputs = [guarded(x, math.nan) for x in (q, k, v, dout)]
         outputs = [guarded(torch.full_like(x, math.nan), 7.0) for x in (q, q, k, v)]
-        floats = [2 * 150, 2 * 150, module.dq_scratch_floats(described, deterministic)]
+        floats = [2 * 150] * 4 + [
+            module.dq_scratch_floats(described, deterministic),
+            module.sink_sums_floats(described),
+        ]
         scratch = [guarded(torch.full((n,), math.nan), 7.0) for n in floats]
         in_q, in_k, in_v, in_dout = (simt_kernels.view(module, x.tensor) for x in inputs)
         to_out, *to_grads = (simt_kernels.view(module, x.tensor) for x in outputs)
@@ -320,12 +406,14 @@ def test_nothing_beside_the_tensors(module: ModuleType, config: Config) -> None:
         is_bfloat16 = q.dtype == torch.bfloat16
         module.forward(described, is_bfloat16, in_q, in_k, in_v, to_out, to_lse)
         views = (in_dout, in_q, in_k, in_v, to_out, *to_grads)
-        module.backward(described, is_bfloat16, deterministic, *views, to_lse, *to_scratch)
+        module.backward(described, is_bfloat16, deterministic, *views, to_lse, 0, *to_scratch)
         assert all(x.intact() for x in (*outputs, *scratch))
 
         # The same as where nothing is beside.
-        out, lse = simt_kernels.forward(module, q, k, v, 80, doc_start)
-        grads = simt_kernels.backward(module, dout, q, k, v, out, lse, 80, doc_start, deterministic=deterministic)
+        pattern: dict[str, Any] = {"sink": sink, "window": window}
+        out, lse = simt_kernels.forward(module, q, k, v, 80, doc_start, **pattern)
+        pattern["deterministic"] = deterministic
+        grads = simt_kernels.backward(module, dout, q, k, v, out, lse, 80, doc_start, **pattern)
         assert torch.equal(scratch[0].tensor.view_as(lse), lse) and torch.isfinite(out).all()
         for actual, expected in zip(outputs, (out, *grads), strict=True):
             torch.testing.assert_close(actual.tensor, expected, rtol=0, atol=0, equal_nan=True)
@@ -359,23 +447,47 @@ def tiles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], dict
 
 
 def visible_tiles(problem: Problem, doc_start: Tensor | None, rows: int, keys: int) -> int:
-    """Tiles of scores, of all heads, in which some row sees some key."""
+    """Tiles of scores, of all heads, in which some row sees some key other than its sink."""
     total = 0
     for head in range(problem.heads):
         shifted = head >= problem.heads // 2
-        mask = s2attn_mask(problem.seqlen, problem.group_size, shifted, doc_start)
-        mask = mask.expand(problem.batch, problem.seqlen, problem.seqlen).float()
+        pattern: dict[str, Any] = {"window": problem.window, "seqlen_k": problem.tokens}
+        mask = s2attn_mask(problem.seqlen, problem.group_size, shifted, doc_start, **pattern)  # without the sink
+        mask = mask.expand(problem.batch, problem.seqlen, problem.tokens).float()
         total += int(torch.nn.functional.max_pool2d(mask, (rows, keys), ceil_mode=True).sum())
     return total
 
 
+def seen_tiles(problem: Problem, doc_start: Tensor | None, keys: int) -> int:
+    """Tiles of keys, of the one KV head, of which some row of some head sees a key."""
+    masks = [
+        s2attn_mask(problem.seqlen, problem.group_size, shifted, doc_start, seqlen_k=problem.tokens)
+        for shifted in (False, True)
+    ]
+    seen = (masks[0] | masks[1]).any(dim=-2).expand(problem.batch, problem.tokens).float()
+    return int(torch.nn.functional.max_pool1d(seen, keys, ceil_mode=True).sum())
+
+
 @pytest.mark.parametrize("documents", [False, True], ids=["whole", "documents"])
+@pytest.mark.parametrize(
+    "pattern",
+    [{}, {"sink": True, "window": 129}, {"sink": True, "seqlen_k": 777}, {"seqlen_k": 650}],
+    ids=["groups", "window", "last", "last, whose unshifted groups begin first"],
+)
 def test_no_instruction_more_than_needed(
-    module: ModuleType, config: Config, tiles: Callable[[str, int], dict[str, int]], documents: bool
+    module: ModuleType,
+    config: Config,
+    tiles: Callable[[str, int], dict[str, int]],
+    documents: bool,
+    pattern: dict[str, Any],
 ) -> None:
-    """Products, matrix loads and copies are those of the tiles that hold something, counted as for the machine code."""
-    shape = {"batch": 2, "seqlen": 450, "heads": 2, "kv_heads": 1, "group_size": 300}
+    """Products, matrix loads and copies are those of the tiles that hold something, counted as for the machine code.
+
+    The sink adds to none of them.
+    """
+    shape = {"batch": 2, "seqlen": 450, "heads": 2, "kv_heads": 1, "group_size": 300, **pattern}
     problem = Problem(**shape, documents=documents, head_dim=config.head_dim, dtype=DTYPES[config.dtype])
+    options: dict[str, Any] = {"sink": problem.sink, "window": problem.window}
     q, k, v = problem.tensors()
     doc_start = problem.doc_start()
     head_dim = config.head_dim
@@ -398,7 +510,7 @@ def test_no_instruction_more_than_needed(
     expected = times(visible_tiles(problem, doc_start, rows, keys), step)
     expected += times(tiles_of(rows) * problem.heads, resources.load(rows, head_dim, threads))
     module.configure()
-    out, lse = simt_kernels.forward(module, q, k, v, problem.group_size, doc_start)
+    out, lse = simt_kernels.forward(module, q, k, v, problem.group_size, doc_start, **options)
     assert counted() == times(warps, expected)
 
     tile = tiles("backward", head_dim)
@@ -408,7 +520,7 @@ def test_no_instruction_more_than_needed(
     dq = resources.product(rows, head_dim, keys, warps, tile["dq_warps"])
     load_rows, load_keys = resources.load(2 * rows, head_dim, threads), resources.load(2 * keys, head_dim, threads)
     steps = visible_tiles(problem, doc_start, rows, keys)
-    by_keys = times(steps, scores + dkv + load_rows) + times(tiles_of(keys) * problem.kv_heads, load_keys)
+    by_keys = times(steps, scores + dkv + load_rows) + times(seen_tiles(problem, doc_start, keys), load_keys)
     by_rows = times(steps, scores + dq + load_keys) + times(tiles_of(rows) * problem.heads, load_rows)
     statistics = Counter(LDGSTS=2 * rows // 32)  # lse and delta of a tile of rows, by as many warps as it takes
     by_keys, by_rows = times(warps, by_keys), times(warps, by_rows)
@@ -416,9 +528,8 @@ def test_no_instruction_more_than_needed(
     by_rows += times(tiles_of(rows) * problem.heads, statistics)
     for deterministic, expected in ((False, by_keys + times(warps * steps, dq)), (True, by_keys + by_rows)):
         module.configure()
-        simt_kernels.backward(
-            module, out, q, k, v, out, lse, problem.group_size, doc_start, deterministic=deterministic
-        )
+        options["deterministic"] = deterministic
+        simt_kernels.backward(module, out, q, k, v, out, lse, problem.group_size, doc_start, **options)
         assert counted() == expected
 
 
@@ -426,10 +537,15 @@ def test_each_site_is_needed(module: ModuleType, config: Config) -> None:
     """Without any one barrier, commit or wait the kernels are stopped or wrong, for one of a few seeds at least."""
     problem = Problem(seqlen=TOKENS[config.head_dim], heads=2, kv_heads=1, head_dim=config.head_dim)
     q, k, v = (x.to(DTYPES[config.dtype]) for x in problem.tensors())
-    dout = torch.randn_like(q)
+    dout, packed = torch.randn_like(q), starts_of([55, problem.seqlen - 55])[None]
 
     def results(deterministic: bool) -> tuple[Tensor, ...]:
-        return outputs_and_grads(Run(module, problem.seqlen, None, {}, deterministic), q, k, v, dout)
+        """Of dense attention, and of groups with two sinks in a tile of keys."""
+        runs = (
+            Run(module, problem.seqlen, None, {}, deterministic),
+            Run(module, 100, packed, {"sink": True}, deterministic),
+        )
+        return sum((outputs_and_grads(run, q, k, v, dout) for run in runs), ())
 
     module.configure()
     right = {deterministic: results(deterministic) for deterministic in (False, True)}

@@ -22,17 +22,34 @@ def module():
 
 
 @settings(deadline=None)  # the first example builds the module
-@given(seqlen=st.integers(1, 60), half=st.integers(1, 40), shifted=st.booleans(), cuts=st.sets(st.integers(1, 59)))
-def test_the_formula_is_the_definition(seqlen: int, half: int, shifted: bool, cuts: set[int]) -> None:
-    """groups.h, which the CPU and the CUDA kernels are compiled with, says where a row's keys begin."""
-    starts = [max((cut for cut in cuts if cut <= i), default=0) for i in range(seqlen)]
-    mask = s2attn_mask(seqlen, 2 * half, shifted, torch.tensor(starts))
-    first = [module().first_key(i, starts[i], 2 * half, shifted) for i in range(seqlen)]
+@given(
+    seqlen=st.integers(1, 60),
+    before=st.integers(0, 30),
+    half=st.integers(1, 40),
+    shifted=st.booleans(),
+    window=st.integers(1, 90),
+    cuts=st.sets(st.integers(-29, 59)),
+)
+def test_the_formula_is_the_definition(
+    seqlen: int, before: int, half: int, shifted: bool, window: int, cuts: set[int]
+) -> None:
+    """groups.h, which the CPU and the CUDA kernels are compiled with, says where a row's keys begin.
+
+    The queries are the last of the keys, of which `before` come earlier; documents may begin earlier still.
+    """
+    tokens = range(before, before + seqlen)
+    starts = [max((before + cut for cut in cuts if before + cut <= i), default=-7) for i in tokens]
+    doc_start, pattern = torch.tensor(starts), {"window": window, "seqlen_k": before + seqlen}
+    mask = s2attn_mask(seqlen, 2 * half, shifted, doc_start, **pattern)
+    first = [module().first_key(i, d, 2 * half, shifted, window) for i, d in zip(tokens, starts, strict=True)]
     assert first == mask.int().argmax(dim=-1).tolist()
-    for key in range(seqlen):  # in whose document and group the rows that see it end
-        end = next((i for i in range(key, seqlen) if starts[i] > key), seqlen)
-        end = min(end, module().group_end(key, starts[key], 2 * half, shifted))
-        assert end == 1 + int(mask[:, key].nonzero().max())
+    with_sink = s2attn_mask(seqlen, 2 * half, shifted, doc_start, sink=True, **pattern)
+    sinks = [module().sees_sink(*both) for both in zip(first, starts, strict=True)]
+    assert sinks == (with_sink & ~mask).any(dim=-1).tolist()
+    for key, d in zip(tokens, starts, strict=True):  # in whose document and group the rows that see it end
+        end = next((i for i, start in zip(tokens, starts, strict=True) if start > key), before + seqlen)
+        end = min(end, module().last_row_end(key, d, 2 * half, shifted, window))
+        assert end == before + 1 + int(mask[:, key].nonzero().max())
 
 
 def test_an_old_gpu_is_told_what_to_use_instead() -> None:
@@ -87,7 +104,7 @@ def test_a_grid_has_a_largest_size() -> None:
     """Sequences of one token, of which a block each is a tile: no fewer bytes could ask for so many."""
     for batch, heads in ((2**16, 2**15 - 1), (2**16, 2**15)):
         q = torch.empty(8).expand(batch, 1, heads, 8)
-        described = simt_kernels.problem(module(), q, q, 2, None, heads, None)
+        described = simt_kernels.problem(module(), q, q, 2, None, heads, None, False, None)
         if batch * heads < 2**31:
             assert module().blocks(described, 64) == batch * heads
         else:
@@ -131,7 +148,7 @@ def test_each_tile_has_one_block(
     """And where no head is shifted, no block is idle but for a ragged last group."""
     rows, first_shifted_head = 64, min(first_shifted_head, heads)
     q = torch.empty(batch, seqlen, heads, 8)
-    described = simt_kernels.problem(module(), q, q, 2 * half, None, first_shifted_head, None)
+    described = simt_kernels.problem(module(), q, q, 2 * half, None, first_shifted_head, None, False, None)
     turns = module().turns(described, rows, bytes_per_row)
     tiles = -(-seqlen // rows)
     assert sorted(turn for turn in turns if turn[2] >= 0) == list(product(range(batch), range(heads), range(tiles)))
@@ -144,7 +161,7 @@ def test_blocks_go_by_section_then_from_the_longest() -> None:
     """Neighbours share what fits into L2; but at the end, long blocks are not left to a few multiprocessors."""
     batch, heads, group, rows = 100, 16, 4, 64
     q = torch.empty(batch, group * rows, heads, 8)
-    described = simt_kernels.problem(module(), q, q, group * rows, None, heads, None)
+    described = simt_kernels.problem(module(), q, q, group * rows, None, heads, None, False, None)
     pairs_of_a_section = 20  # in half of an A100's L2
     turns = module().turns(described, rows, (20 << 20) // (group * rows * pairs_of_a_section))
     blocks = group * pairs_of_a_section

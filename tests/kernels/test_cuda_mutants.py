@@ -17,17 +17,24 @@ CONFIG = "fp16-128"
 
 SHAPES, DOCUMENTS, COUNTS = "test_shapes", "test_documents", "test_no_instruction_more_than_needed"
 GUARDS, LSE, GQA = "test_nothing_beside_the_tensors", "test_log_sum_exp", "GQA"
-FAR = "test_offsets_beyond_32_bits"
+FAR, LARGE = "test_offsets_beyond_32_bits", "test_large_scores_stay_exact"
+PATTERNS, BEGAN = "test_patterns", "test_documents_that_began_before_the_keys"
+DLSE = "test_gradient_of_log_sum_exp"
 
 # Of the sources.
 KV_HEAD = "head / (problem.heads / problem.kv_heads)"
 STATISTICS = "shared.statistics + i * Statistics::kSize"
 BATCH, ROWS = "batch * view.batch_stride", "first_row * view.row_stride"
+TILE = "cute::max(key - visible().offset, 0) / kRows"
 ROW, COLUMN = "get<0>(where(0, m, k))", "get<1>(where(0, m, k))"
 
 MUTANTS = {
     # who sees whom
     "shift": Mutant("groups.h", "group_size / 2", "group_size / 2 + 1", SHAPES, "{} : 0;\n  const Int group ="),
+    "window": Mutant("groups.h", "i - window + 1", "i - window", PATTERNS, "? group : {};"),
+    "keys before the first": Mutant("groups.h", "first > 0 ? first : 0", "first", BEGAN),
+    "ends of the window": Mutant("groups.h", "j + window", "j + window + 1", COUNTS, "? group : {};"),
+    "sink counted twice": Mutant("groups.h", "doc_start < first_key", "doc_start <= first_key", PATTERNS),
     "groups from the row's start": Mutant(
         "groups.h", "i - doc_start + offset", "i + offset", DOCUMENTS, "group = ({})"
     ),
@@ -41,11 +48,12 @@ MUTANTS = {
         "cuda/mask.h", "problem.doc_start + batch * problem.seqlen", "problem.doc_start", DOCUMENTS
     ),
     "doc_start unclamped": Mutant(
-        "cuda/mask.h", "cute::max(0, cute::min(doc_start[row], row))", "doc_start[row]", GUARDS
+        "cuda/mask.h", "cute::max(+kFarthest, cute::min(doc_start[row], row + offset))", "doc_start[row]", GUARDS
     ),
     "left mask": Mutant("cuda/mask.h", "j < first", "j + 1 < first", SHAPES),
     "causal mask": Mutant("cuda/mask.h", "j > last", "j > last + 1", SHAPES),
-    "diagonal unmasked": Mutant("cuda/mask.h", "key + keys - 1 > row", "key > row", SHAPES),
+    "diagonal unmasked": Mutant("cuda/mask.h", "key + keys - 1 > own_key", "key > own_key", SHAPES),
+    "another document's sink": Mutant("cuda/mask.h", "d", "0", PATTERNS, "sees_sink_of(row, d) ? {} : -1"),
     "left border unmasked": Mutant("cuda/mask.h", "key < highest", "key < lowest", SHAPES),
     # which tiles
     "tile without a block": Mutant("cuda/scheduler.h", "tiles_per_group / 2", "0", SHAPES, "? {} : 0)"),
@@ -55,20 +63,21 @@ MUTANTS = {
     "tile past the last": Mutant("cuda/scheduler.h", "turn.tile >= schedule.tiles", "false", COUNTS),
     "forward: first tile of keys": Mutant("cuda/mainloop_fwd.h", "rows.lowest", "(rows.lowest + kKeys)", SHAPES),
     "forward: keys that none sees": Mutant("cuda/mainloop_fwd.h", "rows.lowest", "0", COUNTS),
-    "forward: last tile of keys": Mutant("cuda/mainloop_fwd.h", "cute::min(row + kRows, seqlen) - 1", "row", SHAPES),
-    "backward: first tile of rows": Mutant("cuda/mainloop_bwd.h", "key / kRows", "key / kRows + 1", SHAPES),
-    "backward: rows that see none": Mutant("cuda/mainloop_bwd.h", "key / kRows", "0", COUNTS),
-    "backward: last tile of rows": Mutant("cuda/mainloop_bwd.h", "row >= last_end", "row + 1 >= last_end", SHAPES),
-    "backward: rows past the group": Mutant(
-        "cuda/mainloop_bwd.h", "row >= last_end", "row >= visible().seqlen", COUNTS
+    "forward: last tile of keys": Mutant(
+        "cuda/mainloop_fwd.h", "cute::min(rows.own_key + kRows, seqlen_k) - 1", "rows.own_key", SHAPES
     ),
+    "backward: first tile of rows": Mutant("cuda/mainloop_bwd.h", TILE, f"{TILE} + 1", SHAPES),
+    "backward: rows that see none": Mutant("cuda/mainloop_bwd.h", TILE, "0", COUNTS),
+    "backward: keys before the rows": Mutant("cuda/mainloop_bwd.h", TILE, "key / kRows", PATTERNS),
+    "backward: last tile of rows": Mutant("cuda/mainloop_bwd.h", "row < last_end", "row + 1 < last_end", SHAPES),
+    "backward: rows past the group": Mutant("cuda/mainloop_bwd.h", "row < last_end", "row < visible().seqlen", COUNTS),
     "backward: last document": Mutant(
-        "cuda/mainloop_bwd.h", "visible().document(row) > last_key", "visible().document(row) > key", DOCUMENTS
+        "cuda/mainloop_bwd.h", "visible().document(row) <= last_key", "visible().document(row) <= key", DOCUMENTS
     ),
     "backward: rows of later documents": Mutant(
-        "cuda/mainloop_bwd.h", "visible().document(row) > last_key", "false", COUNTS
+        "cuda/mainloop_bwd.h", "visible().document(row) <= last_key", "true", COUNTS
     ),
-    "backward: diagonal unmasked": Mutant("cuda/mainloop_bwd.h", "key + kKeys - 1 > row", "key > row", SHAPES),
+    "backward: diagonal unmasked": Mutant("cuda/mainloop_bwd.h", "key + kKeys - 1 > own_key", "key > own_key", SHAPES),
     "backward: group's border unmasked": Mutant("cuda/mainloop_bwd.h", "last_row >= first_end", "false", SHAPES),
     "backward: first row past the group unmasked": Mutant(
         "cuda/mainloop_bwd.h", "last_row >= first_end", "last_row > first_end", SHAPES
@@ -77,12 +86,23 @@ MUTANTS = {
         "cuda/mainloop_bwd.h", "visible().document(last_row) > key", "false", DOCUMENTS
     ),
     "dq: first tile of keys": Mutant("cuda/bwd_dq.h", "rows.lowest", "(rows.lowest + kKeys)", SHAPES),
-    "dq: last tile of keys": Mutant("cuda/bwd_dq.h", "cute::min(row + kRows, seqlen) - 1", "row - 1", SHAPES),
+    "dq: last tile of keys": Mutant(
+        "cuda/bwd_dq.h", "cute::min(rows.own_key + kRows, seqlen_k) - 1", "rows.own_key - 1", SHAPES
+    ),
     "stage": Mutant("cuda/mainloop_bwd.h", "index() ^ 1", "index()", SHAPES),
     # GQA
     "forward: KV head": Mutant("cuda/mainloop_fwd.h", KV_HEAD, "head % problem.kv_heads", GQA),
-    "backward: KV head": Mutant("cuda/mainloop_bwd.h", "kv_head * heads_per_kv", "kv_head", GQA, "begin({})"),
-    "backward: heads that share": Mutant("cuda/mainloop_bwd.h", "heads_per_kv - 1", "0", GQA, "+ {};"),
+    "backward: KV head": Mutant("cuda/mainloop_bwd.h", "kv_head * heads_per_kv", "kv_head", GQA),
+    "backward: heads without rows for the first keys": Mutant(
+        "cuda/mainloop_bwd.h", "!sees()", "false", COUNTS, "if ({}) begin(first_shifted)"
+    ),
+    "backward: heads without rows for the last keys": Mutant(
+        "cuda/mainloop_bwd.h", "sees()", "true", COUNTS, "last_head = {}"
+    ),
+    "backward: which heads are shifted": Mutant(
+        "cuda/mainloop_bwd.h", "static_cast<int>(problem.first_shifted_head)", "first", COUNTS
+    ),
+    "backward: heads that share": Mutant("cuda/mainloop_bwd.h", "first + heads_per_kv", "first + 1", GQA),
     "dq: KV head": Mutant("cuda/bwd_dq.h", KV_HEAD, "head % problem.kv_heads", GQA),
     # sums
     "log-sum-exp for delta": Mutant("cuda/bwd_tiles.h", "thread < kRows", "true", SHAPES),
@@ -91,16 +111,89 @@ MUTANTS = {
     "maximum of two lanes": Mutant("cuda/softmax.h", "shuffle_xor(x, 2)", "x", SHAPES, "fmaxf(x, {})"),
     "sum of two lanes": Mutant("cuda/softmax.h", "shuffle_xor(x, 2)", "x", SHAPES, "return x + {}"),
     "nothing seen yet": Mutant("cuda/softmax.h", "highest == -INFINITY", "false", SHAPES),
-    "out not rescaled": Mutant("cuda/softmax.h", "out(m, n) *= shrink", "out(m, n)", SHAPES),
+    "out not rescaled": Mutant("cuda/softmax.h", "out(m, n) *= shrink", "out(m, n)", SHAPES, "{};\n      maximum[m]"),
     "sum not rescaled": Mutant("cuda/softmax.h", "sum[m] *= shrink", "sum[m]", SHAPES),
     "scale 0": Mutant("cuda/softmax.h", "std::numeric_limits<float>::min()", "0.0f", SHAPES),
     "log-sum-exp": Mutant("cuda/softmax.h", "maximum[m] * scale_log2 * kLn2", "maximum[m] * scale_log2", LSE),
     "delta": Mutant("cuda/bwd_tiles.h", "dweights(m, n) - delta", "dweights(m, n)", SHAPES),
-    "delta of four lanes": Mutant("cuda/bwd_pre_post.h", "mask < 8", "mask < 4", SHAPES),
+    "delta of four lanes": Mutant("cuda/softmax.h", "shuffle_xor(x, 4)", "0", SHAPES),
+    "gradient of log-sum-exp": Mutant("cuda/bwd_pre_post.h", "params.dlse", "nullptr", DLSE, "if ({} && i"),
+    # the sink
+    "forward: no sink": Mutant("cuda/mainloop_fwd.h", "problem.sink", "false", PATTERNS),
+    "forward: sink missing in the sum": Mutant("cuda/sink.h", "thread % 4 == 0", "false", LSE),
+    "forward: sink in the sum four times": Mutant("cuda/sink.h", "thread % 4 == 0", "true", LSE),
+    "forward: document without its sink": Mutant(
+        "cuda/sink.h", "sees_sink(first_keys(i), document)", "document >= 0", PATTERNS
+    ),
+    "forward: sink's key of another document": Mutant(
+        "cuda/sink.h",
+        "d",
+        "0 * d",
+        PATTERNS,
+        "kv_head, cute::max({}, 0));\n    const Element* v = row_of<Element>(params.v",
+    ),
+    "forward: sink's value of another document": Mutant(
+        "cuda/sink.h", "d", "0 * d", PATTERNS, "(params.v, batch, kv_head, cute::max({}, 0)"
+    ),
+    "forward: sink's KV head": Mutant(
+        "cuda/sink.h", "head / (params.problem.heads / params.problem.kv_heads)", "0", PATTERNS
+    ),
+    "forward: sink's pieces": Mutant("cuda/sink.h", "column < columns", "true", GUARDS, "Piece(k[column], {})"),
+    "forward: sink's maximum": Mutant("cuda/softmax.h", "fmaxf(maximum[m], score)", "maximum[m]", LARGE),
+    "forward: out not rescaled to the sink": Mutant(
+        "cuda/softmax.h", "out(m, n) *= shrink", "out(m, n)", PATTERNS, "{};\n    maximum[m] = highest;\n    return"
+    ),
+    "forward: sum not rescaled to the sink": Mutant("cuda/softmax.h", "sum[m] * shrink", "sum[m]", PATTERNS),
+    "backward: weight of the sink": Mutant("cuda/bwd_pre_post.h", "lse_log2", "0", PATTERNS, "problem) - {})"),
+    "backward: delta of the sink": Mutant("cuda/bwd_pre_post.h", "dweight - delta", "dweight", PATTERNS),
+    "backward: sink of the batch": Mutant("cuda/rows.h", "batch * view.batch_stride", "0", PATTERNS),
+    "backward: sink's key of another document": Mutant(
+        "cuda/bwd_pre_post.h", "d", "0 * d", PATTERNS, "(params.k, batch, kv_head, cute::max({}, 0)"
+    ),
+    "backward: sink's value of another document": Mutant(
+        "cuda/bwd_pre_post.h", "d", "0 * d", PATTERNS, "(params.v, batch, kv_head, cute::max({}, 0)"
+    ),
+    "backward: sink's KV head": Mutant("cuda/bwd_pre_post.h", KV_HEAD, "0", PATTERNS),
+    "dq: sink missing": Mutant("cuda/sink.h", "d < 0", "true", PATTERNS, "if ({} || row + i"),
+    "dq: sink's key of another document": Mutant(
+        "cuda/sink.h", "d", "0 * d", PATTERNS, "row_of<Element>(params.k, batch, kv_head, {});"
+    ),
+    "dq: sink's KV head": Mutant("cuda/sink.h", KV_HEAD, "0", PATTERNS),
+    "dq: no sink where deterministic": Mutant("cuda/bwd_dq.h", "problem.sink", "false", PATTERNS),
+    "dk: sink missing": Mutant("cuda/sink_gradients.h", "end == 0", "true", PATTERNS),
+    "dk: rows of the sink's own tile twice": Mutant(
+        "cuda/bwd_pre_post.h", "d >= row + visible.offset", "false", PATTERNS
+    ),
+    "dk: sink's sums of two rows": Mutant("cuda/bwd_pre_post.h", "shuffle_xor(of_values ? dk : dv, 16)", "0", PATTERNS),
+    "dk: sink's sums of other two rows": Mutant(
+        "cuda/bwd_pre_post.h", "shuffle_xor(last_half ? half[x] : half[x + 4], 8)", "0", PATTERNS
+    ),
+    "dk: sink's sums of one warp": Mutant("cuda/bwd_pre_post.h", "thread / 32", "0", PATTERNS, "shared.parts[{}]"),
+    "dk: sink's sums not added up": Mutant(
+        "cuda/sink_gradients.h", "sums[x] += values[x]", "sums[x] = values[x]", PATTERNS
+    ),
+    "dk: first tile twice": Mutant("cuda/sink_gradients.h", "own_row / kRows + 1", "own_row / kRows", PATTERNS),
+    "dk: last tile": Mutant("cuda/sink_gradients.h", "tile <= last_tile", "tile < last_tile", PATTERNS),
+    "dk: sinks of one head": Mutant(
+        "cuda/sink_gradients.h", "(kv_head + 1) * heads_per_kv", "kv_head * heads_per_kv + 1", PATTERNS
+    ),
+    "dk: sinks of the next heads": Mutant(
+        "cuda/sink_gradients.h", "kv_head * heads_per_kv", "kv_head", PATTERNS, "int head = {};"
+    ),
+    "dk: sink that only unshifted heads see": Mutant(
+        "cuda/sink_gradients.h", "!last_head.sees_sink_of(end - 1, d)", "true", PATTERNS
+    ),
+    "dk: rows of later documents": Mutant("cuda/sink_gradients.h", "visible.document(row) > d", "false", PATTERNS),
+    "dk: rows that see it in their group": Mutant(
+        "cuda/sink_gradients.h", "visible.sees_sink_of(row, d)", "true", PATTERNS
+    ),
+    "dk: scale of the sink": Mutant("cuda/sink_gradients.h", "static_cast<float>(problem.scale)", "1.0f", PATTERNS),
     "scale of dk": Mutant("cuda/mainloop_bwd.h", "scale_by(dk, static_cast<float>(problem.scale))", "void()", SHAPES),
     "scale of dq by atomics": Mutant("cuda/bwd_pre_post.h", "static_cast<float>(problem.scale)", "1", SHAPES),
     "scale of dq": Mutant("cuda/bwd_dq.h", "scale_by(dq, static_cast<float>(problem.scale))", "void()", SHAPES),
-    "dq's sums not begun": Mutant("cuda/bwd_pre_post.h", "sums[i] = 0", "sums[i]", SHAPES),
+    "dq's sums not begun": Mutant(
+        "cuda/bwd_pre_post.h", "dq(i)", "dq_sums[i * kThreads]", SHAPES, "dq_sums[i * kThreads] = {}"
+    ),
     # bounds
     "rows loaded": Mutant("cuda/copy.h", f"{ROW} < rows", f"{ROW} <= rows", GUARDS, "bool inside = {}"),
     "columns loaded": Mutant("cuda/copy.h", f"{COLUMN} < columns", f"{COLUMN} <= columns", GUARDS, "{};"),

@@ -22,11 +22,14 @@ MUTANTS = {
     "doc_start past the end": Mutant(
         "cuda/mask.h", "cute::min(row, seqlen - 1)", "row", "address", "document(int row) const {\n    row = {}"
     ),
-    "rows of out past the end": Mutant("cuda/bwd_pre_post.h", "i < rows", "true", "address", "problem.head_dim && {}"),
+    "rows of out past the end": Mutant("cuda/bwd_pre_post.h", "i < rows", "true", "address", "inside = {}"),
     "tile before the first": Mutant("cuda/scheduler.h", "turn.tile < 0", "false", "address"),
     "scratch of whole tiles": Mutant(
-        "cuda/dispatch.cu", "(problem.seqlen + rows - 1) / rows * rows", "problem.seqlen", "address"
+        "cuda/dispatch.cu", "(problem.seqlen + rows - 1) / rows", "problem.seqlen / rows", "address"
     ),
+    "columns of a sink's rows": Mutant("cuda/sink_gradients.h", "piece * 8 < problem.head_dim", "true", "address"),
+    "sinks past the end": Mutant("cuda/bwd_pre_post.h", "row + i < visible.seqlen", "true", "address"),
+    "sums of sinks of all tiles": Mutant("cuda/sink_gradients.h", "int64_t{row_tile} * kFloats", "0", "thread"),
     "sums without atomics": Mutant(
         "cuda/mainloop_bwd.h", "atomic_add(sums + i * kThreads, dq(i))", "void(sums[i * kThreads] += dq(i))", "thread"
     ),

@@ -5,31 +5,50 @@ import torch
 from torch import Tensor
 
 from longlora_ext import s2attn
-from op_checks import HALVES, Problem, assert_same, outputs_and_grads
+from op_checks import HALVES, Problem, assert_same, check_against_reference, outputs_and_grads
 
 pytestmark = [pytest.mark.only("cuda", "CUDA's own"), pytest.mark.usefixtures("device")]
 
 # Several tiles in every direction, two KV heads, a ragged end.
 LARGE = {"batch": 2, "seqlen": 2000, "heads": 8, "kv_heads": 2, "head_dim": 128, "group_size": 512}
+# Each has kernels of its own, or other tiles.
+PATTERNS = [{}, {"sink": True}, {"sink": True, "window": 300}, {"window": 300}]
 
 
 def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return s2attn(q, k, v, LARGE["group_size"], deterministic=True)
 
 
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_deterministic_gives_the_same_bits(dtype: torch.dtype) -> None:
+def test_deterministic_gives_the_same_bits(dtype: torch.dtype, pattern: dict) -> None:
     q, k, v = Problem(**LARGE, dtype=dtype).tensors()
-    first = outputs_and_grads(ours, q, k, v, q)
+
+    def results(deterministic: bool) -> tuple[Tensor, ...]:
+        options = {"deterministic": deterministic, **pattern}
+        return outputs_and_grads(lambda *qkv: s2attn(*qkv, LARGE["group_size"], **options), q, k, v, q)
+
+    first = results(True)
     for _ in range(5):
-        assert all(torch.equal(a, b) for a, b in zip(first, outputs_and_grads(ours, q, k, v, q), strict=True))
-    atomic = outputs_and_grads(lambda *qkv: s2attn(*qkv, LARGE["group_size"]), q, k, v, q)
-    for a, b in zip(atomic, first, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(first, results(True), strict=True))
+    for a, b in zip(results(False), first, strict=True):
         assert_same(a, b)
 
 
-def test_graph() -> None:
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("documents", [False, True], ids=["whole", "documents"])
+@pytest.mark.parametrize("keys", [2000, 2777])
+def test_large(pattern: dict, documents: bool, keys: int) -> None:
+    check_against_reference(Problem(**LARGE, **pattern, seqlen_k=keys, documents=documents, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS[:2], ids=str)
+def test_graph(pattern: dict) -> None:
     """Captured once, forward and backward, and replayed with other inputs."""
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return s2attn(q, k, v, LARGE["group_size"], deterministic=True, **pattern)
+
     static = [x.requires_grad_() for x in Problem(**LARGE).tensors()]
     dout = torch.randn_like(static[0])
     side = torch.cuda.Stream()
@@ -66,13 +85,14 @@ def test_stream() -> None:
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-def test_nothing_waits_for_the_gpu() -> None:
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_nothing_waits_for_the_gpu(pattern: dict) -> None:
     problem = Problem(**LARGE, documents=True)
     q, k, v = problem.tensors()
     doc_start = problem.doc_start()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        outputs_and_grads(lambda *qkv: s2attn(*qkv, 512, doc_start), q, k, v, q)
+        outputs_and_grads(lambda *qkv: s2attn(*qkv, 512, doc_start, **pattern), q, k, v, q)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -108,17 +128,22 @@ def test_more_than_2_to_31_elements() -> None:
         assert_same(a[:, -group_size:], b)
 
 
-def test_memory_grows_with_the_length_alone() -> None:
-    """Beside out and the gradients: row statistics, dq once more in fp32. No copy, nothing of G x G."""
+@pytest.mark.parametrize("sink", [False, True])
+def test_memory_grows_with_the_length_alone(sink: bool) -> None:
+    """Beside out and the gradients: row statistics, dq once more in fp32. No copy, nothing of G x G.
+
+    A sink has two more statistics, and dk and dv in fp32 for each tile of 64 query rows.
+    """
     shape = {"seqlen": 65_536, "heads": 8, "kv_heads": 2, "head_dim": 128, "group_size": 16_384}
     q, k, v = (x.requires_grad_() for x in Problem(**shape).tensors())
     dout = torch.randn_like(q)
     tensor, row_stats = q.nbytes, 4 * q.shape[1] * q.shape[2]
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    s2attn(q, k, v, shape["group_size"]).backward(dout)
+    s2attn(q, k, v, shape["group_size"], sink=sink).backward(dout)
     outputs = 2 * tensor + 2 * k.nbytes  # out, dq; dk, dv
     scratch = 2 * tensor + 3 * row_stats  # dq in fp32; lse, delta, and as much to spare
+    scratch += (2 * row_stats + 4 * tensor // 64) if sink else 0
     assert torch.cuda.max_memory_allocated() - before <= outputs + scratch + 20 * 2**20
 
 
@@ -129,10 +154,11 @@ def test_other_dtypes_are_refused(wide: torch.dtype) -> None:
         s2attn(q, k, v, 16)
 
 
-def test_wrong_doc_start_is_harmless() -> None:
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_wrong_doc_start_is_harmless(pattern: dict) -> None:
     """Values are clamped, not looked at: a wrong one may give a wrong number, but reads nothing outside."""
     q, k, v = Problem(batch=2, seqlen=300, group_size=64).tensors()
     wrong = torch.randint(-(2**31), 2**31, (2, 300), dtype=torch.int64).to(torch.int32)
-    results = outputs_and_grads(lambda *qkv: s2attn(*qkv, 64, wrong), q, k, v, q)
+    results = outputs_and_grads(lambda *qkv: s2attn(*qkv, 64, wrong, **pattern), q, k, v, q)
     torch.cuda.synchronize()
     assert [x.shape for x in results] == [q.shape] * 4

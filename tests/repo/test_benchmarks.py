@@ -31,12 +31,12 @@ RAGGED = replace(POINT, seqlen=101)
 def test_pairs_are_those_of_the_mask(point: Point) -> None:
     def pairs(pattern: Pattern) -> int:
         of_head = (
-            s2attn_mask(point.seqlen, pattern.group_size, head >= pattern.first_shifted_head).sum()
+            s2attn_mask(point.seqlen, pattern.group_size, head >= pattern.first_shifted_head, sink=pattern.sink).sum()
             for head in range(point.heads)
         )
         return point.batch * int(sum(of_head))
 
-    for name in ("ours", "dense", "groups"):
+    for name in ("ours", "ours_sink", "dense", "groups"):
         pattern = PROVIDERS[name].pattern(point)
         assert pattern.pairs(point) == pairs(pattern), name
     # Rolling wraps around: all heads attend as the unshifted ones do.
