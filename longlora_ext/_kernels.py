@@ -46,7 +46,8 @@ def why_unsupported(
     device = torch.device(device)
     if device.type not in ("cpu", "cuda"):  # the stable ABI does not know all of them by name
         return f"there are kernels for the CPU and CUDA alone, and none for {device.type}"
-    return torch.ops.longlora.why_unsupported(device, dtype, padded(head_dim), backward=backward) or None
+    why = torch.ops.longlora.why_unsupported(device, dtype, padded(head_dim), backward=backward)
+    return why.partition(";")[0] or None  # what to use instead is said of the kernels alone
 
 
 @torch.library.register_fake("longlora::s2attn_fwd")
