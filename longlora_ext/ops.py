@@ -137,5 +137,8 @@ def check_runs(device: torch.device | str, dtype: torch.dtype, head_dim: int, **
     Raises:
         RuntimeError: It does not run there.
     """
-    q, k, v = torch.zeros(3, 1, 8, 1, head_dim, dtype=dtype, device=device, requires_grad=True).unbind()
+    try:
+        q, k, v = torch.zeros(3, 1, 8, 1, head_dim, dtype=dtype, device=device, requires_grad=True).unbind()
+    except AssertionError as error:  # how torch says that it was built without CUDA
+        raise RuntimeError(str(error)) from error
     s2attn(q, k, v, group_size=8, **pattern).sum().backward()
