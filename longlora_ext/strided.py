@@ -86,6 +86,26 @@ class _Cut(torch.autograd.Function):
         return total.to(ctx.dtype), None
 
 
+class _Take(torch.autograd.Function):
+    """A view of a tensor, and the tensor, from which the next view is taken.
+
+    Backwards, gradients are added to a sum that goes from the last view to the first, so that few exist at once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, place: tuple[slice, ...]) -> tuple[Tensor, Tensor]:
+        ctx.shape, ctx.place = x.shape, place
+        ctx.set_materialize_grads(False)
+        return x[place], x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, total: Tensor | None) -> tuple[Tensor | None, None]:
+        if grad is not None:
+            total = grad.new_zeros(ctx.shape) if total is None else total
+            total[ctx.place] += grad
+        return total, None
+
+
 class _Join(torch.autograd.Function):
     """Tensors written side by side into one, which they fill. Their gradients are views of its own."""
 
@@ -224,9 +244,11 @@ def _by_tiles(q: Tensor, k: Tensor, v: Tensor, pattern: Arguments, with_lse: boo
     entries = SCORES // (batch * k.shape[2]) if forms_scores else MASK_ENTRIES // batch
     rows = max(FEWEST_ROWS, min(MOST_ROWS, max(reach, 128), entries // reach))
     doc_start = None if pattern.doc_start is None else pattern.doc_start.long()
-    sinks = _first_tokens(k, v, doc_start) if pattern.sink else None
+    exact = torch.promote_types(q.dtype, torch.float32)
+    k, v = k.to(exact), v.to(exact)  # so that gradients are summed
+    sinks = _first_tokens(k, v, doc_start) if pattern.sink else []
 
-    tiles, places, kv_places, sink_places = [], [], [], []
+    places, outs, lses = [], [], []
     for q_heads, kv_heads, shifted in _halves(heads, k.shape[2], pattern.first_shifted_head, gqa=False):
         for i in range(0, seqlen, rows):
             tokens = slice(i, min(i + rows, seqlen))
@@ -235,32 +257,31 @@ def _by_tiles(q: Tensor, k: Tensor, v: Tensor, pattern: Arguments, with_lse: boo
                 tile = _Tile(begin, end, _first_key(begin, 0, pattern, shifted), shifted, 0)
             else:
                 tile = _Tile(begin, end, max(0, begin - reach + 1), shifted, doc_start[:, tokens])
-            tiles.append(tile)
             places.append((ALL, tokens, q_heads))
-            kv_places.append((ALL, slice(tile.first_key, end), kv_heads))
-            sink_places.append((ALL, tokens if doc_start is not None else ALL, kv_heads))
-
-    cut = [_Cut.apply(q, places), *(_Cut.apply(x, kv_places) for x in (k, v))]
-    cut += [_Cut.apply(x, sink_places) for x in sinks or ()]
-    outs, lses = [], []
-    for tile, *tensors in zip(tiles, *cut, strict=True):
-        attend = partial(_attend, tile, pattern, forms_scores)
-        out, lse = checkpoint(attend, *tensors, use_reentrant=False, preserve_rng_state=False)
-        outs.append(out)
-        lses.append(lse)
+            seen = (ALL, slice(tile.first_key, end), kv_heads)
+            of_sinks = (ALL, ALL if doc_start is None else tokens, kv_heads)
+            q_, q = _Take.apply(q, places[-1])
+            k_, k = _Take.apply(k, seen)
+            v_, v = _Take.apply(v, seen)
+            taken = [_Take.apply(x, of_sinks) for x in sinks]
+            sinks = [rest for _, rest in taken]
+            attend = partial(_attend, tile, pattern, forms_scores)
+            inputs = (q_, k_, v_, *(first for first, _ in taken))
+            out, lse = checkpoint(attend, *inputs, use_reentrant=False, preserve_rng_state=False)
+            outs.append(out)
+            lses.append(lse)
     out = _Join.apply(q.shape, places, *outs)
     if not with_lse:
         return out, None
     return out, _Join.apply(q.shape[:3], places, *lses).transpose(1, 2)
 
 
-def _first_tokens(k: Tensor, v: Tensor, doc_start: Tensor | None) -> tuple[Tensor, ...]:
+def _first_tokens(k: Tensor, v: Tensor, doc_start: Tensor | None) -> list[Tensor]:
     """The sink's key and value: of each row's document, or one for all."""
     if doc_start is None:
-        return k[:, :1], v[:, :1]
+        return [k[:, :1], v[:, :1]]
     batch = torch.arange(len(k), device=k.device)[:, None]
-    exact = torch.promote_types(k.dtype, torch.float32)  # so are their gradients summed
-    return tuple(x.to(exact)[batch, doc_start.clamp(min=0)].to(x.dtype) for x in (k, v))
+    return [x[batch, doc_start.clamp(min=0)] for x in (k, v)]
 
 
 def _attend(
@@ -276,9 +297,9 @@ def _attend(
         seen = torch.cat([lacks, seen], dim=-1)
         k, v = (torch.cat([sink, x], dim=1) for sink, x in zip(sinks, (k, v), strict=True))
     if not forms_scores:
+        k, v = k.to(q.dtype), v.to(q.dtype)
         return _sdpa(q, k, v, pattern.scale, attn_mask=seen[:, None]), None
-    exact = torch.promote_types(q.dtype, torch.float32)
-    q_, k_, v_ = (x.to(exact).transpose(1, 2) for x in (q, k, v))
+    q_, k_, v_ = (x.to(k.dtype).transpose(1, 2) for x in (q, k, v))
     scores = (pattern.scale * q_ @ k_.transpose(-1, -2)).masked_fill(~seen[:, None], float("-inf"))
     lse = scores.logsumexp(dim=-1)
     return ((scores - lse[..., None]).exp() @ v_).transpose(1, 2).to(q.dtype), lse.transpose(1, 2)
