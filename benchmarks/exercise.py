@@ -10,6 +10,7 @@ import argparse
 import json
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,7 +23,8 @@ def small_problems(device: str) -> None:
     for head_dim, dtype, deterministic in product((40, 64, 128, 256), ("bfloat16", "float16"), (False, True)):
         point = Point(device, dtype, head_dim, heads=4, kv_heads=2, seqlen=333, batch=2, group_size=128)
         documents = torch.arange(333, dtype=torch.int32).div(100, rounding_mode="floor").mul(100).expand(2, -1)
-        cases = (0, None, {}), (0, documents, {"sink": True}), (150, None, {"sink": True, "window": 70})
+        cases: list[tuple[int, torch.Tensor | None, dict[str, Any]]]
+        cases = [(0, None, {}), (0, documents, {"sink": True}), (150, None, {"sink": True, "window": 70})]
         for before, doc_start, pattern in cases:
             q, k, v, dout = point.tensors()
             doc_start = None if doc_start is None else doc_start.contiguous().to(device)

@@ -40,7 +40,7 @@ from longlora_ext.documents import (
     doc_start_from_cu_seqlens,
     doc_start_from_position_ids,
 )
-from longlora_ext.ops import s2attn, why_unsupported
+from longlora_ext.ops import s2attn
 
 __all__ = [
     "NAME",
@@ -99,7 +99,7 @@ def s2attn_forward(
     Raises:
         `ValueError`: the call asks for what the op cannot express.
     """
-    _refuse_unsupported(module, key, value, dropout, kwargs)
+    _refuse_unsupported(module, dropout, kwargs)
     # Models in mixed precision rotate q and k in fp32; v comes straight from its projection and has the dtype
     # to compute in.
     query, key = query.to(value.dtype), key.to(value.dtype)
@@ -139,9 +139,7 @@ def s2attn_forward(
     )
 
 
-def _refuse_unsupported(
-    module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor, dropout: float, kwargs: dict[str, Any]
-) -> None:
+def _refuse_unsupported(module: torch.nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
     what = next((text for name, text in _UNSUPPORTED.items() if kwargs.get(name) is not None), None)
     is_causal = kwargs.get("is_causal")
     if what is None and dropout > 0:
@@ -150,8 +148,6 @@ def _refuse_unsupported(
         what = "bidirectional attention (is_causal=False)"
     elif what is None and kwargs.get("output_attentions"):
         what = "output_attentions=True (the weights are never formed)"
-    elif what is None and value.shape[-1] != key.shape[-1]:
-        what = f"a head dim of v ({value.shape[-1]}) other than that of q and k ({key.shape[-1]})"
     if what is not None:
         raise ValueError(
             f"attn_implementation='s2attn' cannot express {what}: use attn_implementation='eager' or 'sdpa' "
@@ -227,35 +223,16 @@ def _dense_eval(
     tokens, keys = query.shape[2], key.shape[2]
     if tokens != keys:
         # A prompt in parts: whatever positions say, it goes on with all that the cache holds.
-        if _has_kernel(query):
-            return _dense(query, key, value, None, told.window, scaling)
-        real = torch.zeros((1, keys), dtype=torch.int32, device=query.device)
-        rows = dense_mask(real, None, told.window)[:, :, keys - tokens :]
-        return sdpa_attention_forward(module, query, key, value, rows, scaling=scaling)
+        return _dense(query, key, value, None, told.window, scaling)
     if told.starts is not None and not told.padded:
         documents = told.starts if documents is None else torch.maximum(told.starts, documents)
     padding = told.starts if told.padded else None
     # Compiled code cannot ask whether there are several.
     several = documents is not None and (torch.compiler.is_compiling() or bool(documents.any()))
     if padding is None and (several or told.window is not None):
-        if _has_kernel(query):
-            return _dense(query, key, value, documents, told.window, scaling)
-        padding = torch.zeros((query.shape[0], tokens), dtype=torch.int32, device=query.device)  # none
+        return _dense(query, key, value, documents, told.window, scaling)
     mask = None if padding is None else dense_mask(padding, documents, told.window)
     return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling)
-
-
-def _has_kernel(query: torch.Tensor) -> bool:
-    """Whether the op computes a call of this device, dtype and head dim, where `sdpa` can stand in for it."""
-    device, dtype = query.device, query.dtype
-    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device.type)
-    return _runs(device, dtype, query.shape[-1])
-
-
-@torch.compiler.assume_constant_result
-def _runs(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    return why_unsupported(device, dtype, head_dim) is None
 
 
 AttentionInterface.register(NAME, s2attn_forward)

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -123,14 +124,12 @@ def _operator() -> dict[str, str]:
 
 
 def _where_it_runs(device: str, dtype: torch.dtype) -> str:
-    reasons = {head_dim: _reason(device, dtype, head_dim) for head_dim in HEAD_DIMS}
-    lacks = {head_dim: reason for head_dim, reason in reasons.items() if reason}
-    if not lacks:
-        return "runs"
-    if len(lacks) == len(HEAD_DIMS) and len(set(lacks.values())) == 1:
-        return f"does not run: {next(iter(lacks.values()))}"
-    runs = ", ".join(str(head_dim) for head_dim in HEAD_DIMS if head_dim not in lacks)
-    return f"{f'runs with head_dim {runs} alone' if runs else 'does not run'}: {'; '.join(lacks.values())}"
+    found: dict[str, list[str]] = {}
+    for head_dim in HEAD_DIMS:
+        found.setdefault(_how_it_runs(device, dtype, head_dim), []).append(str(head_dim))
+    if len(found) == 1:
+        return next(iter(found))
+    return "; ".join(f"with head_dim {', '.join(head_dims)} {how}" for how, head_dims in found.items())
 
 
 def _compilers(library: Path) -> str:
@@ -139,14 +138,17 @@ def _compilers(library: Path) -> str:
     return ", ".join(sorted({name.decode(errors="replace") for name in found})) or "not known"
 
 
-def _reason(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+def _how_it_runs(device: str, dtype: torch.dtype, head_dim: int) -> str:
     from longlora_ext import ops
 
     try:
-        ops.check_runs(device, dtype, head_dim)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ops.check_runs(device, dtype, head_dim)
     except Exception as error:
-        return str(error).splitlines()[0]
-    return None
+        return f"does not run: {str(error).splitlines()[0]}"
+    why = ops.why_unsupported(device, dtype, head_dim)
+    return "runs" if why is None else f"runs by torch's attention: {why}"
 
 
 def _instruction_set() -> str:

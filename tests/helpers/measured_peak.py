@@ -8,6 +8,7 @@ measures that of a sequence that the processes share. The first one writes FOLDE
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,19 @@ def with_numbers(model: Any) -> Any:
 def peak_of_a_step(model: torch.nn.Module, ids: torch.Tensor, folder: Path, **inputs: Any) -> int:
     """Bytes that the CPU's allocator had given out at most, beyond those at the start."""
     inputs |= {"input_ids": ids, "labels": ids, "use_cache": False}
-    model(**inputs).loss.backward()  # what is made once
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+
+    def step() -> None:
         loss = model(**inputs).loss
         loss.backward()
+
+    step()  # what is made once
+    return peak_of(step, folder)
+
+
+def peak_of(work: Callable[[], Any], folder: Path) -> int:
+    """Bytes that the CPU's allocator had given out at most, beyond those at the start. Writes a trace into `folder`."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
     trace = folder / "trace.json"
     profile.export_chrome_trace(str(trace))
     events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]

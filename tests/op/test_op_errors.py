@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from longlora_ext import s2attn
+from longlora_ext import s2attn, why_unsupported
 from op_checks import Problem, default_dtype
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -43,12 +43,7 @@ def with_value(tensor: torch.Tensor, index: int, value: int) -> torch.Tensor:
             r"heads of q must be a positive multiple of those of k and v, but are 3 and 2",
         ),
         ({"k": torch.randn(1, 64, 0, 16), "v": torch.randn(1, 64, 0, 16)}, r"heads of q must be a positive multiple"),
-        (
-            {x: torch.randn(1, 64, 2, 12) for x in "qkv"},
-            r"head_dim must be a multiple of 8 from 8 to 256, but is 12",
-        ),
-        ({x: torch.randn(1, 64, 2, 264) for x in "qkv"}, r"head_dim must be a multiple of 8 .* but is 264"),
-        ({x: torch.randn(1, 64, 2, 0) for x in "qkv"}, r"head_dim must be a multiple of 8 .* but is 0"),
+        ({x: torch.randn(1, 64, 2, 0) for x in "qkv"}, r"head_dim must be at least 1, but is 0"),
         ({"wrap": True, "v": torch.randn(1, 64, 1, 16)}, r"k and v must have the same shape, but are \[1, 64, 2, 16\]"),
         ({x: torch.randn(1, 0, 2, 16) for x in "qkv"}, r"seqlen must be at least 1"),
         (
@@ -136,11 +131,17 @@ def test_devices_must_agree() -> None:
         s2attn(q, k.to("meta"), v.to("meta"), 16)
 
 
-@pytest.mark.only("cpu", "a build without CUDA kernels")
-def test_cuda_without_kernels_says_what_to_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda op, key: False)
-    with torch._subclasses.FakeTensorMode(), pytest.raises(RuntimeError, match=r"no CUDA kernels; use .*sdpa"):
-        s2attn(*(torch.empty(1, 64, 2, 16, device="cuda") for _ in range(3)), 16)
+@pytest.mark.only("cpu", "other devices")
+@pytest.mark.filterwarnings("ignore:s2attn runs by torch")
+@pytest.mark.parametrize("elsewhere", ["cuda", "xpu"])
+def test_where_there_are_no_kernels_it_runs_by_torch(elsewhere: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build without CUDA kernels, another device; test_strided.py shows what it computes then."""
+    seen = []
+    monkeypatch.setattr("longlora_ext._attend._why_unsupported", why_unsupported)
+    monkeypatch.setattr("longlora_ext._attend.strided", lambda q, *_: seen.append(q.device.type) or (q, None))
+    with torch._subclasses.FakeTensorMode():
+        s2attn(*(torch.empty(1, 64, 2, 16, device=elsewhere) for _ in range(3)), 16)
+    assert seen == [elsewhere]
 
 
 def test_unknown_device_is_named() -> None:

@@ -21,12 +21,12 @@ def test_a_cpu_takes_every_head_dim_and_dtype(dtype: torch.dtype, head_dim: int)
     ("dtype", "head_dim"),
     [(torch.int32, 64), (torch.bool, 64), (torch.float32, 12), (torch.float32, 264), (torch.complex64, 12)],
 )
-def test_the_answer_is_what_the_op_throws(dtype: torch.dtype, head_dim: int) -> None:
+def test_the_answer_is_what_the_kernels_throw(dtype: torch.dtype, head_dim: int) -> None:
     why = why_unsupported("cpu", dtype, head_dim)
     assert why == why_unsupported("cpu", dtype, head_dim, backward=False) != ""
     q = torch.zeros(1, 4, 2, head_dim, dtype=dtype)
     with pytest.raises(RuntimeError) as caught:
-        s2attn(q, q, q, 2)
+        torch.ops.longlora.s2attn_fwd(q, q, q, 2, 1, None, 1.0, False)
     assert str(caught.value).splitlines()[0] == f"s2attn: {why}"
 
 

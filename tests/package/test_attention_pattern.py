@@ -31,6 +31,10 @@ WINDOWED: dict[str, dict[str, Any]] = {
     },
     "olmo3": {"layer_types": MIXED},
     "phi3": {},
+    "ministral": {"layer_types": MIXED},
+    "gemma3_text": {"layer_types": MIXED},
+    "cohere2": {"layer_types": MIXED},
+    "exaone4": {"layer_types": MIXED},
 }
 
 
@@ -77,6 +81,25 @@ def test_packed_documents_of_a_model_with_a_window(kind: str) -> None:
         logits = model(**batch, use_cache=False).logits
         alone = torch.cat([model(row, use_cache=False).logits for row in rows], dim=1)
         assert_close(logits, alone)
+
+
+@pytest.mark.parametrize("kind", WINDOWED)
+def test_training_of_a_model_with_a_window_is_eager_attention_with_both_masks(kind: str) -> None:
+    """Layers with a window: the groups' part of it. Full layers: the groups."""
+    from longlora_ext.reference import s2attn_mask
+
+    ours, eager = windowed(kind).train(), windowed(kind, "eager").train()
+    ids, heads = tokens(2, 21), ours.config.num_attention_heads
+
+    def additive(window: int | None) -> Tensor:
+        seen = torch.stack([s2attn_mask(21, 8, head >= heads // 2, window=window) for head in range(heads)])
+        mask = torch.zeros(seen.shape, dtype=eager.dtype).masked_fill(~seen, torch.finfo(eager.dtype).min)
+        return mask.expand(2, -1, -1, -1)
+
+    masks: Any = {"full_attention": additive(None), "sliding_attention": additive(5)}
+    if "layer_types" not in WINDOWED[kind] and not isinstance(getattr(ours.config, "layer_types", None), list):
+        masks = masks["sliding_attention"]
+    assert_close(ours(ids).logits, eager(ids, attention_mask=masks).logits)
 
 
 @pytest.mark.parametrize("kind", ["mistral", "qwen2_moe"])

@@ -103,7 +103,6 @@ def test_bidirectional_attention_is_refused() -> None:
         ({"dropout": 0.1}, r"attention dropout \(it is 0.1"),
         ({"is_causal": False}, "is_causal=False"),
         ({"output_attentions": True}, "output_attentions=True"),
-        ({"v_head_dim": 16}, r"head dim of v \(16\) other than that of q and k \(8\)"),
         ({"attention_mask": torch.zeros(1, 1, 9, 9)}, "takes a 2-D attention_mask .* but it got a 4-D mask"),
         ({"attention_mask": torch.ones(1, 9, dtype=torch.bool)}, "but it got a 2-D mask"),
         ({"position_ids": torch.zeros(3, 1, 9, dtype=torch.long)}, r"position_ids must be \[1, 9\]"),
@@ -116,8 +115,8 @@ def test_bidirectional_attention_is_refused() -> None:
 )
 def test_what_the_op_cannot_express_is_refused(arguments: dict[str, object], message: str, training: bool) -> None:
     layer = LlamaAttention(tiny_config(attn_implementation="s2attn"), 0).train(training)
-    v_head_dim = arguments.pop("v_head_dim", 8) if "v_head_dim" in (arguments := dict(arguments)) else 8
-    q, k, v = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, v_head_dim)
+    arguments = dict(arguments)
+    q, k, v = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
     mask = arguments.pop("attention_mask", None)
     with pytest.raises(ValueError, match=message):
         attention.s2attn_forward(layer, q, k, v, mask, **arguments)

@@ -16,20 +16,15 @@ import torch
 
 import longlora_ext
 from app.models.suitable import check_kernels
-from longlora_ext import attention, env, ops
-from longlora_ext.attention import _has_kernel
+from longlora_ext import env
 from longlora_ext.ops import why_unsupported
 from tiny_models import tiny_config
 
 
-def test_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_where_there_is_no_gpu() -> None:
     """What a GPU lacks, test_cuda_host.py asks of one that the emulator makes up."""
-    reason = "this build of longlora_ext has no CUDA kernels"
-    for module in (attention, ops):
-        monkeypatch.setattr(module, "why_unsupported", lambda *where: reason)
-    query = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, shape=(1, 2, 8, 64))
-    assert not _has_kernel(query)
-    with pytest.raises(ValueError, match=r"S2-Attn does not run here, on cuda in torch\.bfloat16: this build"):
+    with pytest.raises(ValueError, match=r"S2-Attn does not run here, on cuda in torch\.bfloat16: "):
         check_kernels(tiny_config(), torch.bfloat16, torch.device("cuda"))
 
 
@@ -38,16 +33,27 @@ def test_other_devices(other: str) -> None:
     assert "there are kernels for the CPU and CUDA alone" in str(why_unsupported(other, torch.bfloat16, 64))
 
 
-@pytest.mark.parametrize("head_dim", [0, 4, 8, 12, 64, 100, 128, 256, 257, 264])
+@pytest.mark.filterwarnings("ignore:s2attn runs by torch")
+@pytest.mark.parametrize("head_dim", [0, 4, 8, 12, 64, 100, 128, 250, 256, 257, 264])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64])
-def test_on_a_cpu_it_says_what_the_operator_does(dtype: torch.dtype, head_dim: int) -> None:
+def test_on_a_cpu_it_says_what_kernels_do(dtype: torch.dtype, head_dim: int) -> None:
+    """With another head dim than theirs it is padded, or runs without a kernel."""
     q = torch.zeros(1, 8, 1, head_dim, dtype=dtype)
     try:
         longlora_ext.s2attn(q, q, q, 8)
         runs = True
     except RuntimeError:
         runs = False
-    assert runs == (why_unsupported("cpu", dtype, head_dim) is None)
+    assert runs == (dtype != torch.complex64 and head_dim > 0)
+    assert (why_unsupported("cpu", dtype, head_dim) is None) == (runs and head_dim <= 256)
+
+
+def test_what_runs_without_kernels_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert env._how_it_runs("cpu", torch.float32, 64) == "runs"
+    assert env._how_it_runs("cpu", torch.float32, 264).startswith("runs by torch's attention: head_dim must be a")
+    monkeypatch.setattr(env, "HEAD_DIMS", (64, 128, 264))
+    text = env._where_it_runs("cpu", torch.float32)
+    assert text.startswith("with head_dim 64, 128 runs; with head_dim 264 runs by torch's attention: head_dim must be")
 
 
 # The report -------------------------------------------------------------------------------------------------

@@ -12,18 +12,20 @@ from longlora_ext.attention import attention_window
 from longlora_ext.config import context_length
 from longlora_ext.ops import check_runs
 
-MAX_HEAD_DIM = 256
-#: Models of several layer types that are the same but for the window, so that all of them can have full attention. In
-#: others the layers have different RoPE parameters, or those with full attention no RoPE at all.
-DIFFER_IN_THE_WINDOW_ALONE = ("ministral", "olmo3", "phimoe", "qwen2", "qwen2_moe", "qwen3")
+LARGEST_HEAD_DIM = 256  # of a kernel
+#: Models whose attention has a learned logit a head beside the scores (`s_aux` in transformers).
+WITH_LEARNED_SINKS = (
+    "deepseek_v4", "flint", "gpt_oss", "granite_swa", "granitemoe_swa", "hy_v4", "mimo_v2_flash",
+    "openai_privacy_filter",
+)  # fmt: skip
 #: Models that have a mask made for a window whether or not a layer has one.
 NEEDS_A_WINDOW = ("afmoe", "cohere2", "ministral", "olmo3")
 
 
 def head_dim_of(config: PreTrainedConfig) -> int:
-    """Dimensions of a head."""
+    """Dimensions of a head of q and k."""
     heads = getattr(config, "num_attention_heads", None)
-    return getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else MAX_HEAD_DIM)
+    return getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else LARGEST_HEAD_DIM)
 
 
 def check_attention(config: PreTrainedConfig, context: int | None = None) -> None:
@@ -34,11 +36,12 @@ def check_attention(config: PreTrainedConfig, context: int | None = None) -> Non
         context: Tokens that it is to be trained with, which a window may hold. Default: four times its own.
     """
     heads = getattr(config, "num_attention_heads", None)
-    head_dim = head_dim_of(config)
     if getattr(config, "attn_logit_softcapping", None):
         raise ValueError("its attention caps its logits (attn_logit_softcapping), which S2-Attn cannot express")
     if getattr(config, "use_bidirectional_attention", None):
         raise ValueError("its attention is bidirectional, and S2-Attn is causal")
+    if config.model_type in WITH_LEARNED_SINKS:
+        raise ValueError("its attention has learned sinks, a logit a head, which S2-Attn cannot express")
     _check_window(config, context)
     if getattr(config, "attention_dropout", 0):
         raise ValueError(
@@ -48,11 +51,10 @@ def check_attention(config: PreTrainedConfig, context: int | None = None) -> Non
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     if heads and heads % kv_heads:
         raise ValueError(f"its {heads} query heads are no multiple of its {kv_heads} key and value heads")
-    if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"its heads have {head_dim} dimensions, and S2-Attn takes multiples of 8 up to {MAX_HEAD_DIM}")
 
 
 def _check_window(config: PreTrainedConfig, context: int | None) -> None:
+    """A sliding window is S2-Attn's to keep to; refused is what is none."""
     window, layers, kind = attention_window(config), getattr(config, "layer_types", None), config.model_type
     if layers and window is None and getattr(config, "sliding_window", 0) is None and kind in NEEDS_A_WINDOW:
         raise ValueError(
@@ -61,18 +63,15 @@ def _check_window(config: PreTrainedConfig, context: int | None) -> None:
         )
     if window is None or window >= (context or 4 * context_length(config)):
         return
-    advice = ""
-    if not layers:
-        advice = '. To train it with full attention, set "sliding_window": null in its config.json'
-    elif kind in DIFFER_IN_THE_WINDOW_ALONE:
-        full = ", ".join(['"full_attention"'] * 2)
-        advice = (
-            f'. To train it with full attention, set "layer_types": [{full}, ...], {len(layers)} times, in its '
-            'config.json, and leave "sliding_window" as it is'
+    chunks = getattr(config, "attention_chunk_size", None)
+    if chunks is not None and window == chunks:
+        raise ValueError(f"its attention is in chunks of {chunks} tokens, which S2-Attn cannot express")
+    if window < 1:
+        none = "" if layers else "null, or "
+        raise ValueError(
+            f"its attention has a sliding window of {getattr(config, 'sliding_window', None)} tokens: set "
+            f'"sliding_window": {none}a number of tokens, in its config.json'
         )
-    raise ValueError(
-        f"its attention has a sliding window, or chunks, of {window} tokens, which S2-Attn cannot express{advice}"
-    )
 
 
 def check_context(option: str, tokens: int, own: int) -> None:
