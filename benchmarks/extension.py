@@ -115,7 +115,7 @@ def run(name: str, seed: int, options: argparse.Namespace, folder: str, tokenize
             if not path.exists():
                 began = time.perf_counter()
                 write(path, measure())
-                print(f"{what}: {path.read_text()} in {time.perf_counter() - began:.0f} s", flush=True)
+                print(f"{what}: measured in {time.perf_counter() - began:.0f} s", flush=True)
             found[what] = json.loads(path.read_text())
     result = {"arm": name, "says": arm.says, "seed": seed, "training": cost, "made": made(options.device), **found}
     write(done, result)

@@ -142,10 +142,7 @@ def _cost(times: StepTimes, tokens: int, is_gpu: bool) -> dict[str, Any]:
     by_step = [times.seconds[step] for step in sorted(times.seconds, key=int)]
     steady = by_step[1:] or by_step
     clock, own = (sorted(column)[len(steady) // 2] for column in zip(*steady, strict=True))
-    if is_gpu:
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated() if is_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "seconds_a_step": clock,
         "processor_seconds_a_step": own,
