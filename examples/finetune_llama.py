@@ -56,6 +56,7 @@ from app.runs.full_disk import writing_to
 from app.runs.processes import be_quiet
 from app.runs.run_folder import begin, claim, read_marker
 from app.training.arguments import compute_dtype, parse
+from app.training.dense_layers import asked_layers
 from app.training.dense_tail import DenseTail
 from app.training.fsdp import choose_layers
 from app.training.manifest import check_repeats, describe, finish, repeated
@@ -212,6 +213,7 @@ def new_context(base_config: PreTrainedConfig, options: ModelOptions) -> PreTrai
         group_size=options.group_size,
         sink=options.sink,
         window=options.window,
+        dense_layers=asked_layers(options.dense_layers),
     )
 
 

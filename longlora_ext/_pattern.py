@@ -86,6 +86,17 @@ def resolve_layers(asked: int | Sequence[int], layers: int) -> list[int]:
     return sorted({index % layers for index in asked})
 
 
+def in_words(layers: Sequence[int]) -> str:
+    """Indices of layers in order, to read: "0, 27-29"."""
+    runs: list[list[int]] = []
+    for index in layers:
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
 def _is_index(value: Any, least: int = 0) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
