@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedConfig,
@@ -26,6 +28,8 @@ from longlora_ext import lora_config, prepare_model
 from longlora_ext.data import PackedSequences, pad_rows
 from longlora_ext.loss import tile_loss
 from longlora_ext.trainer import DenseTail
+
+STATE = "trainer_state.json"
 
 
 @dataclass(frozen=True)
@@ -115,26 +119,32 @@ def train(
     )
     if is_gpu:
         torch.cuda.reset_peak_memory_stats()
-    trainer.train(resume_from_checkpoint=_last_checkpoint(work))
-    history = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    done, last = _last_checkpoint(work)
+    if last is not None and done >= recipe.steps:  # of which the Trainer would do one step more
+        set_peft_model_state_dict(model, load_file(last / "adapter_model.safetensors"))
+        log = json.loads((last / STATE).read_text())["log_history"]
+    else:
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        log = trainer.state.log_history
+    history = [entry for entry in log if "grad_norm" in entry]
     return model, {
-        "steps": trainer.state.global_step,
-        "tokens": trainer.state.global_step * in_a_step * rows.context_length,
+        "steps": recipe.steps,
+        "tokens": recipe.steps * in_a_step * rows.context_length,
         "loss": [entry["loss"] for entry in history],
         "gradient_norm": [entry["grad_norm"] for entry in history],
         **_cost(times, in_a_step * rows.context_length, is_gpu),
     }
 
 
-def _last_checkpoint(work: Path) -> str | None:
-    """The last one that is complete: the Trainer writes the file of its state last."""
-    whole = []
-    for path in work.glob("checkpoint-*/trainer_state.json"):
+def _last_checkpoint(work: Path) -> tuple[int, Path | None]:
+    """The steps of the last one that is complete, and its folder: the Trainer writes the file of its state last."""
+    whole: list[tuple[int, Path]] = []
+    for path in work.glob(f"checkpoint-*/{STATE}"):
         try:
             whole.append((json.loads(path.read_text())["global_step"], path.parent))
         except (ValueError, KeyError):
             continue
-    return str(max(whole)[1]) if whole else None
+    return max(whole, default=(0, None))
 
 
 def _cost(times: StepTimes, tokens: int, is_gpu: bool) -> dict[str, Any]:
