@@ -64,6 +64,7 @@ from app.training.measure import AFTER, Measurement, choose_documents, choose_sa
 from app.training.options import DataOptions, ModelOptions
 from app.training.plot import loss_curve
 from app.training.report import banner, results
+from app.training.retrieval_guard import RetrievalGuard
 from app.training.run_settings import settings
 from app.training.stop_at_nan import StopAtNaN
 from app.training.suitable import check_documents, check_training
@@ -150,8 +151,14 @@ def main(argv: Sequence[str]) -> None:
         before = read_marker(checkpoint).get("perplexity") if checkpoint else None
         measurement = Measurement(folder, base_config, config, measured, before, answers)
         marked["perplexity"] = measurement.record  # filled as the run goes on, written with each checkpoint
+    guard = None
+    if options.check_retrieval:
+        known = read_marker(checkpoint).get("retrieval") if checkpoint else None
+        with one_clear_error():
+            guard = RetrievalGuard(folder, tokenizer, base_config, known)
+        marked["retrieval"] = guard.record
     tail = DenseTail(base.config, options.dense_steps) if options.dense_steps else None
-    callbacks = [StopAtNaN(), CompletionMarker(args, marked), *filter(None, (tail, measurement))]
+    callbacks = [StopAtNaN(), CompletionMarker(args, marked), *filter(None, (tail, measurement, guard))]
     # Resumed at its end, a run would do one step too many. Of one sequence an epoch is one step: all are over then.
     is_over = checkpoint is not None and 0 < args.max_steps <= step_of(checkpoint)
     trainer = (UlyssesTrainer if options.sequence_parallel_size > 1 else Trainer)(
@@ -181,6 +188,8 @@ def main(argv: Sequence[str]) -> None:
             fail(str(error))
         if measurement:
             measurement.measure(model, args, AFTER)
+        if guard:
+            guard.measure(model, args, AFTER)
         if is_first_process():
             loss_curve(trainer.state.log_history, folder / "loss.png", name)
             if measurement:
@@ -189,6 +198,8 @@ def main(argv: Sequence[str]) -> None:
                 folder, adapter, {"steps": trainer.state.global_step, "first_dense_step": tail.first if tail else None}
             )
     say(results(folder, adapter, measurement, options.full_finetune))
+    if guard:
+        say("", guard.verdict(measurement))
     wait_for_all()
     leave_group()
 

@@ -30,18 +30,21 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> 
 
 
 @torch.no_grad()
-def answer_losses(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> tuple[torch.Tensor, bool]:
+def answer_losses(
+    model: Any, prompt: Sequence[int], answer: Sequence[int], device: torch.device | None = None
+) -> tuple[torch.Tensor, bool]:
     """The negative log-likelihood of each of an answer's tokens behind a prompt.
 
     Args:
         model: A transformers causal language model, in the mode to measure it in.
         prompt: Token ids, one or more.
         answer: Token ids, one or more.
+        device: Where the model takes its inputs; default: what it says itself, which a wrapped one may not.
 
     Returns:
         Nats, float32 `[tokens of the answer]`, and whether each token was the likeliest one, as greedy decoding asks.
     """
-    ids = torch.tensor([[*prompt, *answer]], device=model.device)
+    ids = torch.tensor([[*prompt, *answer]], device=device or model.device)
     logits = model(input_ids=ids[:, :-1], use_cache=False, logits_to_keep=len(answer)).logits[0, -len(answer) :].float()
     wanted = ids[0, -len(answer) :].to(logits.device)
     losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")

@@ -77,6 +77,20 @@ class ModelOptions:
             "steps."
         },
     )
+    recipe: Literal["paper"] | None = field(
+        default=None,
+        metadata={
+            "help": "paper: the settings of the LongLoRA paper for all that is not given, whatever the model. Default: "
+            "these for a model of your own, a smaller recipe for the tiny Llama."
+        },
+    )
+    check_retrieval: bool = field(
+        default=False,
+        metadata={
+            "help": "Ask for pass keys at the model's own context before and after training, and say at the end "
+            "whether it still finds them."
+        },
+    )
     full_finetune: bool = field(
         default=False, metadata={"help": "Train all weights, the paper's baseline, instead of an adapter."}
     )

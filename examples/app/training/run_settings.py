@@ -33,5 +33,7 @@ def settings(options: ModelOptions, args: TrainingArguments) -> dict[str, Any]:
         given |= {"max_steps": args.max_steps, "num_train_epochs": args.num_train_epochs}
     given["deepspeed"] = {name: value for name, value in zero.items() if name != "steps_per_print"}
     model = asdict(options)
+    for name in ("recipe", "check_retrieval"):  # a name for other settings, and what is only measured
+        del model[name]
     model["model"] = fingerprint(model.pop("model_name_or_path"))  # it may lie elsewhere by now
     return {**model, **given, "processes": WORLD_SIZE}
