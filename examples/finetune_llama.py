@@ -29,6 +29,7 @@ from app.training.measure import make_measurement
 from app.training.model import build_model, load_tokenizer
 from app.training.report import banner, results
 from app.training.result import save_result
+from app.training.retrieval_guard import make_guard
 from app.training.run_settings import settings
 from app.training.trainer import make_trainer
 from longlora_ext._processes import wait_for_all
@@ -59,20 +60,23 @@ def main(argv: Sequence[str]) -> None:
         check_training(args, data)
         run.settle(data.settings)
         check_versions(earlier)
+        guard = make_guard(options, tokenizer, base_config, run)
         run.begin(describe(argv, options, text, args, config, run))
     with one_clear_error(model_option):
         model = build_model(options, args, config, run, tokenizer, data.train.ends)
 
     measurement = make_measurement(data, text.eval_tokens, base_config, config, run)
     tail = DenseTail(model.config, options.dense_steps) if options.dense_steps else None
-    trainer = make_trainer(model, data, options, args, run, measurement, tail)
+    trainer = make_trainer(model, data, options, args, run, measurement, guard, tail)
     with one_clear_error(model_option):
         check_documents(model, args, packed=text.rows == "packed")
     say(banner(options, args, base_config, model, data, run))
     with writing_to(run.folder):
         trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
-        result = save_result(run, model, trainer, tokenizer, options, measurement, tail, title=name)
+        result = save_result(run, model, trainer, tokenizer, options, measurement, guard, tail, title=name)
     say(results(run.folder, result, measurement, options.full_finetune))
+    if guard:
+        say("", guard.verdict(measurement))
     wait_for_all()
     leave_group()
 

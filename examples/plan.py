@@ -30,6 +30,7 @@ from app.planning.planner import MOST, Plan, Run, Way
 from app.runs.command_line import Parser, as_program
 from app.runs.errors import one_clear_error
 from app.runs.wording import counted
+from app.training.dense_layers import asked_layers
 from app.training.recipe import accumulation
 from longlora_ext.config import context_length, settle_context
 from longlora_ext.trainer import check_sequence_parallel
@@ -81,6 +82,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--sequence_parallel_size", type=int, default=1, metavar="GPUS", help="GPUs that share a sequence (default: 1)"
     )
+    parser.add_argument("--dense_layers", help="layers that are dense in training too, as for finetune_llama.py")
     parser.add_argument("--gpu_memory", type=float, default=80, metavar="GB", help="memory of one GPU (default: 80)")
     parser.add_argument("--json", action="store_true", help="print the numbers, in bytes and operations, as JSON")
     options = parser.parse_args(argv)
@@ -100,6 +102,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if options.sequence_parallel_size > 1 and options.zero == 0:
         parser.error("--sequence_parallel_size needs DeepSpeed: --zero 1, 2 or 3")
     options.lora_r = options.lora_r or 8
+    try:
+        options.dense_layers = asked_layers(options.dense_layers)
+    except ValueError as error:
+        parser.error(str(error))
     return options
 
 
@@ -138,6 +144,7 @@ def figures(options: argparse.Namespace) -> dict[str, Any]:
         lora_r=options.lora_r,
         load_in_4bit=options.load_in_4bit,
         sequence_parallel_size=options.sequence_parallel_size,
+        dense_layers=options.dense_layers,
     )
     plan = Plan(config, context, run)
     memory, available = {name: plan.memory(way) for name, way in WAYS.items()}, int(options.gpu_memory * 1e9)

@@ -1,13 +1,15 @@
-"""What S2-Attn shows a row beside its group, as a model's config says."""
+"""What S2-Attn shows a row beside its group, and in which layers it does, as a model's config says."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 SINK = "s2attn_sink"
 WINDOW = "s2attn_window"
+DENSE_LAYERS = "s2attn_dense_layers"
 
 
 def sink(config: PreTrainedConfig) -> bool:
@@ -30,6 +32,73 @@ def window(config: PreTrainedConfig) -> int | None:
     """
     value: Any = getattr(config, WINDOW, None)
     return None if value is None else check_window("config.s2attn_window", value)
+
+
+def dense_layers(config: PreTrainedConfig) -> list[int]:
+    """The layers that attend densely in training too: `s2attn_dense_layers`, none if the config has none.
+
+    Raises:
+        ValueError: It is no list of layer indices.
+    """
+    value: Any = getattr(config, DENSE_LAYERS, None)
+    if value is None:
+        return []
+    if not isinstance(value, (list, tuple)) or not all(_is_index(index) for index in value):
+        raise ValueError(f"config.s2attn_dense_layers must be a list of layer indices, but it is {value!r}")
+    return list(value)
+
+
+def is_dense_layer(module: Any) -> bool:
+    """Whether an attention layer is one of those.
+
+    Raises:
+        ValueError: There are such, but the layer does not say which one it is.
+    """
+    dense = dense_layers(module.config)
+    index = getattr(module, "layer_idx", None)
+    if dense and index is None:
+        raise ValueError(
+            f"config.s2attn_dense_layers is {dense}, but {type(module).__name__} has no layer_idx that says which "
+            "layer it is: this model's layers cannot be told apart"
+        )
+    return index in dense
+
+
+def resolve_layers(asked: int | Sequence[int], layers: int) -> list[int]:
+    """The indices of dense layers, in order.
+
+    Args:
+        asked: How many of the last layers, or which: indices from 0, or from -1 backwards.
+        layers: How many the model has.
+
+    Raises:
+        ValueError: There is no such layer, or no such number of them.
+    """
+    if isinstance(asked, int) and not isinstance(asked, bool):
+        if not 0 < asked <= layers:
+            raise ValueError(f"dense_layers must be a number of layers from 1 to {layers}, but it is {asked}")
+        return list(range(layers - asked, layers))
+    if isinstance(asked, (str, bool)) or not isinstance(asked, Sequence) or not asked:
+        raise ValueError(f"dense_layers must be a number of layers or a list of their indices, but it is {asked!r}")
+    wrong = [index for index in asked if not _is_index(index, -layers) or index >= layers]
+    if wrong:
+        raise ValueError(f"dense_layers has {wrong[0]!r}, but the model's layers are 0 to {layers - 1}")
+    return sorted({index % layers for index in asked})
+
+
+def in_words(layers: Sequence[int]) -> str:
+    """Indices of layers in order, to read: "0, 27-29"."""
+    runs: list[list[int]] = []
+    for index in layers:
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _is_index(value: Any, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def check_window(name: str, value: Any) -> int:

@@ -14,6 +14,11 @@ from longlora_ext._lengths import ORIGINAL, context_length, named_original, rope
 # Types whose parameters name the length the model was first trained at, and what they need besides a factor.
 _NEEDS_ORIGINAL = ("yarn", "llama3", "longrope")
 _DEFAULTS: dict[str, dict[str, Any]] = {"llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0}}
+#: A larger theta and no scaling, which is no type of transformers': the config that comes of it is of type "default".
+NTK = "ntk"
+#: All that a context can be extended by.
+ROPE_TYPES = tuple(dict.fromkeys(("default", *ROPE_INIT_FUNCTIONS, NTK)))
+
 # Not kept: transformers computes attention_factor from the factor if it is absent, and that of a smaller factor must
 # not stay; "type" is the old name of rope_type.
 _STALE = ("attention_factor", "type")
@@ -42,8 +47,10 @@ def with_one_rope(config: PreTrainedConfig, layer_types: dict[str, dict[str, Any
 def extended_rope(config: PreTrainedConfig, context: int, rope_type: str, given: dict[str, Any]) -> dict[str, Any]:
     """The new `rope_parameters`: those that stay, the factor, and over both what the caller gave."""
     present = dict(config.rope_parameters)
-    if rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS:
-        raise ValueError(f"rope_type must be one of default, {', '.join(ROPE_INIT_FUNCTIONS)}, but it is {rope_type!r}")
+    if rope_type not in ROPE_TYPES:
+        raise ValueError(f"rope_type must be one of {', '.join(ROPE_TYPES)}, but it is {rope_type!r}")
+    if rope_type == NTK:
+        return _ntk(config, context, given)
     if given.get("rope_type", rope_type) != rope_type:
         raise ValueError(f"rope_parameters say rope_type {given['rope_type']!r}, but rope_type is {rope_type!r}")
     if rope_type == "longrope" and not {"short_factor", "long_factor"} <= given.keys():
@@ -79,6 +86,42 @@ def extended_rope(config: PreTrainedConfig, context: int, rope_type: str, given:
             f"{extended['factor']:g}: a factor never becomes smaller"
         )
     return extended
+
+
+def _ntk(config: PreTrainedConfig, context: int, given: dict[str, Any]) -> dict[str, Any]:
+    """`rope_parameters` with a theta at which the slowest frequency is that of linear scaling, and the fastest stays.
+
+    What is extended so is a model with another theta: extended again it gets the theta of both at once.
+    """
+    if unknown := given.keys() - {"rope_type", "factor"}:
+        raise ValueError(f"rope_type 'ntk' has no parameter {', '.join(sorted(unknown))}: only factor")
+    if given.get("rope_type", NTK) != NTK:
+        raise ValueError(f"rope_parameters say rope_type {given['rope_type']!r}, but rope_type is {NTK!r}")
+    present_type = rope_type_of(config)
+    if present_type != "default":
+        raise ValueError(
+            f"this model's RoPE is scaled with rope_type {present_type!r} already and cannot be extended with 'ntk', "
+            f"which scales nothing but rope_theta: pass rope_type={present_type!r}"
+        )
+    factor = given.get("factor", context / context_length(config))
+    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 1 <= factor < math.inf:
+        raise ValueError(f"factor must be a finite number of at least 1, but it is {factor!r}")
+    new = {key: value for key, value in config.rope_parameters.items() if key not in _STALE}
+    theta, rotated = new.get("rope_theta"), _rotated(config)
+    if rotated <= 2:
+        raise ValueError(f"rope_type 'ntk' needs heads of more than {rotated} rotated dimensions")
+    if isinstance(theta, bool) or not isinstance(theta, (int, float)):
+        raise ValueError(f"rope_theta must be a finite number above 0, but it is {theta!r}")
+    return {**new, "rope_type": "default", "rope_theta": theta * factor ** (rotated / (rotated - 2))}
+
+
+def _rotated(config: PreTrainedConfig) -> int:
+    """How many dimensions of a head are rotated: transformers computes a frequency for each two of them."""
+    plain = copy.deepcopy(config)
+    fill_in_head_dim(plain)
+    plain.rope_parameters = {**plain.rope_parameters, "rope_type": "linear", "factor": 1.0}
+    frequencies, _ = ROPE_INIT_FUNCTIONS["linear"](plain, "cpu")
+    return 2 * len(frequencies)
 
 
 def _number(factor: Any) -> float:

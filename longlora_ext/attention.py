@@ -13,6 +13,7 @@ KV cache as it is. These fields of the model's config are read:
 - `s2attn_group_size` (even `int`): tokens a group; absent, a quarter of `max_position_embeddings`.
 - `s2attn_sink` (`bool`): each row sees the first token of its document besides; absent, it does not.
 - `s2attn_window` (`int`): each row sees so many tokens of its group at most; absent, all.
+- `s2attn_dense_layers` (list of `int`): these layers attend densely in training too; absent, none.
 - `s2attn_mode`: `"auto"` (absent: the same), or `"s2"` and `"dense"` to ask for one of them in training and
   eval alike.
 - `num_attention_heads`: the second half of the heads is shifted.
@@ -61,6 +62,8 @@ _UNSUPPORTED = {
 def _wants_s2(module: torch.nn.Module) -> bool:
     config: Any = module.config
     mode = attention_mode(config)
+    if _pattern.is_dense_layer(module):
+        return False
     return mode == "s2" or (mode == "auto" and module.training)
 
 

@@ -12,14 +12,15 @@ with it:
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from longlora_ext import _lengths
 from longlora_ext._lengths import CONTEXT_LENGTH, context_length, is_int, of_layer_types, rope_type_of, settle_context
-from longlora_ext._pattern import SINK, WINDOW, check_window
-from longlora_ext._rope import check_rope, extended_rope, fill_in_head_dim, original_of_linear, with_one_rope
+from longlora_ext._pattern import DENSE_LAYERS, SINK, WINDOW, check_window, resolve_layers
+from longlora_ext._rope import NTK, check_rope, extended_rope, fill_in_head_dim, original_of_linear, with_one_rope
 
 __all__ = [
     "CONFIG_FIELDS",
@@ -41,7 +42,7 @@ __all__ = [
 GROUP_SIZE = "s2attn_group_size"
 MODE = "s2attn_mode"
 # The fields of ours on a config. A model without them is a plain transformers model.
-CONFIG_FIELDS = (GROUP_SIZE, SINK, WINDOW, MODE, CONTEXT_LENGTH)
+CONFIG_FIELDS = (GROUP_SIZE, SINK, WINDOW, DENSE_LAYERS, MODE, CONTEXT_LENGTH)
 
 MODES = ("auto", "s2", "dense")
 DEFAULT_GROUP_RATIO = 0.25
@@ -92,6 +93,7 @@ def config_for(
     group_size: int | None = None,
     sink: bool = False,
     window: int | None = None,
+    dense_layers: int | Sequence[int] | None = None,
 ) -> PreTrainedConfig:
     """A copy of a model's config to train with, for a longer context or for the model's own.
 
@@ -108,6 +110,7 @@ def config_for(
         group_size: As for `extend_config`.
         sink: As for `extend_config`.
         window: As for `extend_config`.
+        dense_layers: As for `extend_config`.
 
     Returns:
         A config with `s2attn_context_length` and `s2attn_group_size`.
@@ -135,13 +138,14 @@ def config_for(
             group_size=group_size,
             sink=sink,
             window=window,
+            dense_layers=dense_layers,
         )
     if rope_parameters or rope_type not in (None, "linear"):
         raise ValueError(f"context_length {context_length} is the model's own: RoPE is not scaled for it")
     config = copy.deepcopy(config)
     config.s2attn_context_length = context_length
     config.s2attn_group_size = _group_size(context_length, group_ratio, group_size)
-    set_pattern(config, sink=sink, window=window)
+    set_pattern(config, sink=sink, window=window, dense_layers=dense_layers)
     return config
 
 
@@ -156,6 +160,7 @@ def extend_config(
     group_size: int | None = None,
     sink: bool = False,
     window: int | None = None,
+    dense_layers: int | Sequence[int] | None = None,
 ) -> PreTrainedConfig:
     """A copy of a model's config for a longer context.
 
@@ -168,9 +173,12 @@ def extend_config(
     Args:
         config: The base model's config; it is not changed.
         context_length: The new context, in tokens; more than the present one.
-        rope_type: Any type that transformers knows. `"default"` scales nothing (of use with another `rope_theta` in
-            `rope_parameters`); `"longrope"` needs its factors in `rope_parameters`.
-        rope_parameters: Parameters of that type, in place of those computed here.
+        rope_type: Any type that transformers knows, or `"ntk"`. `"default"` scales nothing (of use with another
+            `rope_theta` in `rope_parameters`); `"longrope"` needs its factors in `rope_parameters`. `"ntk"` multiplies
+            `rope_theta` by `s ** (d / (d - 2))`, s the new context over the present one, d the dimensions of a head
+            that are rotated ("NTK-aware"). The config then holds another `rope_theta` and no scaling, which everything
+            that reads configs understands, and can be extended again.
+        rope_parameters: Parameters of that type, in place of those computed here. For `"ntk"`: `factor`, in place of s.
         present_context_length: The tokens that the model reads now, where its config can be read in two ways: see
             `settle_context`.
         group_ratio: The group size as a part of the new context, in (0, 1]; it is made even.
@@ -178,12 +186,13 @@ def extend_config(
             shifted or not: for a `window` alone.
         sink: Let each row see the first token of its document besides: the attention sink of pretrained models.
         window: Let each row see so many tokens of its group at most.
+        dense_layers: Layers that attend densely in training too: how many of the last ones, or their indices.
 
     Returns:
         A config with changed `rope_parameters`, `max_position_embeddings` (the new
         context; for `"dynamic"` it stays, as transformers scales only beyond it), `s2attn_context_length` and
-        `s2attn_group_size`, and `s2attn_sink` and `s2attn_window` where they are asked for. RoPE parameters of each
-        layer type stay so. Linear scaling is given
+        `s2attn_group_size`, and `s2attn_sink`, `s2attn_window` and `s2attn_dense_layers` where they are asked for.
+        RoPE parameters of each layer type stay so. Linear scaling is given
         `original_max_position_embeddings` too, so that nobody has to ask whether `max_position_embeddings` is the
         length before or after it. A `head_dim` of `None` is filled in.
 
@@ -202,7 +211,7 @@ def extend_config(
         )
     extended = copy.deepcopy(config)
     extended.s2attn_group_size = _group_size(context_length, group_ratio, group_size)
-    set_pattern(extended, sink=sink, window=window)
+    set_pattern(extended, sink=sink, window=window, dense_layers=dense_layers)
     extended.s2attn_context_length = context_length
     new = extended_rope(config, context_length, rope_type, dict(rope_parameters or {}))
     if rope_type != "dynamic":
@@ -211,18 +220,22 @@ def extend_config(
         extended.original_max_position_embeddings = original_of_linear(config, present)
     extended.rope_parameters = new
     fill_in_head_dim(extended)
-    check_rope(extended, rope_type)
+    check_rope(extended, "default" if rope_type == NTK else rope_type)
     if layer_types:
         extended.rope_parameters = {layer_type: dict(extended.rope_parameters) for layer_type in layer_types}
     return extended
 
 
-def set_pattern(config: PreTrainedConfig, *, sink: bool, window: int | None) -> None:
-    """Set what S2-Attn shows a row beside its group. A config without is as those of before: it gets no field.
+def set_pattern(
+    config: PreTrainedConfig, *, sink: bool, window: int | None, dense_layers: int | Sequence[int] | None = None
+) -> None:
+    """Set what S2-Attn shows a row beside its group, and which layers are dense. A config without gets no field.
 
     Raises:
-        ValueError: `window` is not a positive integer.
+        ValueError: `window` is not a positive integer, or there are no such layers.
     """
+    if dense_layers is not None:
+        config.s2attn_dense_layers = resolve_layers(dense_layers, config.num_hidden_layers)
     if sink:
         config.s2attn_sink = True
     if window is not None:

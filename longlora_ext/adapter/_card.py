@@ -8,6 +8,8 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from longlora_ext._pattern import in_words
+
 CARD = "README.md"
 
 _TEXT = """\
@@ -66,6 +68,7 @@ def write_card(folder: Path, record: dict[str, Any], peft_config: Any) -> None:
         "context": f"{context:,} tokens",
         "RoPE": ", ".join(f"{field} {_short(value)}" for field, value in record["rope_parameters"].items()),
         "group size of S2-Attn": group and f"{group:,} tokens, in training; attention is dense in use",
+        "layers dense in training": in_words(record["config"].get("s2attn_dense_layers") or ()),
         "LoRA": _lora(peft_config),
         "trained in full": _listed(getattr(peft_config, "modules_to_save", None)),
     }

@@ -16,9 +16,11 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import evaluate
+from app.evaluation.answer_nats import answer_ids
 from app.evaluation.heat_map import heat_map
 from app.evaluation.prompts import FILLER, needles, passkey
 from app.evaluation.retrieval_task import ANSWER_TOKENS, RetrievalTask
@@ -38,6 +40,15 @@ class Stub:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, answer) -> None:
         self.tokenizer, self.answer = tokenizer, answer
         self.prompts: list[str] = []
+        self.read: list[tuple[int, int]] = []
+
+    def __call__(self, input_ids: torch.Tensor, use_cache: bool, logits_to_keep: int) -> SimpleNamespace:
+        """To each token the next one is half as likely as all others together."""
+        ids = torch.cat([input_ids, input_ids[:, :1]], dim=1)  # what comes behind the last is not known
+        self.read.append((input_ids.shape[1], logits_to_keep))
+        logits = torch.zeros(1, logits_to_keep, 257)
+        wanted = ids[:, -logits_to_keep:]
+        return SimpleNamespace(logits=logits.scatter(-1, wanted[..., None], float(np.log(256 / 2))))
 
     def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, generation_config) -> torch.Tensor:
         assert not generation_config.do_sample and attention_mask.all()
@@ -156,7 +167,10 @@ def test_dynamic_rope_does_not_remember_the_text_before(tmp_path: Path, monkeypa
     opened.model.model.rotary_emb.register_forward_hook(lambda module, given, output: heard.append(output[0].clone()))
     for cell in ("length-400-depth-0.5", "length-900-depth-0.5", "length-400-depth-0.5"):
         task.compute(cell, lambda asked: None)
-    prefills = [cosine for cosine in heard if cosine.shape[1] > 1]
+    whole = [cosine for cosine in heard if cosine.shape[1] > 1]
+    prefills, with_answers = whole[::2], whole[1::2]  # the question, and the same with the right answer
+    assert [a.shape[1] - q.shape[1] for q, a in zip(prefills, with_answers, strict=True)] == [5] * 3
+    assert torch.equal(with_answers[0], with_answers[2])
     assert prefills[0].shape == prefills[2].shape != prefills[1].shape
     assert torch.equal(prefills[0], prefills[2])
 
@@ -231,3 +245,49 @@ def test_the_program_asks_a_real_model(tmp_path: Path, monkeypatch: pytest.Monke
     assert done["settings"]["prompt"][2].endswith("The pass key is")
     answers = [trial["answer"] for cell in done["cells"].values() for trial in cell["trials"]]
     assert len(answers) == 4 and any(answers)
+
+
+def test_nats_are_those_of_the_right_answer_behind_the_prompt(tmp_path: Path) -> None:
+    """One forward pass each, against the log-softmax of a plain forward pass of prompt and answer."""
+    model = make_model(tmp_path / "tiny")
+    options = evaluate.parse(["needles", "--model", str(model), "--context_length", "600", "--trials", "2"])
+    opened = evaluate.open_model(options)
+    task = RetrievalTask(options, opened)
+    result = task.compute("length-600-depth-0.25", lambda asked: None)
+    nats = []
+    for number, trial in enumerate(result["trials"]):
+        fillers = next(n for n in range(1000) if task._tokens(task._prompt(600, 0.25, number, n)) == trial["tokens"])
+        prompt = task._prompt(600, 0.25, number, fillers)
+        ids = torch.tensor([task._ids(prompt + " " + trial["wanted"])])
+        count = len(trial["wanted"]) + 1  # a token a byte, and the blank
+        scores = opened.model(ids).logits[0, :-1].double().log_softmax(-1)
+        losses = -scores.gather(-1, ids[0, 1:, None])[-count:, 0]
+        assert trial["nats"] == pytest.approx(losses.mean().item(), rel=1e-5)
+        nats.append(trial["nats"])
+    assert len(set(nats)) == 2 and result["nats"] == pytest.approx(sum(nats) / 2)
+
+
+def test_nats_stand_beside_what_was_found(tokenizer, tmp_path: Path) -> None:
+    task = retrieval(tokenizer, knows)
+    results = results_of(task)
+    for place, cell in enumerate(task.cells):
+        results[cell]["nats"] = float(place)
+    summary = task.summary(results)
+    assert summary["nats_by_cell"] == [[0, 3, 6], [1, 4, 7], [2, 5, 8]] and summary["nats"] == 4
+    lines = task.table(results).splitlines()
+    assert lines[7] == "nats per token of the right answer, the mean of each cell"
+    assert lines[-1].split() == ["100%", "2.000", "5.000", "8.000"]
+    assert [path.name for path in task.draw(results, tmp_path)] == ["heat_map.png", "nats.png"]
+    assert all(matplotlib.image.imread(tmp_path / name).ndim == 3 for name in ("heat_map.png", "nats.png"))
+
+
+@pytest.mark.parametrize("answer", [" 123", "123", " 1\n2"])
+def test_the_answer_s_tokens_are_those_behind_the_prompt(answer: str) -> None:
+    """Of a tokenizer that takes a word and the blank before it together, and of one that joins digits to the prompt."""
+    joined = Tokenizer(models.BPE({t: i for i, t in enumerate(["i", "s", " ", "1", "2", "3", "\n", "s1", "s 1"])},
+                                  [("s", "1")]))  # fmt: skip
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=joined)
+    before, behind = answer_ids(tokenizer, "is", answer)
+    assert before + behind == tokenizer("is" + answer)["input_ids"] and behind
+    assert tokenizer.decode(before + behind).replace(" ", "") == ("is" + answer).replace(" ", "")
+    assert (before == tokenizer("is")["input_ids"]) == (answer != "123")

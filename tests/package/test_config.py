@@ -222,7 +222,7 @@ def test_a_config_for_a_longer_context_is_the_extended_one() -> None:
         (256, {"group_ratio": 0}, "group_ratio must be above 0 and at most 1, but it is 0"),
         (256, {"group_ratio": 1.5}, "but it is 1.5"),
         (256, {"group_ratio": math.nan}, "but it is nan"),
-        (256, {"rope_type": "ntk"}, "rope_type must be one of default, linear, .* but it is 'ntk'"),
+        (256, {"rope_type": "cubic"}, "rope_type must be one of default, linear, .* but it is 'cubic'"),
         (256, {"rope_type": "longrope"}, "needs rope_parameters with short_factor and long_factor"),
         (256, {"rope_parameters": {"rope_type": "yarn"}}, "say rope_type 'yarn', but rope_type is 'linear'"),
         (256, {"rope_parameters": {"factor": "x"}}, "do not fit rope_type 'linear'"),

@@ -39,7 +39,14 @@ PROGRAM = re.compile(r"(?:^|/)examples/(\w+)\.py$")
 OPTION = re.compile(r"(?<![\w-])--[A-Za-z]\w*(?:[-_]\w+)*")
 LAUNCHERS = ("python", "deepspeed", "torchrun")
 #: Options of other people's programs that the guides name outside of commands.
-FOREIGN = {"--full", "--help", "--system-site-packages", "--evaluation_strategy", "--max-model-len"}
+FOREIGN = {
+    "--full",
+    "--help",
+    "--system-site-packages",
+    "--evaluation_strategy",
+    "--max-model-len",
+    "--apply_chat_template",
+}
 
 
 def blocks(page: str, run: bool) -> list[str]:

@@ -1,5 +1,4 @@
-"""How often a model found what it was asked for, over the length of the text and the depth of the needle, as a
-picture."""
+"""How well a model found what it was asked for, over the length of the text and something else, as a picture."""
 
 from __future__ import annotations
 
@@ -9,32 +8,45 @@ from pathlib import Path
 import numpy as np
 
 
-def heat_map(shares: np.ndarray, lengths: Sequence[int], depths: Sequence[float], path: str | Path, title: str) -> None:
+def heat_map(
+    shares: np.ndarray,
+    lengths: Sequence[int],
+    names: Sequence[float | str],
+    path: str | Path,
+    title: str,
+    *,
+    rows: str = "depth of the needle",
+    values: str = "answered exactly",
+    most: float = 1,
+) -> None:
     """Draw a heat map.
 
     Args:
-        shares: Share of right answers in 0..1, [depths, lengths].
+        shares: Such as the share of right answers, in 0..`most`, [rows, lengths].
         lengths: Tokens of the text, one a column.
-        depths: Share of the text before the needle, one a row.
+        names: What each row is: a name, or the share of the text before the needle.
         path: The PNG to write.
         title: What stands above it.
+        rows: What the rows are.
+        values: What the colours are.
+        most: The value of the last colour.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    columns, rows = len(lengths), len(depths)
-    size = (max(5, 2.5 + 0.8 * columns), max(3, 1.5 + 0.5 * rows))
+    columns, count = len(lengths), len(names)
+    size = (max(5, 2.5 + 0.8 * columns), max(3, 1.5 + 0.5 * count))
     figure, axes = pyplot.subplots(figsize=size, layout="constrained")
-    image = axes.imshow(shares, cmap="viridis", vmin=0, vmax=1, aspect="auto")
-    axes.set(title=title, xlabel="length (tokens)", ylabel="depth of the needle")
+    image = axes.imshow(shares, cmap="viridis", vmin=0, vmax=most, aspect="auto")
+    axes.set(title=title, xlabel="length (tokens)", ylabel=rows)
     axes.set_xticks(range(columns), [f"{length:,}" for length in lengths])
-    axes.set_yticks(range(rows), [f"{depth:.0%}" for depth in depths])
-    for row in range(rows):
+    axes.set_yticks(range(count), [name if isinstance(name, str) else f"{name:.0%}" for name in names])
+    for row in range(count):
         for column in range(columns):
-            colour = "black" if shares[row, column] > 0.5 else "white"
+            colour = "black" if shares[row, column] > most / 2 else "white"
             axes.text(column, row, f"{shares[row, column]:.2g}", color=colour, ha="center", va="center", fontsize=9)
-    figure.colorbar(image, label="answered exactly")
+    figure.colorbar(image, label=values)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

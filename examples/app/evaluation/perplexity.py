@@ -119,7 +119,7 @@ def sliding_window_perplexity(
         mine = turn + rank
         batch = batches[min(mine, len(batches) - 1)]
         pieces = max(map(_pieces, batches[turn : turn + world]))  # ZeRO-3 gathers the output layer for each
-        nll = _score(model, head, batch, pieces, documents, device, targets)
+        nll = _score(model, head, batch, pieces, documents, device, targets).sum()
         if mine < len(batches):
             scored = sum(int((_targets(w, targets) != IGNORED_LABEL).sum()) for w in batch)
             total += torch.stack([nll, nll.new_tensor(scored)])
@@ -165,10 +165,23 @@ def windows_loss(
     head = _output_layer(model, device)
     for batch in _batches(some_windows, max(1, batch_tokens // max(w.end - w.begin for w in some_windows))):
         scored = sum(w.scored for w in batch)
-        nll = _score(model, head, batch, _pieces(batch), documents, device, documents)
+        nll = _score(model, head, batch, _pieces(batch), documents, device, documents).sum()
         total, tokens = total + float(nll), tokens + scored
         progress(scored)
     return total, tokens
+
+
+@torch.no_grad()
+def losses_by_position(
+    model: torch.nn.Module,
+    documents: Sequence[np.ndarray],
+    window: Window,
+    *,
+    device: torch.device | str = "cpu",
+) -> np.ndarray:
+    """The negative log-likelihood of each scored token of a window, on this process alone, float64 [scored]."""
+    head = _output_layer(model, device)
+    return _score(model, head, [window], _pieces([window]), documents, device, documents).cpu().numpy()
 
 
 def fingerprint(documents: Sequence[np.ndarray]) -> str:
@@ -240,11 +253,11 @@ def _losses(head: torch.nn.Module, wanted: torch.Tensor, pieces: int) -> Iterato
 
 
 def _loss(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Sum of the negative log-likelihoods of some tokens, float64 scalar.
+    """The negative log-likelihoods of some tokens, float64 [tokens].
 
     Of a model that is spread over GPUs, the output layer may be on another one than the tokens.
     """
-    return torch.nn.functional.cross_entropy(logits.float(), wanted.to(logits.device), reduction="sum").double()
+    return torch.nn.functional.cross_entropy(logits.float(), wanted.to(logits.device), reduction="none").double()
 
 
 def _score(
@@ -256,7 +269,7 @@ def _score(
     device: torch.device | str,
     targets: Sequence[np.ndarray],
 ) -> torch.Tensor:
-    """Sum of the negative log-likelihoods of the scored tokens of windows of one shape, float64 scalar."""
+    """The negative log-likelihoods of the scored tokens of windows of one shape, one after the other, float64."""
     ids = torch.stack([torch.as_tensor(documents[w.document][w.begin : w.end], dtype=torch.long) for w in batch])
     wanted = torch.stack([torch.as_tensor(_targets(w, targets), dtype=torch.long) for w in batch]).to(device).flatten()
     inputs: dict[str, Any] = {"input_ids": ids.to(device), "use_cache": False, "logits_to_keep": batch[0].scored + 1}
@@ -266,4 +279,4 @@ def _score(
     else:
         rows = model(**inputs).logits[:, :-1].flatten(0, 1).split(LOSS_TOKENS)
         losses = [_loss(*part) for part in zip(rows, wanted.split(LOSS_TOKENS), strict=True)]
-    return torch.stack(losses).sum()
+    return torch.cat(losses)

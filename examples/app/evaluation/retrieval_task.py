@@ -1,7 +1,8 @@
 """Retrieval over length and depth: does the model find what is hidden in a long text?
 
 A cell is one length and one depth; in it the model is asked several times, each time for other digits. What it writes,
-greedily, is right if the first digits in it are the ones that were asked for.
+greedily, is right if the first digits in it are the ones that were asked for. How likely the right answer is to it, in
+nats per token, tells more where it is nearly right or nearly wrong.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
+from app.evaluation.answer_nats import answer_ids, answer_losses
 from app.evaluation.heat_map import heat_map
 from app.evaluation.prompts import ADJECTIVES, FILLER, NOUNS, Retrieval, needles, passkey
 from app.inputs.prompt import prompt_ids
@@ -45,7 +47,7 @@ class RetrievalTask:
     """
 
     unit = " answers"
-    numbers = ("right", "asked")  # that a cell's result has
+    numbers = ("right", "asked", "nats")  # that a cell's result has
 
     def __init__(self, options: argparse.Namespace, opened: OpenedModel) -> None:
         self.name: str = options.task
@@ -81,6 +83,7 @@ class RetrievalTask:
             "trials": self.trials,
             "seed": self.seed,
             "decoding": f"greedy, {ANSWER_TOKENS} tokens with a KV cache, one prompt at a time",
+            "likelihood": "mean nats per token of the right answer, by a forward pass",
             "prompt": [example.instruction, example.needles[0], example.question],
         }
         self.cells = {
@@ -99,33 +102,53 @@ class RetrievalTask:
         for trial in range(self.trials):
             trials.append(self._ask(*self.cells[cell], trial))
             progress(1)
-        return {"right": sum(t["right"] for t in trials), "asked": len(trials), "trials": trials}
+        nats = sum(t["nats"] for t in trials) / len(trials)
+        return {"right": sum(t["right"] for t in trials), "asked": len(trials), "nats": nats, "trials": trials}
 
     def summary(self, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        """The share of right answers by cell and in all."""
+        """The share of right answers, and the nats per token of right ones, by cell and in all."""
         right, asked = (sum(result[key] for result in results.values()) for key in ("right", "asked"))
-        return {"accuracy": right / asked, "shares": self.shares(results).tolist(), "asked": asked}
+        nats = self.nats(results)
+        return {
+            "accuracy": right / asked,
+            "nats": float(nats.mean()),
+            "shares": self.shares(results).tolist(),
+            "nats_by_cell": nats.tolist(),
+            "asked": asked,
+        }
 
     def shares(self, results: dict[str, dict[str, Any]]) -> np.ndarray:
         """The share of right answers, [depths, lengths]."""
-        by_length = [results[cell]["right"] / results[cell]["asked"] for cell in self.cells]
-        return np.array(by_length).reshape(len(self.lengths), len(self.depths)).T
+        return self._by_cell([results[cell]["right"] / results[cell]["asked"] for cell in self.cells])
+
+    def nats(self, results: dict[str, dict[str, Any]]) -> np.ndarray:
+        """The mean nats per token of the right answer, [depths, lengths]."""
+        return self._by_cell([float(results[cell]["nats"]) for cell in self.cells])
+
+    def _by_cell(self, values: list[float]) -> np.ndarray:
+        return np.array(values).reshape(len(self.lengths), len(self.depths)).T
 
     def table(self, results: dict[str, dict[str, Any]]) -> str:
         """The results as text."""
         what = "the pass key" if self.name == "passkey" else f"one of {self.count} codes"
-        lines = [f"share of questions for {what} that were answered exactly, {self.trials} in each cell", ""]
-        lines.append(f"{'depth':<8}" + "".join(f"{length:>10,}" for length in self.lengths) + "  tokens")
+        head = f"{'depth':<8}" + "".join(f"{length:>10,}" for length in self.lengths) + "  tokens"
+        lines = [f"share of questions for {what} that were answered exactly, {self.trials} in each cell", "", head]
         for depth, row in zip(self.depths, self.shares(results), strict=True):
             lines.append(f"{depth:<8.0%}" + "".join(f"{share:>10.2f}" for share in row))
+        lines += ["", "nats per token of the right answer, the mean of each cell", "", head]
+        for depth, row in zip(self.depths, self.nats(results), strict=True):
+            lines.append(f"{depth:<8.0%}" + "".join(f"{nats:>10.3f}" for nats in row))
         return "\n".join(lines) + "\n"
 
     def draw(self, results: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
-        """Write the heat map."""
-        path = folder / "heat_map.png"
+        """Write the heat maps."""
+        found, likely = folder / "heat_map.png", folder / "nats.png"
         title = f"{self.name}: {Path(self.opened.description['model']).name}"
-        heat_map(self.shares(results), self.lengths, self.depths, path, title)
-        return [path]
+        heat_map(self.shares(results), self.lengths, self.depths, found, title)
+        nats = self.nats(results)
+        most = float(np.nan_to_num(nats).max()) or 1
+        heat_map(nats, self.lengths, self.depths, likely, title, values="nats per token of the answer", most=most)
+        return [found, likely]
 
     def _ask(self, length: int, depth: float, trial: int) -> dict[str, Any]:
         """One question, with what was answered."""
@@ -149,11 +172,14 @@ class RetrievalTask:
             ),
         )
         answer = str(tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True))
+        self.opened.forget_length()
+        losses, _ = answer_losses(model, *answer_ids(tokenizer, prompt, f" {wanted}"))
         digits = re.search(r"\d+", answer)
         return {
             "tokens": ids.shape[1],
             "wanted": wanted,
             "answer": answer,
+            "nats": float(losses.mean()),
             "right": digits is not None and digits[0] == wanted,
         }
 

@@ -128,7 +128,9 @@ def add_scaling_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('a longer context without training ("scaling only")')
     group.add_argument("--context_length", type=int, help="tokens to scale the model's RoPE to")
     group.add_argument(
-        "--rope_type", default="linear", help="how: any RoPE type of transformers (linear, yarn, dynamic, llama3, ...)"
+        "--rope_type",
+        default="linear",
+        help="how: ntk, or any RoPE type of transformers (linear, yarn, dynamic, llama3, ...)",
     )
     group.add_argument("--rope_parameters", type=json_object, help="further parameters of that type, as JSON")
 
@@ -224,6 +226,8 @@ def open_model(options: argparse.Namespace, attention: str = "dense", groups: in
             described["sink"] = True
         if (window := _pattern.window(base_config)) is not None:
             described["window"] = window
+        if layers := _pattern.dense_layers(base_config):
+            described["dense_layers"] = layers
     named = _tokenizer_source(path, options.base_model)
     with naming(f"the tokenizer of {named}"):
         tokenizer = AutoTokenizer.from_pretrained(named, **source)

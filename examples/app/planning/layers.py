@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from longlora_ext._pattern import dense_layers
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -43,8 +45,9 @@ def kinds(config: PreTrainedConfig) -> tuple[Kind, ...]:
     layers = layers_of(model)
     _check_attention(layers)
     found: dict[tuple[Any, ...], list[int]] = {}
+    dense = dense_layers(config)
     for index, layer in enumerate(layers):
-        found.setdefault((structure(layer), _settings(layer)), []).append(index)
+        found.setdefault((structure(layer), (index in dense, *_settings(layer))), []).append(index)
     return tuple(Kind(tuple(alike), common) for (common, _), alike in found.items())
 
 

@@ -54,6 +54,7 @@ class Run:
     lora_r: int = 8
     load_in_4bit: bool = False
     sequence_parallel_size: int = 1
+    dense_layers: int | list[int] | None = None
     dtype: torch.dtype = torch.bfloat16
     scratch: Callable[[torch.Tensor], int] = cuda_scratch  # bytes of the attention's own, given q
 
@@ -85,9 +86,11 @@ class Plan:
         self.base, self.tokens, self.run = config, tokens, run
         # Less than the model's own context is planned for in a search: in groups of that, and RoPE as it is.
         groups = even_group_size(tokens * DEFAULT_GROUP_RATIO)
-        self.config = config_for(config, max(tokens, context_length(config)), group_size=groups)
+        self.config = config_for(
+            config, max(tokens, context_length(config)), group_size=groups, dense_layers=run.dense_layers
+        )
         self.config.sequence_parallel_size = run.sequence_parallel_size
-        self.kinds = of or kinds(config)
+        self.kinds = of or kinds(self.config)
         self.step = cache(self._step)
 
     @cached_property

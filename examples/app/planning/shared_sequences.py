@@ -12,7 +12,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from longlora_ext._mask import s2attn_mask
-from longlora_ext._pattern import sink, window
+from longlora_ext._pattern import is_dense_layer, sink, window
 from longlora_ext.config import attention_mode, group_size
 from longlora_ext.ops import s2attn
 
@@ -42,7 +42,7 @@ def attend(
     batch, heads, part, head_dim = query.shape
     key, value = (_repeated(states, gpus) for states in (key, value))
     q, k, v = (_heads_for_tokens(states, gpus) for states in (query, key, value))
-    dense = attention_mode(config) == "dense"
+    dense = attention_mode(config) == "dense" or is_dense_layer(module)
     tokens = gpus * part
     size, first = (tokens + tokens % 2, heads // gpus) if dense else (group_size(config), heads // gpus // 2)
     pattern: Any = {} if dense else {"sink": sink(config), "window": window(config)}

@@ -25,10 +25,8 @@ from app.training.recipe import (
     CHECKPOINTING,
     CHECKPOINTING_NAMES,
     GLOBAL_BATCH,
-    RECIPE,
-    SFT_RECIPE,
-    TINY_RECIPE,
     accumulation,
+    recipe_of,
 )
 from app.training.refusals import check_options
 from longlora_ext.trainer import sequence_parallelism
@@ -136,10 +134,11 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingArgum
     probe = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     probe.add_argument("--model_name_or_path", "--model-name-or-path")
     probe.add_argument("--task")
+    probe.add_argument("--recipe")
     probed = probe.parse_known_args(argv)[0]
     named = probed.model_name_or_path
     _take_both_names(parser)
-    recipe = TINY_RECIPE if named is None else SFT_RECIPE if probed.task == "sft" else RECIPE
+    recipe = recipe_of(named, probed.task, probed.recipe)
     parser.set_defaults(**recipe, **_machine_defaults())
     for action in parser._actions:
         action.help = HELP.get(action.dest, action.help)
@@ -151,7 +150,7 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingArgum
         parser.error(f"unknown argument: {' '.join(unknown)}")
     if is_given(argv, "num_train_epochs") and not is_given(argv, "max_steps"):
         parser.set_defaults(max_steps=-1)
-    if named is not None and not is_given(argv, "gradient_accumulation_steps"):
+    if (named or asked.recipe) and not is_given(argv, "gradient_accumulation_steps"):
         batch = asked.per_device_train_batch_size * WORLD_SIZE // max(1, asked.sequence_parallel_size)
         parser.set_defaults(gradient_accumulation_steps=accumulation(batch))
     if asked.fp16 and not is_given(argv, "bf16"):

@@ -12,6 +12,7 @@ from app.models.source import check_config
 from app.models.suitable import check_attention, check_context, check_kernels
 from app.runs.launch import say
 from app.training.arguments import compute_dtype
+from app.training.dense_layers import asked_layers
 from app.training.options import ModelOptions
 from longlora_ext.config import DEFAULT_GROUP_RATIO, config_for, context_length, rope_type_of, settle_context
 from longlora_ext.trainer import check_sequence_parallel
@@ -69,4 +70,5 @@ def new_context(base_config: PreTrainedConfig, options: ModelOptions) -> PreTrai
         group_size=options.group_size,
         sink=options.sink,
         window=options.window,
+        dense_layers=asked_layers(options.dense_layers),
     )

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from transformers import TrainingArguments
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from app.models.source import GGUF_HELP
 from app.runs.command_line import TINY_LLAMA
+from longlora_ext._rope import ROPE_TYPES
 
 
 @dataclass
@@ -36,7 +36,10 @@ class ModelOptions:
     )
     rope_type: str = field(
         default="linear",
-        metadata={"help": f"How positions are scaled to the new context: default, {', '.join(ROPE_INIT_FUNCTIONS)}."},
+        metadata={
+            "help": f"How positions are scaled to the new context: {', '.join(ROPE_TYPES)}. ntk is a larger rope_theta "
+            "and no scaling."
+        },
     )
     rope_parameters: str | None = field(
         default=None,
@@ -60,11 +63,32 @@ class ModelOptions:
     window: int | None = field(
         default=None, metadata={"help": "The tokens of its group that a token sees at most. Default: all before it."}
     )
+    dense_layers: str | None = field(
+        default=None,
+        metadata={
+            "help": "Layers that attend densely in training too: how many of the last ones (3), or their indices from "
+            "0, with commas (0,5,29 or 5,)."
+        },
+    )
     dense_steps: float = field(
         default=0.0,
         metadata={
             "help": "Use dense attention in the last steps: below 1 a share of all steps (0.1), from 1 on a number of "
             "steps."
+        },
+    )
+    recipe: Literal["paper"] | None = field(
+        default=None,
+        metadata={
+            "help": "paper: the settings of the LongLoRA paper for all that is not given, whatever the model. Default: "
+            "these for a model of your own, a smaller recipe for the tiny Llama."
+        },
+    )
+    check_retrieval: bool = field(
+        default=False,
+        metadata={
+            "help": "Ask for pass keys at the model's own context before and after training, and say at the end "
+            "whether it still finds them."
         },
     )
     full_finetune: bool = field(

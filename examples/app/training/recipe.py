@@ -38,6 +38,18 @@ def accumulation(at_once: int) -> int:
 #: What is different where answers are learned (`--task sft`).
 SFT_RECIPE: dict[str, Any] = RECIPE | {"max_steps": -1, "num_train_epochs": 5}
 
+#: `--recipe paper`: the paper's, and what it says of attention and adapter too, whatever the defaults of those are.
+PAPER_RECIPE: dict[str, Any] = RECIPE | {
+    "rope_type": "linear",
+    "group_ratio": None,  # a quarter of the context
+    "sink": False,
+    "window": None,
+    "dense_layers": None,
+    "dense_steps": 0.0,
+    "lora_r": 8,
+    "lora_alpha": 16,
+}
+
 #: What is different for the tiny Llama, so that it is done in minutes on two CPU cores.
 TINY_RECIPE: dict[str, Any] = RECIPE | {
     "max_steps": 200,
@@ -50,3 +62,17 @@ TINY_RECIPE: dict[str, Any] = RECIPE | {
     "save_steps": 100,
     "eval_tokens": 12288,
 }
+
+
+def recipe_of(model: str | None, task: str | None, named: str | None) -> dict[str, Any]:
+    """The defaults of a run.
+
+    Args:
+        model: The model that is asked for; None: the tiny Llama.
+        task: `--task`.
+        named: `--recipe`.
+    """
+    if named == "paper":
+        answers = {name: value for name, value in SFT_RECIPE.items() if RECIPE.get(name) != value}
+        return PAPER_RECIPE | (answers if task == "sft" else {})
+    return TINY_RECIPE if model is None else SFT_RECIPE if task == "sft" else RECIPE

@@ -123,6 +123,8 @@ def _check_sequence_parallel(parser: argparse.ArgumentParser, asked: argparse.Na
         return
     if not asked.deepspeed:
         parser.error(f"{option} needs DeepSpeed: start the program with deepspeed, or give --deepspeed")
+    if asked.check_retrieval:
+        parser.error(f"{option} does not go with --check_retrieval, whose prompts no process shares")
     if WORLD_SIZE % size:
         parser.error(f"{option} does not divide the number of processes, {WORLD_SIZE}")
     if asked.task != "text" or asked.rows != "packed":

@@ -17,6 +17,7 @@ from app.training.arguments import compute_dtype
 from app.training.data import TrainingData
 from app.training.measure import Measurement
 from app.training.options import ModelOptions
+from longlora_ext._pattern import dense_layers, in_words
 from longlora_ext.adapter._norms import norms_of
 from longlora_ext.config import context_length
 from longlora_ext.trainer import dense_count
@@ -71,7 +72,8 @@ def seen(config: PreTrainedConfig) -> str:
         groups = "one group of all tokens"
     if (window := getattr(config, "s2attn_window", None)) is not None:
         groups += f", in them a window of {window:,}"
-    return groups + (", and the first token" if getattr(config, "s2attn_sink", None) else "")
+    groups += ", and the first token" if getattr(config, "s2attn_sink", None) else ""
+    return groups + (f", dense in layers {in_words(dense)}" if (dense := dense_layers(config)) else "")
 
 
 def results(folder: Path, adapter: Path, measurement: Measurement | None, full_finetune: bool) -> str:

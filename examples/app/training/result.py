@@ -15,6 +15,7 @@ from app.training.dense_tail import DenseTail
 from app.training.measure import AFTER, Measurement
 from app.training.options import ModelOptions
 from app.training.plot import loss_curve
+from app.training.retrieval_guard import RetrievalGuard
 from longlora_ext._processes import is_first_process, wait_for_all
 from longlora_ext.adapter import save_adapter
 
@@ -26,6 +27,7 @@ def save_result(
     tokenizer: PreTrainedTokenizerBase,
     options: ModelOptions,
     measurement: Measurement | None,
+    guard: RetrievalGuard | None,
     tail: DenseTail | None,
     title: str,
 ) -> Path:
@@ -38,6 +40,7 @@ def save_result(
         tokenizer: Goes along with the adapter.
         options: Whether there is an adapter, or a model.
         measurement: Measures the trained model, if anything was measured before.
+        guard: Asks the trained model for pass keys, if it asked before.
         tail: Knows the first step with dense attention.
         title: Of the loss curve.
 
@@ -55,6 +58,8 @@ def save_result(
         save_adapter(model, result, tokenizer)
     if measurement:
         measurement.measure(model, trainer.args, AFTER)
+    if guard:
+        guard.measure(model, trainer.args, AFTER)
     if is_first_process():
         loss_curve(trainer.state.log_history, run.folder / "loss.png", title)
         if measurement:

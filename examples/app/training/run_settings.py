@@ -35,5 +35,7 @@ def settings(options: ModelOptions, args: TrainingArguments) -> dict[str, Any]:
         arguments |= {"max_steps": args.max_steps, "num_train_epochs": args.num_train_epochs}
     arguments["deepspeed"] = {name: value for name, value in zero.items() if name != "steps_per_print"}
     model = asdict(options)
+    for name in ("recipe", "check_retrieval"):  # a name for other settings, and what is only measured
+        del model[name]
     model["model"] = files_fingerprint(model.pop("model_name_or_path"))  # it may lie elsewhere by now
     return {**model, **arguments, "processes": WORLD_SIZE}

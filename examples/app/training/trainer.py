@@ -14,6 +14,7 @@ from app.runs.run import Run
 from app.training.data import TrainingData
 from app.training.measure import Measurement
 from app.training.options import ModelOptions
+from app.training.retrieval_guard import RetrievalGuard
 from app.training.stop_at_nan import StopAtNaN
 from longlora_ext.data import pad_rows
 from longlora_ext.trainer import UlyssesTrainer
@@ -26,6 +27,7 @@ def make_trainer(
     args: TrainingArguments,
     run: Run,
     measurement: Measurement | None,
+    guard: RetrievalGuard | None,
     *further: TrainerCallback | None,
 ) -> Trainer:
     """The Trainer, whose checkpoints say what a run must know to go on from them.
@@ -37,11 +39,13 @@ def make_trainer(
         args: The Trainer's arguments. The limit for checkpoints is taken out of them.
         run: The run.
         measurement: What measures perplexity, if anything does.
-        further: Other callbacks, which come before the measurement.
+        guard: What asks for pass keys, if anything does.
+        further: Other callbacks, which come before these two.
     """
 
     def to_go_on() -> dict[str, Any]:
-        measured = {"perplexity": measurement.record} if measurement else {}
+        measures = {"perplexity": measurement, "retrieval": guard}
+        measured = {name: measure.record for name, measure in measures.items() if measure}
         return {"resumable": not args.save_only_model, "settings": run.settings, **measured}
 
     marker = CompletionMarker(take_over_rotation(args), to_go_on)
@@ -53,5 +57,5 @@ def make_trainer(
         train_dataset=torch.utils.data.Subset(data.rows, [0]) if is_over else data.rows,
         eval_dataset=data.eval_rows,
         data_collator=partial(pad_rows, pad_token_id=data.pad_token_id),
-        callbacks=[StopAtNaN(), marker, *filter(None, (*further, measurement))],
+        callbacks=[StopAtNaN(), marker, *filter(None, (*further, measurement, guard))],
     )

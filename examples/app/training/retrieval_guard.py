@@ -1,0 +1,158 @@
+"""`--check_retrieval`: does the model still find what it found before, at the length it was made for?
+
+Perplexity can improve at every position while a model unlearns to find things. Pass keys at the base model's own length
+are asked before the first step, with its own RoPE, and after the last: the mean nats per token of the right answer, by
+one forward pass each, and how many are found. If retrieval did not survive, the program says so at its end.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from app.evaluation.answer_nats import answer_ids, answer_losses
+from app.evaluation.prompts import passkey
+from app.runs.checkpoints import write_json
+from app.runs.launch import say
+from app.runs.run import Run
+from app.training.measure import AFTER, BEFORE, Measurement, old_rotary_embedding
+from app.training.options import ModelOptions
+from longlora_ext._processes import is_first_process
+from longlora_ext.config import context_length
+
+DEPTHS = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.95)
+#: A digit that is guessed costs ln 10 = 2.3 nats. A model at more than this has not found it.
+KNOWS = 1.5
+#: Nats per token that the answer may lose. In a pilot, dense attention cost 0.03 and S2-Attn 0.12 to 0.27.
+MAY_LOSE = 0.1
+ADVICE = (
+    "let each token see the first one (--sink), lower --learning_rate, train fewer steps, or keep some layers dense "
+    "(--dense_layers)"
+)
+
+
+class RetrievalGuard(TrainerCallback):
+    """Asks for pass keys before and after a run, and keeps the results in `retrieval.json`.
+
+    Args:
+        folder: The run's output folder.
+        tokenizer: The model's.
+        base_config: The config before the extension.
+        before: The `record` of the run up to the checkpoint that this one goes on from, if it does.
+
+    Attributes:
+        record: What was asked and found so far: what the file holds.
+
+    Raises:
+        ValueError: The model's own context is too short for a pass key.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        base_config: PreTrainedConfig,
+        before: dict[str, Any] | None = None,
+    ) -> None:
+        self.file = folder / "retrieval.json"
+        self.base_config = base_config
+        self.length = context_length(base_config)
+        self.questions = [self._question(tokenizer, depth) for depth in DEPTHS]
+        self.record: dict[str, Any] = {"length": self.length, "depths": list(DEPTHS), **(before or {})}
+
+    def _question(self, tokenizer: PreTrainedTokenizerBase, depth: float) -> tuple[list[int], list[int]]:
+        """Prompt and answer in tokens, together as long as the model's own context or a little shorter."""
+        asked = passkey(random.Random(f"guard {depth}"))
+
+        def tokens_of(fillers: int) -> tuple[list[int], list[int]]:
+            return answer_ids(tokenizer, asked.prompt(fillers, [depth]), f" {asked.answer}")
+
+        bare, hundred = (sum(map(len, tokens_of(fillers))) for fillers in (0, 100))
+        fillers = int((self.length - bare) / ((hundred - bare) / 100))
+        while fillers >= 4 and sum(map(len, tokens_of(fillers))) > self.length:
+            fillers -= 1
+        if fillers < 4:  # sentences; with fewer there is no depth to speak of
+            raise ValueError(f"--check_retrieval: a pass key needs more than the model's own {self.length} tokens")
+        return tokens_of(fillers)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Called on every process when the model is ready for its first step, or its next one after an
+        interruption."""
+        assert model is not None
+        if state.global_step == 0:
+            with old_rotary_embedding(model, self.base_config):
+                self.measure(model, args, BEFORE)
+
+    def measure(self, model: torch.nn.Module, args: TrainingArguments, row: str) -> None:
+        """Ask for all pass keys. Collective: each process asks for all, as ZeRO-3 needs."""
+        say(f"asking for pass keys: {row}")
+        training = model.training
+        model.eval()
+        answers = [answer_losses(model, *question, device=args.device) for question in self.questions]
+        model.train(training)
+        self.record[row] = {
+            "nats": [float(losses.mean()) for losses, _ in answers],
+            "found": [found for _, found in answers],
+        }
+        if is_first_process():
+            write_json(self.file, self.record)
+
+    def verdict(self, perplexity: Measurement | None = None) -> str:
+        """What became of retrieval, in words."""
+        if BEFORE not in self.record or AFTER not in self.record:
+            return f"pass keys at {self.length:,} tokens were not asked for before training: nothing to compare"
+        (before, found_before), (after, found_after) = (self._mean(row) for row in (BEFORE, AFTER))
+        count = len(self.questions)
+        head = (
+            f"pass keys at {self.length:,} tokens, the model's own context: {before:.2f} nats per token before, "
+            f"{after:.2f} after; {found_before} and {found_after} of {count} found"
+        )
+        if before > KNOWS and not found_before:
+            return f"{head}. The base model does not find them either: it had nothing to lose"
+        if after <= before + MAY_LOSE and found_after >= found_before - 2:
+            return f"{head}. Retrieval has survived"
+        gained = "Perplexity improved, but retrieval" if perplexity and _improved(perplexity) else "Retrieval"
+        return f"{head}. {gained} did not survive. What may help: {ADVICE}"
+
+    def _mean(self, row: str) -> tuple[float, int]:
+        """Mean nats, and how many were found."""
+        nats = self.record[row]["nats"]
+        return sum(nats) / len(nats), sum(self.record[row]["found"])
+
+
+def _improved(perplexity: Measurement) -> bool:
+    """Whether the longest context is read better than by the model as it came."""
+    longest = str(perplexity.lengths[-1])
+    rows = perplexity.rows
+    return BEFORE in rows and AFTER in rows and rows[AFTER][longest] < rows[BEFORE][longest]
+
+
+def make_guard(
+    options: ModelOptions, tokenizer: PreTrainedTokenizerBase, base_config: PreTrainedConfig, run: Run
+) -> RetrievalGuard | None:
+    """The guard of a run that asks for one. It goes on with what the run's checkpoint has asked before.
+
+    Raises:
+        ValueError: The model's own context is too short for a pass key.
+    """
+    if not options.check_retrieval:
+        return None
+    return RetrievalGuard(run.folder, tokenizer, base_config, run.marker.get("retrieval"))

@@ -1,0 +1,74 @@
+"""`evaluate.py perplexity --by_position`: against the losses of a plain forward pass."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import datasets
+import matplotlib.image
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from app.inputs.files import load_documents
+from app.inputs.tokens import tokenise
+from evaluate_runs import make_books, refusal, run
+from finetune_runs import make_model
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each test in a folder of its own, with a model and four documents of 15, 51, 71 and 141 tokens."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    make_model(tmp_path / "tiny")
+    (tmp_path / "books").mkdir()
+    make_books(tmp_path / "books")
+
+
+def test_each_position_has_the_losses_of_its_tokens() -> None:
+    done = run("perplexity", "--model", "tiny", "--text", "books", "--lengths", 30, "--by_position", 4)
+    model = AutoModelForCausalLM.from_pretrained("tiny").double().eval()
+    tokenised = tokenise(load_documents(["books"]), AutoTokenizer.from_pretrained("tiny"))
+    columns: list[list[float]] = [[] for _ in range(30)]
+    for number in range(len(tokenised.lengths)):
+        ids = torch.as_tensor(tokenised.ids(number).astype("int64"))
+        for row in ids[: len(ids) // 30 * 30].view(-1, 30):
+            losses = torch.nn.functional.cross_entropy(model(row[None]).logits[0, :-1], row[1:], reduction="none")
+            for position, loss in enumerate(losses.tolist(), 1):
+                columns[position].append(loss)
+    windows = 51 // 30 + 71 // 30 + 141 // 30
+    assert len(columns[1]) == windows == done["summary"]["windows"]
+    edges = {"0-8": (1, 8), "8-15": (8, 15), "15-22": (15, 22), "22-30": (22, 30)}
+    for name, (begin, end) in edges.items():
+        flat = [loss for column in columns[begin:end] for loss in column]
+        assert done["summary"]["perplexity"][name] == pytest.approx(math.exp(sum(flat) / len(flat)), rel=1e-5)
+        assert done["summary"]["scored"][name] == len(flat)
+    assert list(done["summary"]["perplexity"]) == list(edges)
+    assert matplotlib.image.imread("out/by_position.png").ndim == 3
+    table = Path("out/results.txt").read_text().splitlines()
+    assert table[0] == "perplexity by position in 7 windows of 30 tokens" and table[3].split()[0] == "0-8"
+
+
+def test_the_parts_are_all_of_what_a_window_scores() -> None:
+    """Their sum is what `--score all` makes of the same windows."""
+    one = run("perplexity", "--model", "tiny", "--text", "books", "--lengths", 32, "--by_position", output="one")
+    assert len(one["summary"]["perplexity"]) == 8
+    for cell in one["cells"].values():
+        assert sum(cell["by_position"]) == pytest.approx(cell["negative_log_likelihood"]) and cell["scored"] == 31
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--lengths", 16, 32], "--by_position reads windows of one length: give one --lengths"),
+        (["--stride", 8], "--stride has no effect with --by_position"),
+        (["--score", "all"], "--score has no effect with --by_position"),
+        (["--lengths", 8], "--by_position 8 is more parts than a window of 8 has tokens"),
+    ],
+)
+def test_what_does_not_go_together_is_an_error(words: list, message: str, capsys) -> None:
+    given = ["perplexity", "--model", "tiny", "--text", "books", "--by_position", 8]
+    assert message in refusal(capsys, *given, *words)
+    assert "--by_position must be 1 or more, got 0" in refusal(capsys, *given[:-1], 0)

@@ -1,0 +1,121 @@
+"""`--check_retrieval` and `--recipe paper` (app/training/retrieval_guard.py, recipe.py)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoTokenizer, TrainingArguments
+
+import finetune_llama
+from app.training import retrieval_guard
+from app.training.arguments import parse
+from app.training.measure import AFTER, BEFORE
+from app.training.recipe import RECIPE, SFT_RECIPE, TINY_RECIPE, recipe_of
+from app.training.retrieval_guard import RetrievalGuard
+from finetune_runs import ROOT, make_model, make_text, small_run
+
+TINY = str(ROOT / "examples" / "tiny_llama")
+
+
+def guard(folder: Path, before: dict[str, Any] | None = None) -> RetrievalGuard:
+    return RetrievalGuard(folder, AutoTokenizer.from_pretrained(TINY), AutoConfig.from_pretrained(TINY), before)
+
+
+def test_pass_keys_fill_the_model_s_own_context(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    for prompt, answer in guard(tmp_path).questions:
+        assert 225 < len(prompt) + len(answer) <= 256
+        text, key = tokenizer.decode(prompt), tokenizer.decode(answer).strip()
+        assert text.count(key) == 2 and len(key) == 5 and text.endswith("The pass key is")
+
+
+def row(nats: float, found: int) -> dict[str, Any]:
+    return {"nats": [nats] * 8, "found": [True] * found + [False] * (8 - found)}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "better", "says"),
+    [
+        ((0.28, 6), (0.55, 0), True, "Perplexity improved, but retrieval did not survive. What may help: let each"),
+        ((0.28, 6), (0.55, 0), False, "Retrieval did not survive. What may help"),
+        ((0.28, 6), (0.28, 3), None, "Retrieval did not survive"),
+        ((0.28, 6), (0.31, 5), True, "Retrieval has survived"),
+        ((0.28, 2), (0.10, 0), True, "Retrieval has survived"),
+        ((4.2, 0), (6.0, 0), True, "The base model does not find them either: it had nothing to lose"),
+    ],
+)  # fmt: skip
+def test_the_verdict_is_in_words(tmp_path: Path, before, after, better: bool | None, says: str) -> None:
+    asked = guard(tmp_path, {BEFORE: row(*before)})
+    asked.record[AFTER] = row(*after)
+    rows = {BEFORE: {"512": 9.0, "1024": 9.0}, AFTER: {"512": 10.0, "1024": 8.0 if better else 10.0}}
+    perplexity: Any = None if better is None else SimpleNamespace(lengths=[512, 1024], rows=rows)
+    verdict = asked.verdict(perplexity)
+    assert verdict.startswith(
+        f"pass keys at 256 tokens, the model's own context: {before[0]:.2f} nats per token before"
+    )
+    assert f"{before[1]} and {after[1]} of 8 found. " in verdict and says in verdict
+
+
+def test_without_a_before_there_is_nothing_to_compare(tmp_path: Path) -> None:
+    assert "were not asked for before training" in guard(tmp_path).verdict()
+
+
+def test_each_row_is_measured_with_the_model_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, devices = torch.nn.Linear(1, 1).train(), []
+
+    def losses(model: torch.nn.Module, prompt: list[int], answer: list[int], device: Any) -> tuple[torch.Tensor, bool]:
+        assert not model.training
+        devices.append(device)
+        return torch.tensor([1.0, 3.0]), len(devices) % 2 == 0
+
+    monkeypatch.setattr(retrieval_guard, "answer_losses", losses)
+    asked = guard(tmp_path)
+    asked.measure(model, TrainingArguments(use_cpu=True, report_to="none"), BEFORE)
+    assert model.training and set(devices) == {torch.device("cpu")}
+    written = json.loads((tmp_path / "retrieval.json").read_text())
+    assert written[BEFORE] == {"nats": [2.0] * 8, "found": [False, True] * 4} and written["length"] == 256
+
+
+def test_a_run_says_what_became_of_it_also_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = make_text(tmp_path / "text.jsonl")
+    words = small_run(Path(TINY), text, tmp_path / "out", steps=2)
+    finetune_llama.main([*words, "--context_length", "512", "--check_retrieval", "--eval_tokens", "0"])
+    said = capsys.readouterr().out
+    assert "pass keys at 256 tokens, the model's own context: " in said and "it had nothing to lose" in said
+    first = json.loads((tmp_path / "out" / "retrieval.json").read_text())
+    assert first[BEFORE] != first[AFTER]
+    words[words.index("--max_steps") + 1] = "3"
+    finetune_llama.main(
+        [*words, "--context_length", "512", "--check_retrieval", "--eval_tokens", "0",
+         "--resume_from_checkpoint", "latest"]
+    )  # fmt: skip
+    again = json.loads((tmp_path / "out" / "retrieval.json").read_text())
+    assert again[BEFORE] == first[BEFORE] and again[AFTER] != first[AFTER]
+    assert "it had nothing to lose" in capsys.readouterr().out
+
+
+def test_a_context_too_short_for_a_pass_key_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = small_run(make_model(tmp_path / "m"), make_text(tmp_path / "t.jsonl"), tmp_path / "out")
+    with pytest.raises(SystemExit):
+        finetune_llama.main([*words, "--check_retrieval"])
+    assert "--check_retrieval: a pass key needs more than the model's own 32 tokens" in capsys.readouterr().err
+
+
+def test_the_paper_s_recipe_by_one_word() -> None:
+    assert recipe_of(None, None, None) == TINY_RECIPE and recipe_of("m", None, None) == RECIPE
+    assert recipe_of("m", "sft", None) == SFT_RECIPE
+    paper = recipe_of(None, None, "paper")
+    assert RECIPE.items() <= paper.items() and recipe_of("m", "sft", "paper")["num_train_epochs"] == 5
+    options, _, args = parse(["--recipe", "paper", "--output_dir", "x"])  # of the tiny Llama
+    assert (args.max_steps, args.learning_rate, args.warmup_steps) == (1000, 2e-5, 20)
+    assert args.gradient_accumulation_steps * args.per_device_train_batch_size == 64
+    assert (options.rope_type, options.sink, options.window, options.lora_r) == ("linear", False, None, 8)
+    options, _, args = parse(
+        ["--recipe", "paper", "--max_steps", "7", "--group_size", "64", "--sink", "--output_dir", "x"]
+    )
+    assert (args.max_steps, options.group_size, options.sink) == (7, 64, True)
