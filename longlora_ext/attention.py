@@ -30,10 +30,11 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from longlora_ext import _pattern
 from longlora_ext._mask import Told, attention_window, check_masks_of, dense_mask, own_mask, s2attn_mask
+from longlora_ext._routed import check_class_of
+from longlora_ext._sdpa import sdpa
 from longlora_ext._ulysses import first_shifted_head
 from longlora_ext.config import attention_mode, group_size
 from longlora_ext.documents import (
@@ -41,6 +42,7 @@ from longlora_ext.documents import (
     doc_start_from_position_ids,
 )
 from longlora_ext.ops import s2attn, why_unsupported
+from longlora_ext.sinks import add_learned_sink
 
 __all__ = [
     "NAME",
@@ -53,7 +55,6 @@ NAME = "s2attn"
 # Arguments with which some models extend plain attention, and what each stands for. The op has none of them.
 _UNSUPPORTED = {
     "softcap": "soft-capping of the logits",
-    "s_aux": "attention sinks",
     "position_bias": "a position bias",
 }
 
@@ -112,19 +113,19 @@ def s2attn_forward(
                 f"has room to spare ({tokens} tokens, {keys} keys): call model.eval(), pass use_cache=False, or set "
                 "config.s2attn_mode='s2'"
             )
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
+        return sdpa(module, query, key, value, attention_mask, scaling, kwargs.get("s_aux"))
 
     told = own_mask(attention_mask, query, key)
     window = _pattern.smaller(told.window, kwargs.get("sliding_window"))
     told = told._replace(window=window if window is not None and window < keys else None)
     documents = _documents(position_ids, kwargs, query, keys)
     if not (wants_s2 or module.training):
-        return _dense_eval(module, query, key, value, told, documents, scaling)
+        return _dense_eval(module, query, key, value, told, documents, scaling, kwargs.get("s_aux"))
     if told.starts is not None:
         start = torch.where(told.starts < 0, ~told.starts, told.starts)[:, keys - tokens :]
         documents = start if documents is None else torch.maximum(start, documents)
     if not wants_s2:
-        return _dense(query, key, value, documents, told.window, scaling)
+        return _dense(query, key, value, documents, told.window, scaling, kwargs.get("s_aux"))
     config: Any = module.config
     return _run(
         query,
@@ -133,6 +134,7 @@ def s2attn_forward(
         group_size(config),
         documents,
         scaling,
+        kwargs.get("s_aux"),
         first_shifted_head=first_shifted_head(config.num_attention_heads, query.shape[1]),
         sink=told.window is None and _pattern.sink(config),  # of a layer's own window it never was a part
         window=_pattern.smaller(told.window, _pattern.window(config)),
@@ -150,8 +152,8 @@ def _refuse_unsupported(
         what = "bidirectional attention (is_causal=False)"
     elif what is None and kwargs.get("output_attentions"):
         what = "output_attentions=True (the weights are never formed)"
-    elif what is None and value.shape[-1] != key.shape[-1]:
-        what = f"a head dim of v ({value.shape[-1]}) other than that of q and k ({key.shape[-1]})"
+    elif what is None and value.shape[-1] > key.shape[-1]:
+        what = f"a head dim of v ({value.shape[-1]}) above that of q and k ({key.shape[-1]})"
     if what is not None:
         raise ValueError(
             f"attn_implementation='s2attn' cannot express {what}: use attn_implementation='eager' or 'sdpa' "
@@ -195,10 +197,19 @@ def _run(
     size: int,
     documents: torch.Tensor | None,
     scaling: float | None,
+    sinks: torch.Tensor | None,
     **pattern: Any,
 ) -> tuple[torch.Tensor, None]:
+    head_dim = value.shape[-1]
+    if head_dim < key.shape[-1]:  # of latent keys and values (DeepSeek): zeros change nothing, and are cut off again
+        value = torch.nn.functional.pad(value, (0, key.shape[-1] - head_dim))
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    return s2attn(q, k, v, size, documents, scale=scaling, **pattern), None
+    if sinks is None:
+        out = s2attn(q, k, v, size, documents, scale=scaling, **pattern)
+    else:
+        out, lse = s2attn(q, k, v, size, documents, scale=scaling, return_lse=True, **pattern)
+        out, _ = add_learned_sink(out, lse, sinks)
+    return out[..., :head_dim], None
 
 
 def _dense(
@@ -208,10 +219,11 @@ def _dense(
     documents: torch.Tensor | None,
     window: int | None,
     scaling: float | None,
+    sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, None]:
     """Dense causal attention within each document: one group of all tokens, no head shifted."""
     heads, keys = query.shape[1], key.shape[2]
-    return _run(query, key, value, keys + keys % 2, documents, scaling, first_shifted_head=heads, window=window)
+    return _run(query, key, value, keys + keys % 2, documents, scaling, sinks, first_shifted_head=heads, window=window)
 
 
 def _dense_eval(
@@ -222,16 +234,17 @@ def _dense_eval(
     told: Told,
     documents: torch.Tensor | None,
     scaling: float | None,
+    sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, None]:
     """Dense attention outside training: `sdpa`'s own result, with packed documents kept apart besides."""
     tokens, keys = query.shape[2], key.shape[2]
     if tokens != keys:
         # A prompt in parts: whatever positions say, it goes on with all that the cache holds.
         if _has_kernel(query, plain=False):
-            return _dense(query, key, value, None, told.window, scaling)
+            return _dense(query, key, value, None, told.window, scaling, sinks)
         real = torch.zeros((1, keys), dtype=torch.int32, device=query.device)
         rows = dense_mask(real, None, told.window)[:, :, keys - tokens :]
-        return sdpa_attention_forward(module, query, key, value, rows, scaling=scaling)
+        return sdpa(module, query, key, value, rows, scaling, sinks)
     if told.starts is not None and not told.padded:
         documents = told.starts if documents is None else torch.maximum(told.starts, documents)
     padding = told.starts if told.padded else None
@@ -239,10 +252,10 @@ def _dense_eval(
     several = documents is not None and (torch.compiler.is_compiling() or bool(documents.any()))
     if padding is None and (several or told.window is not None):
         if _has_kernel(query, plain=told.window is None):
-            return _dense(query, key, value, documents, told.window, scaling)
+            return _dense(query, key, value, documents, told.window, scaling, sinks)
         padding = torch.zeros((query.shape[0], tokens), dtype=torch.int32, device=query.device)  # none
     mask = None if padding is None else dense_mask(padding, documents, told.window)
-    return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling)
+    return sdpa(module, query, key, value, mask, scaling, sinks)
 
 
 def _has_kernel(query: torch.Tensor, plain: bool = True) -> bool:
@@ -266,3 +279,4 @@ def _runs(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
 AttentionInterface.register(NAME, s2attn_forward)
 AttentionMaskInterface.register(NAME, s2attn_mask)
 torch.nn.modules.module.register_module_module_registration_hook(check_masks_of)
+torch.nn.modules.module.register_module_module_registration_hook(check_class_of)

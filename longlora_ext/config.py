@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 
 from longlora_ext._lengths import CONTEXT_LENGTH, context_length, is_int, of_layer_types, rope_type_of, settle_context
 from longlora_ext._pattern import SINK, WINDOW, check_window
-from longlora_ext._rope import check_rope, extended_rope, fill_in_head_dim, original_of_linear, with_one_rope
+from longlora_ext._rope import check_rope, extended_rope, fill_in_head_dim, original_of_linear, to_extend, with_one_rope
 
 __all__ = [
     "CONFIG_FIELDS",
@@ -181,8 +181,8 @@ def extend_config(
     Returns:
         A config with changed `rope_parameters`, `max_position_embeddings` (the new
         context; for `"dynamic"` it stays, as transformers scales only beyond it), `s2attn_context_length` and
-        `s2attn_group_size`, and `s2attn_sink` and `s2attn_window` where they are asked for. RoPE parameters of each
-        layer type stay so. Linear scaling is given
+        `s2attn_group_size`, and `s2attn_sink` and `s2attn_window` where they are asked for. Where layer types have RoPE
+        parameters of their own, those of layers with a sliding window stay as they are. Linear scaling is given
         `original_max_position_embeddings` too, so that nobody has to ask whether `max_position_embeddings` is the
         length before or after it. A `head_dim` of `None` is filled in.
 
@@ -190,9 +190,10 @@ def extend_config(
         ValueError: An argument is out of its range, or the config's RoPE cannot be extended as asked.
     """
     layer_types = of_layer_types(getattr(config, "rope_parameters", None) or {})
-    if layer_types:
-        config = with_one_rope(config, layer_types)
+    concerned = to_extend(config, layer_types, context_length)
     config = settle_context(config, present_context_length)
+    if layer_types:
+        config = with_one_rope(config, {name: layer_types[name] for name in concerned})
     present = _present_length(config)
     if not is_int(context_length) or context_length <= present:
         raise ValueError(
@@ -212,7 +213,10 @@ def extend_config(
     fill_in_head_dim(extended)
     check_rope(extended, rope_type)
     if layer_types:
-        extended.rope_parameters = {layer_type: dict(extended.rope_parameters) for layer_type in layer_types}
+        new = dict(extended.rope_parameters)
+        extended.rope_parameters = {
+            name: dict(new if name in concerned else present) for name, present in layer_types.items()
+        }
     return extended
 
 

@@ -29,11 +29,17 @@ def complete_config(folder: Path, **changes: Any) -> None:
 
 def _older_names(rope: dict[str, Any]) -> dict[str, Any]:
     """The same RoPE as transformers 4 names it. Where kinds of layers differ, each model has names of its own."""
-    kinds = [value for value in rope.values() if isinstance(value, dict)]
-    if any(kind != kinds[0] for kind in kinds):
-        return {}
-    rope = kinds[0] if kinds else rope
-    older = {name: rope[name] for name in _BESIDE if name in rope}
+    kinds = {name: value for name, value in rope.items() if isinstance(value, dict)}
+    first = next(iter(kinds.values()), rope)
+    beside = {}
+    if any(kind != first for kind in kinds.values()):
+        if kinds.keys() != {"full_attention", "sliding_attention"}:
+            return {}
+        first, local = kinds["full_attention"], kinds["sliding_attention"]  # Gemma 3's and Olmo 3's names
+        if local.get("rope_theta") != first.get("rope_theta"):
+            beside = {"rope_local_base_freq": local.get("rope_theta")}
+    rope = first
+    older = {name: rope[name] for name in _BESIDE if name in rope} | beside
     scaled = rope.get("rope_type", "default") != "default"
     older["rope_scaling"] = {name: rope[name] for name in rope if name not in _BESIDE} if scaled else None
     if rope.get("rope_type") == "longrope" and ORIGINAL in rope:  # there it is no part of rope_scaling

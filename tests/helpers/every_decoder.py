@@ -20,9 +20,10 @@ from transformers import CONFIG_MAPPING, AttentionInterface, AutoModelForCausalL
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from app.models.suitable import check_attention
-from longlora_ext import check_documents_apart, extend_config, load, lora_config, merge, prepare_model, save_adapter
+from longlora_ext import check_documents_apart, load, lora_config, merge, prepare_model, save_adapter
 from longlora_ext._pattern import smaller
 from longlora_ext.attention import NAME, s2attn_forward
+from longlora_ext.config import config_for
 from longlora_ext.reference import s2attn_reference
 
 CONTEXT, LONGER, GROUP, WINDOW, LENGTH, VOCABULARY = 32, 128, 16, 12, 40, 61
@@ -42,6 +43,8 @@ SMALL: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
     "sliding_window": WINDOW,
+    "attention_chunk_size": WINDOW,
+    "attention_dropout": 0.0,
     # mixtures of experts
     "num_experts": 4,
     "num_local_experts": 4,
@@ -89,7 +92,9 @@ SMALL: dict[str, Any] = {
 #: What single ones need besides.
 _LATENT = {"num_key_value_heads": 4}  # of latent keys and values every head has its own
 _MIXED = {"layer_types": ["full_attention", "sliding_attention"]}
+_LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 OWN: dict[str, dict[str, Any]] = {
+    "apertus": {"rope_parameters": {**_LLAMA3, "original_max_position_embeddings": CONTEXT // 8}},
     "axk1": _LATENT,
     "axk2": _LATENT,
     "bailing_hybrid": _LATENT,
@@ -118,6 +123,14 @@ OWN: dict[str, dict[str, Any]] = {
     "gemma4_unified_text": {**_MIXED, "per_layer_config": {}, "use_bidirectional_attention": None},
     "glm4_moe_lite": _LATENT,
     "glm_moe_dsa": {**_LATENT, "index_n_heads": 2, "index_head_dim": 32, "index_topk": 8},
+    "gpt_oss": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 2.0,
+            "original_max_position_embeddings": CONTEXT // 2,
+        }
+    },
     "gptj": {"rotary_dim": 8, "n_positions": 64},
     "granitemoehybrid": {
         "layer_types": ["linear_attention", "full_attention"],
@@ -219,12 +232,14 @@ class Verdict:
     """What became of a model.
 
     Attributes:
-        refusal: Why it cannot be trained so, as the user is told; empty if it runs.
+        refusal: Why it cannot be trained, as the user is told; empty if it runs.
+        programs: Why finetune_llama.py does not train it, though what it is made of might.
         layers: How many of its layers computed S2-Attn, and of how many.
         rows: "packed" if documents may share rows, "padded" if each must have its own.
     """
 
     refusal: str = ""
+    programs: str = ""
     layers: tuple[int, int] = (0, 0)
     rows: str = "packed"
 
@@ -232,27 +247,35 @@ class Verdict:
 def verdict(kind: str) -> Verdict:
     """Build the model, extend it, train it, save and load and merge it. Anything unforeseen is an `AssertionError`."""
     config = small_config(kind)
+    programs = ""
+    try:
+        check_attention(config, LONGER)
+    except ValueError as error:
+        programs = str(error)
+    try:
+        extended = config_for(config, LONGER, group_size=GROUP)
+        model = _built(extended, NAME)
+        lora_config(model)
+        rows = _rows(model)
+    except ValueError as error:
+        return Verdict(refusal=str(error), programs=programs)
+    _check_dense(model, extended)
+    layers = _check_s2(model)
+    if rows == "packed":
+        _check_packed(model)
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            check_attention(config, LONGER)
-            extended = extend_config(config, LONGER, group_size=GROUP)
-            model = _built(extended, NAME)
-            prepared = prepare_model(_built(extended, NAME), lora_config(model))
-        except ValueError as error:
-            return Verdict(refusal=str(error))
-        _check_dense(model, extended)
-        layers = _check_s2(model)
-        rows = "packed"
-        try:
-            check_documents_apart(model)
-        except ValueError:
-            check_documents_apart(model, packed=False)
-            rows = "padded"
-        if rows == "packed":
-            _check_packed(model)
-        del prepared
         _check_adapter(config, extended, Path(folder))
-    return Verdict(layers=layers, rows=rows)
+    return Verdict(programs=programs, layers=layers, rows=rows)
+
+
+def _rows(model: PreTrainedModel) -> str:
+    """Whether documents may share rows. What a layer cannot compute is refused here, too."""
+    try:
+        check_documents_apart(model)
+    except ValueError:
+        check_documents_apart(model, packed=False)
+        return "padded"
+    return "packed"
 
 
 def plain_attention(kind: str) -> str:
