@@ -6,6 +6,7 @@ import copy
 import math
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -44,7 +45,10 @@ def with_one_rope(config: PreTrainedConfig, layer_types: dict[str, dict[str, Any
             "extended"
         )
     flat = copy.deepcopy(config)
-    flat.rope_parameters = dict(first)
+    try:
+        flat.rope_parameters = dict(first)
+    except StrictDataclassError as error:  # ModernBERT's config takes none but those of layer types
+        raise ValueError(f"{type(config).__name__} cannot be extended: {error}") from error
     if getattr(flat, CONTEXT_LENGTH, None) is None:  # of all layers, before it is asked of these
         setattr(flat, CONTEXT_LENGTH, context_length(config))
     return flat

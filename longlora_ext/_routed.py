@@ -5,7 +5,10 @@ from __future__ import annotations
 import sys
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+
+#: Words in the types of layers whose attention sees the tokens that an index picks, or summaries of them.
+_PICKED = ("indexed", "sparse", "compressed")
 
 
 def check_routed(model_class: type[PreTrainedModel]) -> None:
@@ -25,7 +28,18 @@ def check_routed(model_class: type[PreTrainedModel]) -> None:
         )
 
 
+def check_layer_types(config: PreTrainedConfig) -> None:
+    """Raise `ValueError` if some layer's attention sees what an index picks, as DeepSeek V3.2's."""
+    types = getattr(config, "layer_types", None) or ()
+    if found := [kind for kind in types if any(word in kind for word in _PICKED)]:
+        raise ValueError(
+            f"attn_implementation='s2attn' cannot express attention to tokens that an index picks (layers of the type "
+            f"{found[0]!r})"
+        )
+
+
 def check_class_of(parent: nn.Module, name: str, child: nn.Module | None) -> None:
     """Refuse such a model as it is built for S2-Attn (torch's hook for modules that get a child)."""
     if isinstance(parent, PreTrainedModel) and parent.config._attn_implementation == "s2attn":
         check_routed(type(parent))
+        check_layer_types(parent.config)

@@ -189,7 +189,8 @@ def extend_config(
     Raises:
         ValueError: An argument is out of its range, or the config's RoPE cannot be extended as asked.
     """
-    layer_types = of_layer_types(getattr(config, "rope_parameters", None) or {})
+    by_type = copy.deepcopy(getattr(config, "rope_parameters", None) or {})
+    layer_types = of_layer_types(by_type)
     concerned = to_extend(config, layer_types, context_length)
     config = settle_context(config, present_context_length)
     if layer_types:
@@ -214,9 +215,7 @@ def extend_config(
     check_rope(extended, rope_type)
     if layer_types:
         new = dict(extended.rope_parameters)
-        extended.rope_parameters = {
-            name: dict(new if name in concerned else present) for name, present in layer_types.items()
-        }
+        extended.rope_parameters = {**by_type, **{name: dict(new) for name in concerned}}
     return extended
 
 

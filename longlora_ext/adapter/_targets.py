@@ -26,7 +26,7 @@ def projections_of(model: nn.Module) -> list[str]:
     found = {
         name: [f"{name}.{part}" for part, child in module.named_children() if type(child) is nn.Linear]
         for name, module in modules.items()
-        if "Attention" in type(module).__name__
+        if any(word in type(module).__name__ for word in ("Attention", "MLA"))
     }
     # What is around an attention layer may be called so as well, and have no projections.
     layers = [projections for projections in found.values() if projections]

@@ -21,7 +21,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from app.models.suitable import check_attention
 from longlora_ext import check_documents_apart, load, lora_config, merge, prepare_model, save_adapter
-from longlora_ext._pattern import smaller
 from longlora_ext.attention import NAME, s2attn_forward
 from longlora_ext.config import config_for
 from longlora_ext.reference import s2attn_reference
@@ -45,6 +44,9 @@ SMALL: dict[str, Any] = {
     "sliding_window": WINDOW,
     "attention_chunk_size": WINDOW,
     "attention_dropout": 0.0,
+    "residual_dropout": 0.0,
+    "router_jitter_noise": 0.0,
+    "input_jitter_noise": 0.0,
     # mixtures of experts
     "num_experts": 4,
     "num_local_experts": 4,
@@ -91,10 +93,12 @@ SMALL: dict[str, Any] = {
 
 #: What single ones need besides.
 _LATENT = {"num_key_value_heads": 4}  # of latent keys and values every head has its own
-_MIXED = {"layer_types": ["full_attention", "sliding_attention"]}
-_LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_MIXED = {"layer_types": ["sliding_attention", "full_attention"]}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+           "original_max_position_embeddings": CONTEXT // 8}
+_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": CONTEXT // 2}
 OWN: dict[str, dict[str, Any]] = {
-    "apertus": {"rope_parameters": {**_LLAMA3, "original_max_position_embeddings": CONTEXT // 8}},
+    "apertus": {"rope_parameters": LLAMA3},
     "axk1": _LATENT,
     "axk2": _LATENT,
     "bailing_hybrid": _LATENT,
@@ -106,10 +110,12 @@ OWN: dict[str, dict[str, Any]] = {
         },
         **_MIXED,
     },
+    "cwm": {"rope_parameters": LLAMA3},
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
     "deepseek_v32": {**_LATENT, "index_n_heads": 2, "index_head_dim": 32, "index_topk": 8},
     "deepseek_v4": {"o_groups": 2, "o_lora_rank": 16, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 8},
+    "doge": {"sliding_window": None},
     "dots3_note_text": {
         **_LATENT,
         "head_dim": 32,
@@ -123,14 +129,7 @@ OWN: dict[str, dict[str, Any]] = {
     "gemma4_unified_text": {**_MIXED, "per_layer_config": {}, "use_bidirectional_attention": None},
     "glm4_moe_lite": _LATENT,
     "glm_moe_dsa": {**_LATENT, "index_n_heads": 2, "index_head_dim": 32, "index_topk": 8},
-    "gpt_oss": {
-        "rope_parameters": {
-            "rope_type": "yarn",
-            "rope_theta": 1e4,
-            "factor": 2.0,
-            "original_max_position_embeddings": CONTEXT // 2,
-        }
-    },
+    "gpt_oss": {"rope_parameters": _YARN},
     "gptj": {"rotary_dim": 8, "n_positions": 64},
     "granitemoehybrid": {
         "layer_types": ["linear_attention", "full_attention"],
@@ -151,11 +150,13 @@ OWN: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "jetmoe": {"kv_channels": 16},
     "laguna": _MIXED,
+    "falcon_h1": {"mamba_d_ssm": 128},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "longcat_flash": {**_LATENT, "zero_expert_num": 2},
     "mellum": _MIXED,
     "minicpm3": _LATENT,
+    "minimax": {"sliding_window": None},
     "minimax_m3_vl_text": {
         "dense_intermediate_size": 48,
         "shared_intermediate_size": 32,
@@ -166,7 +167,10 @@ OWN: dict[str, dict[str, Any]] = {
         "index_topk_blocks": 2,
     },
     "ministral": _MIXED,
+    "ministral3": {"rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.1}},
     "nemotron_h": {"n_groups": 2, "chunk_size": 16},
+    "phi3": {"original_max_position_embeddings": CONTEXT},
+    "phimoe": {"original_max_position_embeddings": CONTEXT},
     "qwen4_exp_text": {
         "hc_count": 2,
         "hc_lowrank": 8,
@@ -183,7 +187,7 @@ OWN: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"lru_width": 64, "attention_window_size": WINDOW, "block_types": ["recurrent", "attention"]},
     "roformer": {"embedding_size": 64, "is_decoder": True, "max_position_embeddings": 64},
     "zamba2": {
-        "layers_block_type": ["linear_attention", "hybrid"],
+        "layer_types": ["linear_attention", "hybrid"],
         "n_mamba_heads": 4,
         "mamba_headdim": 32,
         "attention_hidden_size": 128,
@@ -192,13 +196,25 @@ OWN: dict[str, dict[str, Any]] = {
         "use_mem_rope": True,
         "chunk_size": 16,
     },
-    "youtu": _LATENT,
+    "youtu": {**_LATENT, "pad_token_id": None},  # when it is loaded, its row of the embedding is set to 0
     "zaya": {"num_experts_per_tok": 1},
 }
 
+#: How RoPE is scaled where a model's code does not take "linear": Phi-3's knows LongRoPE alone. With one factor for all
+#: frequencies, and no factor of the attention, that is the same.
+_AS_LINEAR = {"short_factor": [4.0] * 8, "long_factor": [4.0] * 8, "attention_factor": 1.0}
+ROPE: dict[str, dict[str, Any]] = {
+    "phi3": {"rope_type": "longrope", "rope_parameters": _AS_LINEAR},
+    "phimoe": {"rope_type": "longrope", "rope_parameters": {**_AS_LINEAR, "short_mscale": 1.0, "long_mscale": 1.0}},
+}
+
+
+#: Of which transformers itself cannot run a small one.
+NOT_TRIED = ("zamba2",)
+
 
 def kinds() -> list[str]:
-    """The model types of decoders: neither encoders used as such, nor the decoders of encoder-decoders."""
+    """The model types of all causal decoders with rotary positions: those of others cannot be extended."""
     return [kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind in CONFIG_MAPPING and _is_decoder(kind)]
 
 
@@ -209,12 +225,12 @@ def _class_of(kind: str) -> type[PreTrainedModel]:
 
 
 def _is_decoder(kind: str) -> bool:
-    """Whether positions of its code are rotary: the others cannot be extended."""
     source = inspect.getsource(inspect.getmodule(_class_of(kind)))  # type: ignore[arg-type]
     return "rotary" in source and not CONFIG_MAPPING[kind].sub_configs
 
 
-def small_config(kind: str) -> PreTrainedConfig:
+def small_config(kind: str, **changes: Any) -> PreTrainedConfig:
+    """A config of that type, with these fields besides."""
     default = CONFIG_MAPPING[kind]()
     names = set(dir(default)) | set(default.attribute_map)
     computed = {name for name in dir(type(default)) if isinstance(getattr(type(default), name), property)}
@@ -224,7 +240,7 @@ def small_config(kind: str) -> PreTrainedConfig:
         types = sorted(set(getattr(default, mapped)))
         fields["layer_types"] = (types * 2)[: max(2, len(types))]
         fields["num_hidden_layers"] = len(fields["layer_types"])
-    return CONFIG_MAPPING[kind](**{**fields, **copy.deepcopy(OWN.get(kind, {}))})
+    return CONFIG_MAPPING[kind](**{**fields, **copy.deepcopy(OWN.get(kind, {}) | changes)})
 
 
 @dataclass(frozen=True)
@@ -244,16 +260,23 @@ class Verdict:
     rows: str = "packed"
 
 
-def verdict(kind: str) -> Verdict:
-    """Build the model, extend it, train it, save and load and merge it. Anything unforeseen is an `AssertionError`."""
-    config = small_config(kind)
+def verdict(kind: str, **changes: Any) -> Verdict:
+    """Build the model, extend it, train it, save and load and merge it. Anything unforeseen is an error of its own.
+
+    Args:
+        kind: Its type.
+        changes: Fields of its config.
+    """
+    if kind in NOT_TRIED:
+        return Verdict(refusal="not tried: transformers itself does not run a small one")
+    config = small_config(kind, **changes)
     programs = ""
     try:
         check_attention(config, LONGER)
     except ValueError as error:
         programs = str(error)
     try:
-        extended = config_for(config, LONGER, group_size=GROUP)
+        extended = config_for(config, LONGER, group_size=GROUP, **ROPE.get(kind, {}))
         model = _built(extended, NAME)
         lora_config(model)
         rows = _rows(model)
@@ -270,11 +293,14 @@ def verdict(kind: str) -> Verdict:
 
 def _rows(model: PreTrainedModel) -> str:
     """Whether documents may share rows. What a layer cannot compute is refused here, too."""
+    model.config.use_cache = False  # as the Trainer has it: with a KV cache some layers learn of no documents
     try:
         check_documents_apart(model)
     except ValueError:
         check_documents_apart(model, packed=False)
         return "padded"
+    finally:
+        model.config.use_cache = True
     return "packed"
 
 
@@ -326,8 +352,8 @@ def _listening() -> Iterator[list[Call]]:
     """Keep what the attention layers compute."""
     calls: list[Call] = []
 
-    def listen(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **keywords: Any) -> Any:
-        out, weights = s2attn_forward(module, q, k, v, mask, **keywords)
+    def listen(module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, **keywords: Any) -> Any:
+        out, weights = s2attn_forward(module, q, k, v, attention_mask, **keywords)
         calls.append(Call(module, q, k, v, keywords, out))
         return out, weights
 
@@ -362,8 +388,7 @@ def _window_of(call: Call) -> int | None:
     types = getattr(config, "layer_types", None)
     if types:
         return config.sliding_window if "sliding" in types[layer] else None
-    own = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    return smaller(own, None)
+    return getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
 
 
 def _check_packed(model: PreTrainedModel) -> None:

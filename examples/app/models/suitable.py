@@ -8,7 +8,7 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase
 
 from app.inputs.tokens import Tokenised
-from longlora_ext._routed import check_routed
+from longlora_ext._routed import check_layer_types, check_routed
 from longlora_ext.attention import attention_window
 from longlora_ext.config import context_length
 from longlora_ext.ops import check_runs
@@ -36,6 +36,7 @@ def check_attention(config: PreTrainedConfig, context: int | None = None) -> Non
     """
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         check_routed(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+    check_layer_types(config)
     heads = getattr(config, "num_attention_heads", None)
     head_dim = head_dim_of(config)
     if getattr(config, "attn_logit_softcapping", None):
