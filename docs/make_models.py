@@ -17,19 +17,22 @@ PAGE = Path(__file__).with_name("models.md")
 _HEAD = """\
 # Models
 
-Made by `python docs/make_models.py` with transformers {version}: it builds a small model of every type of causal decoder with rotary
-position embeddings, with random weights. {runs} of {all} run. For these a test has shown that
+Made by `python docs/make_models.py` with transformers {version}: it builds a small model of every type of causal decoder
+with rotary position embeddings, with random weights. {runs} of {all} run. For these it was tested that
 
-- in training each attention layer computes S2-Attn of its own queries, keys and values, as the definition says, in a sliding window where the layer
-  has one;
+- in training each attention layer computes S2-Attn of its own queries, keys and values, as the definition says, in a
+  sliding window where the layer has one;
 - in evaluation and `generate` the model computes what it does with transformers' own attention;
-- documents packed into one row get the logits that they get alone, or, where it says *padded*, that is refused, and each document needs rows of
-  its own (`--rows padded`);
+- documents packed into one row get the logits that they get alone. Where the table says *padded*, sharing a row is
+  refused, and each document needs rows of its own (`--rows padded`);
 - LoRA's factors, embedding and norms train, and the adapter, saved and loaded, and the merged model compute the same.
 
-The others are refused before a training starts, with the reason in the table. *S2-Attn in* counts attention layers that compute S2-Attn, of all layers of the
-small model: the others are linear attention, convolutions and the like. The last column says what `finetune_llama.py` refuses of what the
-package can do. Models of images or sound around a text model are not in the table.
+The others are refused before a training starts, with the reason in the table. *S2-Attn in* counts the attention layers
+that compute S2-Attn, of all layers of the small model: the others are linear attention, convolutions and the like. The
+last column says what `finetune_llama.py` refuses though the package can do it. RoPE was scaled linearly, or as the model
+has it already; Phi-3 and Phi-3.5-MoE take `longrope` alone, which with one factor for all frequencies is linear
+(`rope_type="longrope"`, `short_factor` and `long_factor` of equal numbers, `attention_factor` 1). Models with a part for
+images or sound are not in the table.
 
 | model type | runs | S2-Attn in | rows | `finetune_llama.py` |
 |---|---|---|---|---|

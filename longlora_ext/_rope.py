@@ -31,9 +31,13 @@ def fill_in_head_dim(config: PreTrainedConfig) -> None:
 
 def to_extend(config: PreTrainedConfig, layer_types: dict[str, Any], context: Any) -> list[str]:
     """The layer types whose RoPE a longer context concerns: not those whose sliding window stays what it was."""
-    window = getattr(config, "sliding_window", None)
+    window, used = getattr(config, "sliding_window", None), getattr(config, "layer_types", None) or layer_types
     holds_all = is_int(window) and is_int(context) and window >= context
-    return [name for name in layer_types if holds_all or "sliding" not in name] or list(layer_types)
+    full = [name for name in layer_types if "sliding" not in name]
+    are_alike = all(layer_types[name] == layer_types[full[0]] for name in layer_types) if full else True
+    if holds_all or (are_alike and not any("sliding" in name for name in used)):
+        return list(layer_types)  # all see all tokens
+    return full or list(layer_types)
 
 
 def with_one_rope(config: PreTrainedConfig, layer_types: dict[str, dict[str, Any]]) -> PreTrainedConfig:

@@ -23,8 +23,8 @@ def check_routed(model_class: type[PreTrainedModel]) -> None:
         return
     if not model_class._supports_attention_backend:
         raise ValueError(
-            f"attn_implementation='s2attn' does not reach the attention of {model_class.__name__}: its code does not go "
-            "through transformers' AttentionInterface"
+            f"attn_implementation='s2attn' does not reach the attention of {model_class.__name__}: its code does not "
+            "go through transformers' AttentionInterface"
         )
 
 

@@ -35,7 +35,7 @@ from longlora_ext import _pattern
 from longlora_ext._mask import Told, attention_window, check_masks_of, dense_mask, own_mask, s2attn_mask
 from longlora_ext._routed import check_class_of
 from longlora_ext._sdpa import sdpa
-from longlora_ext._ulysses import first_shifted_head
+from longlora_ext._ulysses import first_shifted_head, sequence_parallel
 from longlora_ext.config import attention_mode, group_size
 from longlora_ext.documents import (
     doc_start_from_cu_seqlens,
@@ -150,6 +150,8 @@ def _refuse_unsupported(
         what = f"attention dropout (it is {dropout}; set config.attention_dropout=0.0)"
     elif what is None and not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         what = "bidirectional attention (is_causal=False)"
+    elif what is None and kwargs.get("s_aux") is not None and sequence_parallel()[1] > 1:
+        what = "learned sinks where processes share sequences"
     elif what is None and kwargs.get("output_attentions"):
         what = "output_attentions=True (the weights are never formed)"
     elif what is None and value.shape[-1] > key.shape[-1]:

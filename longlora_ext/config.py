@@ -215,7 +215,8 @@ def extend_config(
     check_rope(extended, rope_type)
     if layer_types:
         new = dict(extended.rope_parameters)
-        extended.rope_parameters = {**by_type, **{name: dict(new) for name in concerned}}
+        kept = {name: rope for name, rope in by_type.items() if rope is None or isinstance(rope, dict)}
+        extended.rope_parameters = {**kept, **{name: dict(new) for name in concerned}}
     return extended
 
 

@@ -28,8 +28,8 @@ def main(folder: str = "plain_adapter") -> list[float]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     config = extend_config(AutoConfig.from_pretrained(MODEL), CONTEXT_LENGTH)
-    base = AutoModelForCausalLM.from_pretrained(MODEL, config=config, dtype=dtype, attn_implementation="s2attn")
-    model = prepare_model(base, lora_config(base)).to(device)
+    base = AutoModelForCausalLM.from_pretrained(MODEL, config=config, dtype=dtype, attn_implementation="s2attn", device_map=device)
+    model = prepare_model(base, lora_config(base))
     tile_loss(model)
     check_documents_apart(model)
     model.train()  # S2-Attn; in eval mode attention is dense
@@ -40,7 +40,7 @@ def main(folder: str = "plain_adapter") -> list[float]:
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
 
-    losses = []
+    losses: list[float] = []
     while len(losses) < STEPS:
         for row in rows:
             loss = model(**{name: tensor.to(device) for name, tensor in row.items()}, use_cache=False).loss

@@ -38,7 +38,8 @@ def lora_config(model: PreTrainedModel, **overrides: Any) -> LoraConfig:
 
     Raises:
         ValueError: The attention has no projections that are linear layers (`q_proj`, `k_proj`, `v_proj`, `o_proj`, or
-            those of its own names), and `target_modules` are not given; or it has a norm that could not be trained, and `modules_to_save` are not given.
+            those of its own names), and `target_modules` are not given; or it has a norm that could not be trained, and
+            `modules_to_save` are not given.
     """
     embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
     fields: dict[str, Any] = {

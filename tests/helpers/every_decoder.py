@@ -94,8 +94,14 @@ SMALL: dict[str, Any] = {
 #: What single ones need besides.
 _LATENT = {"num_key_value_heads": 4}  # of latent keys and values every head has its own
 _MIXED = {"layer_types": ["sliding_attention", "full_attention"]}
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-           "original_max_position_embeddings": CONTEXT // 8}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": CONTEXT // 8,
+}
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": CONTEXT // 2}
 OWN: dict[str, dict[str, Any]] = {
     "apertus": {"rope_parameters": LLAMA3},

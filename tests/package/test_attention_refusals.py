@@ -98,12 +98,11 @@ def test_bidirectional_attention_is_refused() -> None:
     "arguments, message",
     [
         ({"softcap": 30.0}, "soft-capping"),
-        ({"s_aux": torch.zeros(4)}, "attention sinks"),
         ({"position_bias": torch.zeros(1, 4, 9, 9)}, "position bias"),
         ({"dropout": 0.1}, r"attention dropout \(it is 0.1"),
         ({"is_causal": False}, "is_causal=False"),
         ({"output_attentions": True}, "output_attentions=True"),
-        ({"v_head_dim": 16}, r"head dim of v \(16\) other than that of q and k \(8\)"),
+        ({"v_head_dim": 16}, r"head dim of v \(16\) above that of q and k \(8\)"),
         ({"attention_mask": torch.zeros(1, 1, 9, 9)}, "takes a 2-D attention_mask .* but it got a 4-D mask"),
         ({"attention_mask": torch.ones(1, 9, dtype=torch.bool)}, "but it got a 2-D mask"),
         ({"position_ids": torch.zeros(3, 1, 9, dtype=torch.long)}, r"position_ids must be \[1, 9\]"),

@@ -3,11 +3,20 @@
 import importlib.util
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, GPTNeoConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    CodeGenConfig,
+    FalconConfig,
+    GPTJConfig,
+    GPTNeoConfig,
+    LlamaForCausalLM,
+)
 
 import longlora_ext.attention  # noqa: F401
 from app.models.suitable import check_attention
@@ -51,20 +60,43 @@ def test_the_page_is_current() -> None:
     assert sum(not found.refusal for found in verdicts.values()) >= 90
 
 
-@pytest.mark.parametrize("config", [FalconConfig, GPTNeoConfig, BloomConfig])
-def test_attention_that_is_not_reached_is_refused(config: type) -> None:
-    """The first two ended in KeyError 's2attn', the last trained with its own dense attention."""
-    small = config(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=61)
+@pytest.mark.parametrize(
+    ("config", "fields"),
+    [
+        (FalconConfig, {}),
+        (GPTNeoConfig, {"attention_types": [[["global", "local"], 1]]}),
+        (GPTJConfig, {"rotary_dim": 8}),
+        (BloomConfig, {}),
+        (CodeGenConfig, {"rotary_dim": 8}),
+    ],
+)
+def test_attention_that_is_not_reached_is_refused(config: type, fields: dict[str, Any]) -> None:
+    """The first three ended in KeyError 's2attn', the last two trained with dense attention of their own."""
+
+    def small() -> Any:
+        return config(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=61, **fields)
+
     with pytest.raises(ValueError, match="does not reach the attention of"):
-        AutoModelForCausalLM.from_config(small, attn_implementation="s2attn")
+        AutoModelForCausalLM.from_config(small(), attn_implementation="s2attn")
     with pytest.raises(ValueError, match=f"does not reach the attention of {config.__name__[:4]}"):
-        check_attention(small)
-    AutoModelForCausalLM.from_config(small)
+        check_attention(small())
+    AutoModelForCausalLM.from_config(small())  # with another attention that is none of our business
+
+
+def test_models_that_carry_one_of_ours_are_not_refused() -> None:
+    """A class of one's own over Llama, in a module that knows nothing of attention."""
+
+    class Mine(LlamaForCausalLM):
+        pass
+
+    Mine._from_config(small_config("llama"), attn_implementation="s2attn")
 
 
 def test_rope_of_layers_with_a_window_stays() -> None:
     gemma = extend_config(small_config("gemma3_text"), 4 * CONTEXT)
-    assert gemma.rope_parameters["sliding_attention"] == small_config("gemma3_text").rope_parameters["sliding_attention"]
+    assert (
+        gemma.rope_parameters["sliding_attention"] == small_config("gemma3_text").rope_parameters["sliding_attention"]
+    )
     assert gemma.rope_parameters["full_attention"] == {"rope_type": "linear", "rope_theta": 1e6, "factor": 4.0}
     assert extend_config(gemma, 8 * CONTEXT).rope_parameters["full_attention"]["factor"] == 8.0
     wide = small_config("gemma3_text", sliding_window=4 * CONTEXT)

@@ -35,7 +35,8 @@ def check_attention(config: PreTrainedConfig, context: int | None = None) -> Non
         context: Tokens that it is to be trained with, which a window may hold. Default: four times its own.
     """
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        check_routed(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        check_routed(model_class)
     check_layer_types(config)
     heads = getattr(config, "num_attention_heads", None)
     head_dim = head_dim_of(config)
