@@ -28,7 +28,9 @@ def main(folder: str = "plain_adapter") -> list[float]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     config = extend_config(AutoConfig.from_pretrained(MODEL), CONTEXT_LENGTH)
-    base = AutoModelForCausalLM.from_pretrained(MODEL, config=config, dtype=dtype, attn_implementation="s2attn", device_map=device)
+    base = AutoModelForCausalLM.from_pretrained(
+        MODEL, config=config, dtype=dtype, attn_implementation="s2attn", device_map=device
+    )
     model = prepare_model(base, lora_config(base))
     tile_loss(model)
     check_documents_apart(model)
