@@ -6,13 +6,16 @@ import copy
 import math
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from longlora_ext._lengths import ORIGINAL, context_length, named_original, rope_type_of
+from longlora_ext._lengths import CONTEXT_LENGTH, ORIGINAL, context_length, is_int, named_original, rope_type_of
 
 # Types whose parameters name the length the model was first trained at, and what they need besides a factor.
 _NEEDS_ORIGINAL = ("yarn", "llama3", "longrope")
+# Types that divide all frequencies by the factor, so that one on top of another multiplies.
+_OF_ALL_FREQUENCIES = ("linear", "proportional")
 _DEFAULTS: dict[str, dict[str, Any]] = {"llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0}}
 #: A larger theta and no scaling, which is no type of transformers': the config that comes of it is of type "default".
 NTK = "ntk"
@@ -31,8 +34,19 @@ def fill_in_head_dim(config: PreTrainedConfig) -> None:
         config.head_dim = config.hidden_size // config.num_attention_heads
 
 
+def to_extend(config: PreTrainedConfig, layer_types: dict[str, Any], context: Any) -> list[str]:
+    """The layer types whose RoPE a longer context concerns: not those whose sliding window stays what it was."""
+    window, used = getattr(config, "sliding_window", None), getattr(config, "layer_types", None) or layer_types
+    holds_all = is_int(window) and is_int(context) and window >= context
+    full = [name for name in layer_types if "sliding" not in name]
+    are_alike = all(layer_types[name] == layer_types[full[0]] for name in layer_types) if full else True
+    if holds_all or (are_alike and not any("sliding" in name for name in used)):
+        return list(layer_types)  # all see all tokens
+    return full or list(layer_types)
+
+
 def with_one_rope(config: PreTrainedConfig, layer_types: dict[str, dict[str, Any]]) -> PreTrainedConfig:
-    """A copy of a config whose layer types have the same RoPE parameters, with these for all layers."""
+    """A copy of a config that has the RoPE parameters of these layer types, which must be the same, for all layers."""
     first, *others = layer_types.values()
     if any(other != first for other in others):
         raise ValueError(
@@ -40,7 +54,12 @@ def with_one_rope(config: PreTrainedConfig, layer_types: dict[str, dict[str, Any
             "extended"
         )
     flat = copy.deepcopy(config)
-    flat.rope_parameters = dict(first)
+    try:
+        flat.rope_parameters = dict(first)
+    except StrictDataclassError as error:  # ModernBERT's config takes none but those of layer types
+        raise ValueError(f"{type(config).__name__} cannot be extended: {error}") from error
+    if getattr(flat, CONTEXT_LENGTH, None) is None:  # of all layers, before it is asked of these
+        setattr(flat, CONTEXT_LENGTH, context_length(config))
     return flat
 
 
@@ -73,8 +92,8 @@ def extended_rope(config: PreTrainedConfig, context: int, rope_type: str, given:
         original = named_original(config) or original
         new[ORIGINAL] = original
     factor = float(math.ceil(context / original))
-    if rope_type == present_type == "linear":
-        factor = float(present["factor"] * math.ceil(context / context_length(config)))
+    if rope_type == present_type and rope_type in _OF_ALL_FREQUENCIES:
+        factor = float(present.get("factor", 1.0) * math.ceil(context / context_length(config)))
     if rope_type == present_type == "llama3":
         factor = float(math.ceil(present["factor"] * context / context_length(config)))
     for key, value in _DEFAULTS.get(rope_type, {}).items():

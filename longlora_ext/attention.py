@@ -31,17 +31,19 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from longlora_ext import _pattern
 from longlora_ext._mask import Told, attention_window, check_masks_of, dense_mask, own_mask, s2attn_mask
-from longlora_ext._ulysses import first_shifted_head
+from longlora_ext._routed import check_class_of
+from longlora_ext._sdpa import sdpa
+from longlora_ext._ulysses import first_shifted_head, sequence_parallel
 from longlora_ext.config import attention_mode, group_size
 from longlora_ext.documents import (
     doc_start_from_cu_seqlens,
     doc_start_from_position_ids,
 )
 from longlora_ext.ops import s2attn
+from longlora_ext.sinks import add_learned_sink
 
 __all__ = [
     "NAME",
@@ -54,7 +56,6 @@ NAME = "s2attn"
 # Arguments with which some models extend plain attention, and what each stands for. The op has none of them.
 _UNSUPPORTED = {
     "softcap": "soft-capping of the logits",
-    "s_aux": "attention sinks",
     "position_bias": "a position bias",
 }
 
@@ -115,19 +116,19 @@ def s2attn_forward(
                 f"has room to spare ({tokens} tokens, {keys} keys): call model.eval(), pass use_cache=False, or set "
                 "config.s2attn_mode='s2'"
             )
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
+        return sdpa(module, query, key, value, attention_mask, scaling, kwargs.get("s_aux"))
 
     told = own_mask(attention_mask, query, key)
     window = _pattern.smaller(told.window, kwargs.get("sliding_window"))
     told = told._replace(window=window if window is not None and window < keys else None)
     documents = _documents(position_ids, kwargs, query, keys)
     if not (wants_s2 or module.training):
-        return _dense_eval(module, query, key, value, told, documents, scaling)
+        return _dense_eval(module, query, key, value, told, documents, scaling, kwargs.get("s_aux"))
     if told.starts is not None:
         start = torch.where(told.starts < 0, ~told.starts, told.starts)[:, keys - tokens :]
         documents = start if documents is None else torch.maximum(start, documents)
     if not wants_s2:
-        return _dense(query, key, value, documents, told.window, scaling)
+        return _dense(query, key, value, documents, told.window, scaling, kwargs.get("s_aux"))
     config: Any = module.config
     return _run(
         query,
@@ -136,6 +137,7 @@ def s2attn_forward(
         group_size(config),
         documents,
         scaling,
+        kwargs.get("s_aux"),
         first_shifted_head=first_shifted_head(config.num_attention_heads, query.shape[1]),
         sink=told.window is None and _pattern.sink(config),  # of a layer's own window it never was a part
         window=_pattern.smaller(told.window, _pattern.window(config)),
@@ -149,6 +151,8 @@ def _refuse_unsupported(module: torch.nn.Module, dropout: float, kwargs: dict[st
         what = f"attention dropout (it is {dropout}; set config.attention_dropout=0.0)"
     elif what is None and not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         what = "bidirectional attention (is_causal=False)"
+    elif what is None and kwargs.get("s_aux") is not None and sequence_parallel()[1] > 1:
+        what = "learned sinks where processes share sequences"
     elif what is None and kwargs.get("output_attentions"):
         what = "output_attentions=True (the weights are never formed)"
     if what is not None:
@@ -194,10 +198,16 @@ def _run(
     size: int,
     documents: torch.Tensor | None,
     scaling: float | None,
+    sinks: torch.Tensor | None,
     **pattern: Any,
 ) -> tuple[torch.Tensor, None]:
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    return s2attn(q, k, v, size, documents, scale=scaling, **pattern), None
+    if sinks is None:
+        out = s2attn(q, k, v, size, documents, scale=scaling, **pattern)
+    else:
+        out, lse = s2attn(q, k, v, size, documents, scale=scaling, return_lse=True, **pattern)
+        out, _ = add_learned_sink(out, lse, sinks)
+    return out, None
 
 
 def _dense(
@@ -207,10 +217,11 @@ def _dense(
     documents: torch.Tensor | None,
     window: int | None,
     scaling: float | None,
+    sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, None]:
     """Dense causal attention within each document: one group of all tokens, no head shifted."""
     heads, keys = query.shape[1], key.shape[2]
-    return _run(query, key, value, keys + keys % 2, documents, scaling, first_shifted_head=heads, window=window)
+    return _run(query, key, value, keys + keys % 2, documents, scaling, sinks, first_shifted_head=heads, window=window)
 
 
 def _dense_eval(
@@ -221,23 +232,25 @@ def _dense_eval(
     told: Told,
     documents: torch.Tensor | None,
     scaling: float | None,
+    sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, None]:
     """Dense attention outside training: `sdpa`'s own result, with packed documents kept apart besides."""
     tokens, keys = query.shape[2], key.shape[2]
     if tokens != keys:
         # A prompt in parts: whatever positions say, it goes on with all that the cache holds.
-        return _dense(query, key, value, None, told.window, scaling)
+        return _dense(query, key, value, None, told.window, scaling, sinks)
     if told.starts is not None and not told.padded:
         documents = told.starts if documents is None else torch.maximum(told.starts, documents)
     padding = told.starts if told.padded else None
     # Compiled code cannot ask whether there are several.
     several = documents is not None and (torch.compiler.is_compiling() or bool(documents.any()))
     if padding is None and (several or told.window is not None):
-        return _dense(query, key, value, documents, told.window, scaling)
+        return _dense(query, key, value, documents, told.window, scaling, sinks)
     mask = None if padding is None else dense_mask(padding, documents, told.window)
-    return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling)
+    return sdpa(module, query, key, value, mask, scaling, sinks)
 
 
 AttentionInterface.register(NAME, s2attn_forward)
 AttentionMaskInterface.register(NAME, s2attn_mask)
 torch.nn.modules.module.register_module_module_registration_hook(check_masks_of)
+torch.nn.modules.module.register_module_module_registration_hook(check_class_of)

@@ -20,7 +20,15 @@ from transformers import PreTrainedConfig
 from longlora_ext import _lengths
 from longlora_ext._lengths import CONTEXT_LENGTH, context_length, is_int, of_layer_types, rope_type_of, settle_context
 from longlora_ext._pattern import DENSE_LAYERS, SINK, WINDOW, check_window, resolve_layers
-from longlora_ext._rope import NTK, check_rope, extended_rope, fill_in_head_dim, original_of_linear, with_one_rope
+from longlora_ext._rope import (
+    NTK,
+    check_rope,
+    extended_rope,
+    fill_in_head_dim,
+    original_of_linear,
+    to_extend,
+    with_one_rope,
+)
 
 __all__ = [
     "CONFIG_FIELDS",
@@ -192,17 +200,20 @@ def extend_config(
         A config with changed `rope_parameters`, `max_position_embeddings` (the new
         context; for `"dynamic"` it stays, as transformers scales only beyond it), `s2attn_context_length` and
         `s2attn_group_size`, and `s2attn_sink`, `s2attn_window` and `s2attn_dense_layers` where they are asked for.
-        RoPE parameters of each layer type stay so. Linear scaling is given
+        Where layer types have RoPE parameters of their own, those of layers with a sliding window stay as they are. Linear
+        scaling is given
         `original_max_position_embeddings` too, so that nobody has to ask whether `max_position_embeddings` is the
         length before or after it. A `head_dim` of `None` is filled in.
 
     Raises:
         ValueError: An argument is out of its range, or the config's RoPE cannot be extended as asked.
     """
-    layer_types = of_layer_types(getattr(config, "rope_parameters", None) or {})
-    if layer_types:
-        config = with_one_rope(config, layer_types)
+    by_type = copy.deepcopy(getattr(config, "rope_parameters", None) or {})
+    layer_types = of_layer_types(by_type)
+    concerned = to_extend(config, layer_types, context_length)
     config = settle_context(config, present_context_length)
+    if layer_types:
+        config = with_one_rope(config, {name: layer_types[name] for name in concerned})
     present = _present_length(config)
     if not is_int(context_length) or context_length <= present:
         raise ValueError(
@@ -222,7 +233,9 @@ def extend_config(
     fill_in_head_dim(extended)
     check_rope(extended, "default" if rope_type == NTK else rope_type)
     if layer_types:
-        extended.rope_parameters = {layer_type: dict(extended.rope_parameters) for layer_type in layer_types}
+        new = dict(extended.rope_parameters)
+        kept = {name: rope for name, rope in by_type.items() if rope is None or isinstance(rope, dict)}
+        extended.rope_parameters = {**kept, **{name: dict(new) for name in concerned}}
     return extended
 
 

@@ -19,10 +19,10 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from longlora_ext.adapter._generation import keep_generation_config
 from longlora_ext.adapter._norms import names_for_peft, norms_of
 from longlora_ext.adapter._precision import train_in_fp32
+from longlora_ext.adapter._targets import projections_of
 from longlora_ext.adapter._tying import is_tied, settle_tying
 
 ADAPTER = "default"  # PEFT's name for the one adapter of a model
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def lora_config(model: PreTrainedModel, **overrides: Any) -> LoraConfig:
@@ -30,35 +30,27 @@ def lora_config(model: PreTrainedModel, **overrides: Any) -> LoraConfig:
 
     Args:
         model: The model to fine-tune; its modules are looked at, not changed.
-        overrides: Fields of `peft.LoraConfig`, in place of r=8, lora_alpha=16, no dropout, the four projections as
-            `target_modules` and embedding and norms as `modules_to_save`.
+        overrides: Fields of `peft.LoraConfig`, in place of r=8, lora_alpha=16, no dropout, the projections of the
+            attention as `target_modules` and embedding and norms as `modules_to_save`.
 
     Returns:
         The config. Tied embeddings are trained as one and stay tied.
 
     Raises:
-        ValueError: The model has not all of `q_proj`, `k_proj`, `v_proj`, `o_proj`, and `target_modules` are not given;
-            or it has a norm that could not be trained, and `modules_to_save` are not given.
+        ValueError: The attention has no projections that are linear layers (`q_proj`, `k_proj`, `v_proj`, `o_proj`, or
+            those of its own names), and `target_modules` are not given; or it has a norm that could not be trained, and
+            `modules_to_save` are not given.
     """
-    modules = dict(model.named_modules())
-    last = {name.rpartition(".")[2] for name in modules}
-    targets = [name for name in _PROJECTIONS if name in last]
-    missing = [name for name in _PROJECTIONS if name not in targets]
-    if missing and "target_modules" not in overrides:  # what is there alone would be another recipe
-        there = f"{', '.join(targets)} but " if targets else ""
-        raise ValueError(
-            f"{type(model).__name__} has {there}no {', '.join(missing)}: pass target_modules=[...] with the names of "
-            "its attention projections"
-        )
-    embedding = next(name for name, module in modules.items() if module is model.get_input_embeddings())
+    embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
     fields: dict[str, Any] = {
         "r": 8,
         "lora_alpha": 16,
         "lora_dropout": 0.0,
         "task_type": "CAUSAL_LM",
-        "target_modules": targets,
     }
     fields.update(overrides)
+    if "target_modules" not in fields:
+        fields["target_modules"] = projections_of(model)
     if "modules_to_save" not in fields:
         outside = [name for name in norms_of(model) if not name.startswith(f"{embedding}.")]  # Inkling has one within
         fields["modules_to_save"] = names_for_peft(model, [embedding, *outside])

@@ -11,9 +11,10 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, Phi3Config, Phi3ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, JetMoeConfig
 
 import merge_adapter
+from every_decoder import small_config
 from longlora_ext.adapter import load, lora_config, merge, prepare_model, save_adapter
 from tiny_models import CONFIGS, SIZES, tiny_model, tokens
 from tiny_training import CONTEXT, extended_model, lora_a, moved, save_base, train
@@ -97,14 +98,33 @@ def test_overrides_reach_the_lora_config() -> None:
 def test_models_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="GPT2LMHeadModel has no q_proj, k_proj, v_proj, o_proj: pass target_modules"):
         lora_config(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9)))
-    phi = Phi3ForCausalLM(Phi3Config(**{**SIZES, "num_hidden_layers": 1}))
-    with pytest.raises(ValueError, match="Phi3ForCausalLM has o_proj but no q_proj, k_proj, v_proj: pass target_mod"):
-        lora_config(phi)
-    assert lora_config(phi, target_modules=["qkv_proj", "o_proj"]).target_modules == {"qkv_proj", "o_proj"}
+    jetmoe = AutoModelForCausalLM.from_config(JetMoeConfig(**{**SIZES, "num_hidden_layers": 1, "kv_channels": 8}))
+    with pytest.raises(ValueError, match="JetMoeForCausalLM has no q_proj, k_proj, v_proj, o_proj: pass target_mod"):
+        lora_config(jetmoe)  # of its projections the most are experts
+    assert lora_config(jetmoe, target_modules=["kv_proj"]).target_modules == {"kv_proj"}
     model = tiny_model()
     prepared = prepare_model(model, lora_config(model))
     with pytest.raises(ValueError, match="has an adapter already"):
         prepare_model(prepared, lora_config(model))
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [
+        ("llama", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ("phi3", {"qkv_proj", "o_proj"}),
+        ("gpt_neox", {"query_key_value", "dense"}),
+        ("phi", {"q_proj", "k_proj", "v_proj", "dense"}),
+        ("lfm2", {"q_proj", "k_proj", "v_proj", "self_attn.out_proj"}),  # its convolutions have an out_proj too
+        ("deepseek_v3", {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}),
+    ],
+)
+def test_lora_goes_on_the_projections_of_the_attention(kind: str, targets: set[str]) -> None:
+    model = AutoModelForCausalLM.from_config(small_config(kind))
+    config = lora_config(model)
+    assert config.target_modules == targets
+    trained = [name for name, module in prepare_model(model, config).named_modules() if hasattr(module, "lora_A")]
+    assert trained and all("attn" in name or "attention" in name for name in trained)
 
 
 # Saving -----------------------------------------------------------------------------------------------------

@@ -98,7 +98,6 @@ def test_bidirectional_attention_is_refused() -> None:
     "arguments, message",
     [
         ({"softcap": 30.0}, "soft-capping"),
-        ({"s_aux": torch.zeros(4)}, "attention sinks"),
         ({"position_bias": torch.zeros(1, 4, 9, 9)}, "position bias"),
         ({"dropout": 0.1}, r"attention dropout \(it is 0.1"),
         ({"is_causal": False}, "is_causal=False"),

@@ -85,7 +85,7 @@ def test_a_part_of_a_head_that_is_rotated_is_said_too(tmp_path: Path) -> None:
 
 
 def test_kinds_of_layers_that_are_scaled_alike(tmp_path: Path) -> None:
-    """As OLMo 3 has them; where they differ, as in Gemma 3, one name cannot say it."""
+    """As OLMo 3 has them; where they differ, as in Gemma 3, transformers 4 has a name for the other theta."""
     rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
     kinds = {"full_attention": rope, "sliding_attention": dict(rope)}
     sizes = {**SIZES, "layer_types": ["full_attention"] * 2, "sliding_window": None, "max_position_embeddings": 256}
@@ -95,7 +95,14 @@ def test_kinds_of_layers_that_are_scaled_alike(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "config.json").read_text())
     assert (written["rope_theta"], written["rope_scaling"]["factor"]) == (1e4, 4.0)
     assert AutoConfig.from_pretrained(tmp_path).rope_parameters in (before.rope_parameters, rope)  # 5.5 has one for all
-    transformers.Gemma3TextConfig().save_pretrained(tmp_path)
+    gemma = extend_config(transformers.Gemma3TextConfig(max_position_embeddings=4096, sliding_window=512), 16384)
+    gemma.save_pretrained(tmp_path)
+    complete_config(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert (written["rope_theta"], written["rope_local_base_freq"]) == (1e6, 1e4)
+    assert written["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    assert AutoConfig.from_pretrained(tmp_path).rope_parameters == gemma.rope_parameters
+    transformers.MellumConfig().save_pretrained(tmp_path)  # which transformers 4 does not have
     complete_config(tmp_path)
     assert "rope_scaling" not in json.loads((tmp_path / "config.json").read_text())
 

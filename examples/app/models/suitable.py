@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase
 
 from app.inputs.tokenised import Tokenised
+from longlora_ext._routed import check_layer_types, check_routed
 from longlora_ext.attention import attention_window
 from longlora_ext.config import context_length
 from longlora_ext.ops import check_runs
@@ -35,6 +36,10 @@ def check_attention(config: PreTrainedConfig, context: int | None = None) -> Non
         config: The model's config.
         context: Tokens that it is to be trained with, which a window may hold. Default: four times its own.
     """
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        check_routed(model_class)
+    check_layer_types(config)
     heads = getattr(config, "num_attention_heads", None)
     if getattr(config, "attn_logit_softcapping", None):
         raise ValueError("its attention caps its logits (attn_logit_softcapping), which S2-Attn cannot express")

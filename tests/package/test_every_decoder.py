@@ -1,0 +1,115 @@
+"""Every causal decoder of transformers, small: it runs as docs/models.md says, or is refused with the reason there."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    CodeGenConfig,
+    FalconConfig,
+    GPTJConfig,
+    GPTNeoConfig,
+    LlamaForCausalLM,
+)
+
+import longlora_ext.attention  # noqa: F401
+from app.models.suitable import check_attention
+from every_decoder import CONTEXT, LLAMA3, kinds, small_config, verdict
+from longlora_ext import extend_config
+
+DOCS = Path(__file__).parents[2] / "docs"
+PINNED = "5.23.0"  # requirements.txt: other versions have other models
+
+NAMED = ["gemma3_text", "gpt_oss", "qwen3", "qwen3_moe", "mixtral", "olmo2", "olmo3", "phi3", "gpt_neox", "smollm3",
+         "granite"]  # fmt: skip
+OTHERS = ["deepseek_v3", "falcon", "deepseek_v32", "lfm2", "doge"]
+
+pytestmark = pytest.mark.skipif(transformers.__version__ != PINNED, reason="docs/models.md is of another version")
+
+
+def make_models() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_models", DOCS / "make_models.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("kind", [*NAMED, *OTHERS])
+def test_a_model_does_what_the_page_says(kind: str) -> None:
+    found = verdict(kind)
+    assert make_models().line(kind, found) in (DOCS / "models.md").read_text()
+    assert kind not in NAMED or not found.refusal
+
+
+def test_llama_3_x() -> None:
+    """Whose RoPE is scaled already."""
+    assert not verdict("llama", rope_parameters=LLAMA3).refusal
+
+
+@pytest.mark.full
+def test_the_page_is_current() -> None:
+    verdicts = {kind: verdict(kind) for kind in kinds()}
+    assert make_models().page(verdicts) == (DOCS / "models.md").read_text(), "run python docs/make_models.py"
+    assert sum(not found.refusal for found in verdicts.values()) >= 90
+
+
+@pytest.mark.parametrize(
+    ("config", "fields"),
+    [
+        (FalconConfig, {}),
+        (GPTNeoConfig, {"attention_types": [[["global", "local"], 1]]}),
+        (GPTJConfig, {"rotary_dim": 8}),
+        (BloomConfig, {}),
+        (CodeGenConfig, {"rotary_dim": 8}),
+    ],
+)
+def test_attention_that_is_not_reached_is_refused(config: type, fields: dict[str, Any]) -> None:
+    """The first three ended in KeyError 's2attn', the last two trained with dense attention of their own."""
+
+    def small() -> Any:
+        return config(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=61, **fields)
+
+    with pytest.raises(ValueError, match="does not reach the attention of"):
+        AutoModelForCausalLM.from_config(small(), attn_implementation="s2attn")
+    with pytest.raises(ValueError, match=f"does not reach the attention of {config.__name__[:4]}"):
+        check_attention(small())
+    AutoModelForCausalLM.from_config(small())  # with another attention that is none of our business
+
+
+def test_models_that_carry_one_of_ours_are_not_refused() -> None:
+    """A class of one's own over Llama, in a module that knows nothing of attention."""
+
+    class Mine(LlamaForCausalLM):
+        pass
+
+    Mine._from_config(small_config("llama"), attn_implementation="s2attn")
+
+
+def test_rope_of_layers_with_a_window_stays() -> None:
+    gemma = extend_config(small_config("gemma3_text"), 4 * CONTEXT)
+    assert (
+        gemma.rope_parameters["sliding_attention"] == small_config("gemma3_text").rope_parameters["sliding_attention"]
+    )
+    assert gemma.rope_parameters["full_attention"] == {"rope_type": "linear", "rope_theta": 1e6, "factor": 4.0}
+    assert extend_config(gemma, 8 * CONTEXT).rope_parameters["full_attention"]["factor"] == 8.0
+    wide = small_config("gemma3_text", sliding_window=4 * CONTEXT)
+    with pytest.raises(ValueError, match="different RoPE parameters for different layers"):
+        extend_config(wide, 4 * CONTEXT)  # its windows hold all tokens: they too would be at new positions
+    assert extend_config(wide, 5 * CONTEXT)
+
+
+def test_rope_that_scales_all_frequencies_multiplies() -> None:
+    """Gemma 4's full layers have the type "proportional", scaled or not."""
+    gemma = small_config("gemma4_text")
+    once = extend_config(gemma, 4 * CONTEXT, rope_type="proportional")
+    assert once.rope_parameters["full_attention"]["factor"] == 4.0
+    twice = extend_config(once, 8 * CONTEXT, rope_type="proportional")
+    assert twice.rope_parameters["full_attention"]["factor"] == 8.0
+    assert torch.equal(torch.tensor(gemma.rope_parameters["sliding_attention"]["rope_theta"]), torch.tensor(1e4))
