@@ -200,8 +200,8 @@ def extend_config(
         A config with changed `rope_parameters`, `max_position_embeddings` (the new
         context; for `"dynamic"` it stays, as transformers scales only beyond it), `s2attn_context_length` and
         `s2attn_group_size`, and `s2attn_sink`, `s2attn_window` and `s2attn_dense_layers` where they are asked for.
-        Where layer types have RoPE parameters of their own, those of layers with a sliding window stay as they are. Linear
-        scaling is given
+        Where layer types have RoPE parameters of their own, those of layers with a sliding window stay as they are.
+        Linear scaling is given
         `original_max_position_embeddings` too, so that nobody has to ask whether `max_position_embeddings` is the
         length before or after it. A `head_dim` of `None` is filled in.
 

@@ -203,7 +203,10 @@ def test_models_with_a_sliding_window_are_suitable(kind: str, fields: dict) -> N
     config = AutoConfig.for_model(kind, **SIZES, vocab_size=99, pad_token_id=0, sliding_window=16, **fields)
     for context in (None, 64):
         suitable.check_attention(config, context)
-    extended = extend_config(config, 64)
+    # Phi-3 takes longrope alone, which with one factor for all frequencies is linear scaling.
+    factors = {"short_factor": [2.0] * 8, "long_factor": [2.0] * 8, "attention_factor": 1.0}
+    rope = {"rope_type": "longrope", "rope_parameters": factors} if kind == "phi3" else {}
+    extended = extend_config(config, 64, **rope)
     assert extended.sliding_window == 16
     model = AutoModelForCausalLM.from_config(extended, attn_implementation="s2attn").train()
     model(torch.arange(40)[None], labels=torch.arange(40)[None]).loss.backward()

@@ -196,9 +196,9 @@ def test_a_layer_with_a_window_of_its_own_has_no_sink(monkeypatch: pytest.Monkey
 )  # fmt: skip
 def test_the_program_s_options_reach_the_config(options: dict, context: int | None, fields: tuple, words: str) -> None:
     """At a longer context and at the model's own; the banner says it."""
+    from app.training.context import new_context
     from app.training.options import ModelOptions
     from app.training.report import seen
-    from finetune_llama import new_context
 
     base = tiny_config(s2attn_group_size=None)
     config = new_context(base, ModelOptions(context_length=context, **options))
