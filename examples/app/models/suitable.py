@@ -14,11 +14,6 @@ from longlora_ext.config import context_length
 from longlora_ext.ops import check_runs
 
 LARGEST_HEAD_DIM = 256  # of a kernel
-#: Models whose attention has a learned logit a head beside the scores (`s_aux` in transformers).
-WITH_LEARNED_SINKS = (
-    "deepseek_v4", "flint", "gpt_oss", "granite_swa", "granitemoe_swa", "hy_v4", "mimo_v2_flash",
-    "openai_privacy_filter",
-)  # fmt: skip
 #: Models that have a mask made for a window whether or not a layer has one.
 NEEDS_A_WINDOW = ("afmoe", "cohere2", "ministral", "olmo3")
 
@@ -45,8 +40,6 @@ def check_attention(config: PreTrainedConfig, context: int | None = None) -> Non
         raise ValueError("its attention caps its logits (attn_logit_softcapping), which S2-Attn cannot express")
     if getattr(config, "use_bidirectional_attention", None):
         raise ValueError("its attention is bidirectional, and S2-Attn is causal")
-    if config.model_type in WITH_LEARNED_SINKS:
-        raise ValueError("its attention has learned sinks, a logit a head, which S2-Attn cannot express")
     _check_window(config, context)
     if getattr(config, "attention_dropout", 0):
         raise ValueError(
