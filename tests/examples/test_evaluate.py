@@ -267,7 +267,7 @@ def test_dynamic_rope_does_not_remember_the_text_before(model: Path, books: Path
 @pytest.mark.parametrize(
     ("task", "launcher"),
     [
-        ("perplexity", torchrun(2)),
+        pytest.param("perplexity", torchrun(2), marks=pytest.mark.full),
         ("passkey", torchrun(2)),
         pytest.param("perplexity", deepspeed(2), marks=pytest.mark.full),
     ],

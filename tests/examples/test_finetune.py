@@ -60,6 +60,7 @@ def check_demo(done: subprocess.CompletedProcess, cwd: Path) -> dict[str, list[f
     return found
 
 
+@pytest.mark.full
 def test_miniature_of_the_demo_under_python(tmp_path: Path) -> None:
     done = run("--max_steps", 3, "--eval_tokens", 2048, "--logging_steps", 1, cwd=tmp_path)
     assert "1, no DeepSpeed" in done.stdout

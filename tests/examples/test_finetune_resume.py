@@ -319,6 +319,7 @@ def test_an_adapter_is_made_of_a_checkpoint(
     merge_adapter.main([str(adapter), str(tmp_path / "merged")])
 
 
+@pytest.mark.full
 def test_a_run_that_goes_on_elsewhere_takes_its_perplexities_along(
     inputs: tuple[Path, Path], undisturbed: Path, tmp_path: Path
 ) -> None:

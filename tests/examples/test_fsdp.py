@@ -22,7 +22,7 @@ from tiny_training import save_base
 WORKER = Path(__file__).resolve().parents[1] / "helpers" / "fsdp_worker.py"
 
 
-@pytest.mark.parametrize("check", ["gradients", "saving", "first_version"])
+@pytest.mark.parametrize("check", ["gradients", "saving", pytest.param("first_version", marks=pytest.mark.full)])
 def test_two_processes_share_a_model(check: str, tmp_path: Path) -> None:
     """What is checked is told by the functions of fsdp_worker.py."""
     for name in ("tied", "untied"):

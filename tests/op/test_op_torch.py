@@ -207,7 +207,9 @@ def instruction_sets() -> list[str]:
 
 
 @pytest.mark.only("cpu", "a GPU has no LONGLORA_CPU_ISA")
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16", "amx"])
+@pytest.mark.parametrize(
+    "isa", ["baseline", "avx2", *(pytest.param(isa, marks=pytest.mark.full) for isa in ("avx512", "avx512bf16", "amx"))]
+)
 @pytest.mark.parametrize(
     "chosen",
     [
