@@ -10,5 +10,6 @@ of q, k, v and the result, and wants the heads to divide; dense attention is bet
 """
 
 from longlora_ext.parallel._halo import halo_s2attn
+from longlora_ext.parallel._ulysses import ulysses_s2attn
 
-__all__ = ["halo_s2attn"]
+__all__ = ["halo_s2attn", "ulysses_s2attn"]

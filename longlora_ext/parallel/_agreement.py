@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from longlora_ext.parallel._exchange import told
 
-__all__ = ["agree"]
+__all__ = ["agree", "kept"]
 
 _agreed: Any = WeakTensorKeyDictionary()
 
@@ -39,9 +38,8 @@ def agree(
         ValueError: On every rank, if something is wrong on any.
         RuntimeError: A rank does not answer.
     """
-    inference = isinstance(position_ids, Tensor) and position_ids.is_inference()
-    key = (name, group, *call.items(), None if inference or error else position_ids._version)
-    if error is None and not inference and (found := _agreed.get(position_ids, {}).get(key)):
+    key = (name, group, *call.items())
+    if error is None and (found := kept(_agreed, position_ids).get(key)):
         return found
     ends: tuple[list[int], list[int]] = ([], [])
     if error is None:
@@ -53,9 +51,19 @@ def agree(
     if message := _disagreement(answers):
         raise ValueError(f"{name}: {message}")
     agreed = tuple(tuple(first) for _, _, (first, _) in answers)
-    if not inference:
-        _agreed.setdefault(position_ids, {})[key] = agreed
+    kept(_agreed, position_ids)[key] = agreed
     return agreed
+
+
+def kept(store: Any, tensor: Tensor) -> dict[Any, Any]:
+    """What is known of a tensor's present numbers, kept as long as it lives and is not written to."""
+    if tensor.is_inference():  # of which nobody knows whether it was
+        return {}
+    version, known = store.get(tensor, (None, {}))
+    if version != tensor._version:
+        known = {}
+        store[tensor] = (tensor._version, known)
+    return known
 
 
 def _why_not_documents(position_ids: Tensor) -> str | None:
@@ -76,22 +84,26 @@ def _disagreement(answers: list[tuple[str | None, dict[str, Any], tuple[list[int
     for rank, (error, _, _) in enumerate(answers):
         if error is not None:
             return f"rank {rank} of {len(answers)}: {error}"
-    (_, call, (first, _)), length = answers[0], answers[0][1]["seqlen"]
-    for rank, (_, other, (its_first, _)) in enumerate(answers):
+    _, call, _ = answers[0]
+    for rank, (_, other, _) in enumerate(answers):
         for what, value in call.items():
-            if other.get(what) != value:
+            if other[what] != value:
                 hint = "; the number of ranks must divide the sequence" if what == "seqlen" else ""
-                its_value = other.get(what)
-                return (
-                    f"{what} must be the same on all ranks, but is {value} on rank 0, {its_value} on rank {rank}{hint}"
-                )
-        for row, position in enumerate(its_first):
-            before = answers[rank - 1][2][1][row] if rank else -1
+                ours, theirs = f"{value} on rank 0", f"{other[what]} on rank {rank}"
+                return f"{what} must be the same on all ranks, but is {ours} and {theirs}{hint}"
+    return _why_not_in_order([ends for _, _, ends in answers], call["seqlen"])
+
+
+def _why_not_in_order(ends: list[tuple[list[int], list[int]]], length: int) -> str | None:
+    """Why ranks whose rows begin and end at such places of documents do not hold one sequence after the other."""
+    for rank, (first, _) in enumerate(ends):
+        for row, position in enumerate(first):
             if position > rank * length:
                 return (
                     f"position_ids of rank {rank} begin with {position} in sequence {row}, but only {rank * length} "
                     "tokens precede them: each document must begin with 0, in the shared sequence"
                 )
+            before = ends[rank - 1][1][row] if rank else -1
             if position not in (0, before + 1):
                 return (
                     f"position_ids of rank {rank} begin with {position} in sequence {row}, but those of rank "

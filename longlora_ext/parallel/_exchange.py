@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -15,30 +15,42 @@ from longlora_ext.parallel._layout import Block, Layout
 __all__ = ["Exchange", "Pending", "told"]
 
 #: Seconds that ranks have to answer once something has failed.
-ROLL_CALL = timedelta(seconds=5)
+ROLL_CALL = 5.0
 
 
 @contextmanager
 def told(group: dist.ProcessGroup) -> Iterator[None]:
-    """Say whom a failed collective was waiting for."""
+    """Say for whom a failed collective has waited.
+
+    Raises:
+        RuntimeError: It failed: which ranks are not there any more, and what the backend says.
+    """
     try:
         yield
     except RuntimeError as error:
+        rank, ranks, absent = dist.get_rank(group), dist.get_world_size(group), _absent(group)
+        who = f"rank{'s' * (len(absent) > 1)} {', '.join(map(str, absent))}" if absent else "another one"
         raise RuntimeError(
-            f"rank {dist.get_rank(group)} of the {dist.get_world_size(group)} that share a sequence waited in vain: "
-            f"another one has failed, or took longer than the group's timeout. {_absent(group)}{error}"
+            f"rank {rank} of the {ranks} that share a sequence waited in vain for {who}, which failed, or took longer "
+            f"than the process group's timeout. The backend says: {error}"
         ) from error
 
 
-def _absent(group: dist.ProcessGroup) -> str:
-    """Which ranks do not answer any more, as far as the backend can tell."""
-    if dist.get_backend(group) != "gloo":  # NCCL's watchdog says it, and ends the process
-        return ""
+def _absent(group: dist.ProcessGroup) -> list[int]:
+    """Ranks that do not come to a roll call. The group itself is of no use after a failure; its store is."""
+    ranks, me = dist.get_process_group_ranks(group), dist.get_rank()
+    keys = {rank: f"longlora_ext/present/{'-'.join(map(str, ranks))}/{rank}" for rank in ranks}
+    missing = [rank for rank in ranks if rank != me]
+    end = time.monotonic() + ROLL_CALL
     try:
-        dist.monitored_barrier(group, timeout=ROLL_CALL, wait_all_ranks=True)
-    except RuntimeError as error:
-        return f"{str(error).splitlines()[0].strip()} "
-    return ""
+        store = group.get_group_store()
+        store.set(keys[me], "")
+        while missing and time.monotonic() < end:
+            missing = [rank for rank in missing if not store.check([keys[rank]])]
+            time.sleep(0.05)
+    except Exception:  # whoever holds the store is gone, mostly the first process
+        missing = [rank for rank in missing if rank == 0]
+    return [dist.get_group_rank(group, rank) for rank in missing]
 
 
 class Pending:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longlora_ext.parallel._agreement import agree
+from longlora_ext.parallel._call import prepare
 from longlora_ext.parallel._exchange import Exchange
 from longlora_ext.parallel._layout import Layout
 from longlora_ext.parallel._sinks import Sinks
@@ -64,38 +64,17 @@ def halo_s2attn(
             the same, or their rows do not follow each other.
         RuntimeError: A rank has died, or did not come before the group's timeout; with gloo it says which.
     """
-    group = dist.group.WORLD if group is None else group
-    assert group is not None, "the process group is not initialised"
-    if torch.amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (x.to(dtype) if x.dtype != torch.float64 else x for x in (q, k, v))
-    error = why_not(q, k, v, group_size, position_ids, first_shifted_head, window)
-    call: dict[str, Any] = {}
-    if error is None:
-        first_shifted_head = q.shape[2] // 2 if first_shifted_head is None else first_shifted_head
-        call = {
-            "seqlen": q.shape[1],
-            "batch": q.shape[0],
-            "heads": q.shape[2],
-            "kv_heads": k.shape[2],
-            "head_dim": q.shape[3],
-            "dtype": str(q.dtype),
-            "group_size": group_size,
-            "first_shifted_head": first_shifted_head,
-            "window": window,
-            "sink": sink,
-        }
-    positions = agree("halo_s2attn", error, call, position_ids, group)
+    call = prepare("halo_s2attn", q, k, v, group_size, position_ids, group, first_shifted_head, window, sink)
+    q, k, v = call.tensors
     batch, length, heads, head_dim = q.shape
-    assert first_shifted_head is not None
     layout = Layout(
-        ranks=dist.get_world_size(group),
+        ranks=len(call.positions),
         length=length,
-        positions=tuple(each * (batch // len(each)) for each in positions),
+        positions=tuple(each * (batch // len(each)) for each in call.positions),
         heads=heads,
         kv_heads=k.shape[2],
         group_size=group_size,
-        first_shifted_head=first_shifted_head,
+        first_shifted_head=call.first_shifted_head,
         window=window,
         sink=sink,
     )
@@ -104,39 +83,7 @@ def halo_s2attn(
         q, scale = -q, -scale
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     places = position_ids.expand(batch, -1)
-    return _Halo.apply(q, k, v, places, Exchange(layout, group), scale, deterministic)
-
-
-def why_not(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    group_size: int,
-    position_ids: Tensor,
-    first_shifted_head: int | None,
-    window: int | None,
-) -> str | None:
-    """What is wrong with a rank's arguments by themselves."""
-    if q.dim() != 4 or 0 in q.shape:
-        return f"q must be [batch, seqlen, heads, head_dim] and hold something, but is {list(q.shape)}"
-    batch, length, heads, head_dim = q.shape
-    if k.dim() != 4 or k.shape[:2] != q.shape[:2] or k.shape[3] != head_dim or not k.shape[2] or heads % k.shape[2]:
-        return (
-            f"k must be [{batch}, {length}, kv_heads, {head_dim}] with kv_heads dividing {heads}, not {list(k.shape)}"
-        )
-    if v.shape != k.shape or not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
-        return f"v must be like k, {list(k.shape)} of q's dtype {q.dtype}, but is {list(v.shape)} of {v.dtype}"
-    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 2 or group_size % 2:
-        return f"group_size must be a positive even integer, but is {group_size!r}"
-    if not (first_shifted_head is None or 0 <= first_shifted_head <= heads):
-        return f"first_shifted_head must be from 0 to {heads}, but is {first_shifted_head}"
-    if not (window is None or window >= 1):
-        return f"window must be 1 or more, but is {window}"
-    if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != length:
-        return f"position_ids must be [{batch}, {length}] or [1, {length}], but are {list(position_ids.shape)}"
-    if position_ids.dtype not in (torch.int32, torch.int64):
-        return f"position_ids must be int32 or int64, but are {position_ids.dtype}"
-    return None
+    return _Halo.apply(q, k, v, places, Exchange(layout, call.group), scale, deterministic)
 
 
 class _Halo(torch.autograd.Function):
