@@ -28,7 +28,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     set_seed,
 )
 
@@ -64,6 +63,7 @@ from app.training.options import DataOptions, ModelOptions
 from app.training.plot import loss_curve
 from app.training.report import banner, results
 from app.training.run_settings import settings
+from app.training.shared_sequences import check_sharing, trainer_of
 from app.training.stop_at_nan import StopAtNaN
 from app.training.suitable import check_documents, check_training
 from app.training.template_date import SETTING, template_date
@@ -73,7 +73,6 @@ from longlora_ext.adapter._load import MADE_BASE
 from longlora_ext.config import DEFAULT_GROUP_RATIO, config_for, context_length, rope_type_of, settle_context
 from longlora_ext.data import PackedSequences, SampleRows, pad_rows
 from longlora_ext.loss import refusal, tile_loss
-from longlora_ext.trainer import UlyssesTrainer, check_sequence_parallel
 
 
 @as_program("finetune_llama.py", stopped="stopped; --resume_from_checkpoint latest goes on from the last checkpoint")
@@ -96,7 +95,7 @@ def main(argv: Sequence[str]) -> None:
         check_kernels(base_config, dtype, args.device, sink=options.sink, window=options.window)
         config = new_context(base_config, options)
         context = context_length(config)
-        check_sequence_parallel(config, context, options.sequence_parallel_size)
+        check_sharing(config, options)
         name = f"{Path(options.gguf_file or model_path).name.removesuffix('.gguf')}-{context}"
         chosen = settings(options, args)
         folder, checkpoint = claim(args, name, chosen)
@@ -153,7 +152,7 @@ def main(argv: Sequence[str]) -> None:
     callbacks = [StopAtNaN(), CompletionMarker(args, marked), *filter(None, (tail, measurement))]
     # Resumed at its end, a run would do one step too many. Of one sequence an epoch is one step: all are over then.
     is_over = checkpoint is not None and 0 < args.max_steps <= step_of(checkpoint)
-    trainer = (UlyssesTrainer if options.sequence_parallel_size > 1 else Trainer)(
+    trainer = trainer_of(options)(
         model=model,
         args=args,
         train_dataset=torch.utils.data.Subset(sequences, [0]) if is_over else sequences,

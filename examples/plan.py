@@ -31,7 +31,7 @@ from app.runs.command_line import Parser, as_program, one_clear_error
 from app.runs.wording import counted
 from app.training.recipe import accumulation
 from longlora_ext.config import context_length, settle_context
-from longlora_ext.trainer import check_sequence_parallel
+from longlora_ext.parallel.trainer import check_sequence_parallel
 
 WAYS = {
     "default": Way(),
@@ -128,7 +128,7 @@ def figures(options: argparse.Namespace) -> dict[str, Any]:
     own = context_length(config)
     context = options.context or 4 * own
     check_context("--context", context, own)
-    check_sequence_parallel(config, context, options.sequence_parallel_size)
+    check_sequence_parallel(config, options.sequence_parallel_size)
     run = Run(
         zero=options.zero,
         offload=options.offload,

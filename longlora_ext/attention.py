@@ -17,6 +17,9 @@ KV cache as it is. These fields of the model's config are read:
   eval alike.
 - `num_attention_heads`: the second half of the heads is shifted.
 
+A forward pass with `sequence_group=SequenceGroup(group)`, of `longlora_ext.parallel`, is on sequences that processes
+share: documents are told by `position_ids` alone.
+
 Under DeepSpeed's Ulysses sequence parallelism (`UlyssesSPAttentionHF`, `core_attn_implementation="s2attn"`) each
 process attends with its share of the heads; documents are told by `position_ids` alone, and a mask is refused.
 
@@ -41,6 +44,7 @@ from longlora_ext.documents import (
     doc_start_from_position_ids,
 )
 from longlora_ext.ops import s2attn, why_unsupported
+from longlora_ext.parallel._layers import attend as attend_shared
 
 __all__ = [
     "NAME",
@@ -105,6 +109,8 @@ def s2attn_forward(
     query, key = query.to(value.dtype), key.to(value.dtype)
     tokens, keys = query.shape[2], key.shape[2]
     wants_s2 = _wants_s2(module)
+    if (shared := kwargs.get("sequence_group")) is not None:
+        return attend_shared(shared, module, query, key, value, attention_mask, position_ids, scaling, wants_s2, kwargs)
     if tokens != keys and (attention_mask is None or attention_mask.dtype == torch.bool):
         if wants_s2:
             raise ValueError(

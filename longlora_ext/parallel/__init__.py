@@ -7,9 +7,28 @@ Each process holds a part of every sequence. Two ways to attend to all of it, ov
 
 `halo_s2attn` moves what a rank's rows see beyond it, which does not grow with the sequence. `ulysses_s2attn` moves all
 of q, k, v and the result, and wants the heads to divide; dense attention is better off with it.
+
+A transformers model with `attn_implementation="s2attn"` takes either, told by a keyword of its forward pass:
+
+    model(input_ids=part, position_ids=places, sequence_group=SequenceGroup(group))
+
+and `longlora_ext.parallel.trainer.SequenceParallelTrainer` cuts the rows of a data set, and adds up loss and gradients.
 """
+
+from typing import TYPE_CHECKING, Any
 
 from longlora_ext.parallel._halo import halo_s2attn
 from longlora_ext.parallel._ulysses import ulysses_s2attn
 
-__all__ = ["halo_s2attn", "ulysses_s2attn"]
+if TYPE_CHECKING:
+    from longlora_ext.parallel._layers import SequenceGroup
+
+__all__ = ["SequenceGroup", "halo_s2attn", "ulysses_s2attn"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "SequenceGroup":  # the one that needs transformers
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from longlora_ext.parallel._layers import SequenceGroup
+
+    return SequenceGroup
