@@ -31,7 +31,7 @@ from app.runs.command_line import Parser, as_program, one_clear_error
 from app.runs.wording import counted
 from app.training.recipe import accumulation
 from longlora_ext.config import context_length, settle_context
-from longlora_ext.parallel.trainer import check_sequence_parallel
+from longlora_ext.parallel import check_sequence_parallel
 
 WAYS = {
     "default": Way(),

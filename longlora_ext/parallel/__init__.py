@@ -12,9 +12,10 @@ A transformers model with `attn_implementation="s2attn"` takes either, told by a
 
     model(input_ids=part, position_ids=places, sequence_group=SequenceGroup(group))
 
-and `longlora_ext.parallel.trainer.SequenceParallelTrainer` cuts the rows of a data set, and adds up loss and gradients.
+and `longlora_ext.parallel.SequenceParallelTrainer` cuts the rows of a data set, and adds up loss and gradients.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from longlora_ext.parallel._halo import halo_s2attn
@@ -22,13 +23,27 @@ from longlora_ext.parallel._ulysses import ulysses_s2attn
 
 if TYPE_CHECKING:
     from longlora_ext.parallel._layers import SequenceGroup
+    from longlora_ext.parallel._trainer import Cut, SequenceParallelTrainer, check_sequence_parallel
 
-__all__ = ["SequenceGroup", "halo_s2attn", "ulysses_s2attn"]
+#: Where names are that need transformers.
+_HOMES = {
+    "SequenceGroup": "_layers",
+    "Cut": "_trainer",
+    "SequenceParallelTrainer": "_trainer",
+    "check_sequence_parallel": "_trainer",
+}
+
+__all__ = [
+    "Cut",
+    "SequenceGroup",
+    "SequenceParallelTrainer",
+    "check_sequence_parallel",
+    "halo_s2attn",
+    "ulysses_s2attn",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name != "SequenceGroup":  # the one that needs transformers
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from longlora_ext.parallel._layers import SequenceGroup
-
-    return SequenceGroup
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+import longlora_ext.ops  # noqa: F401  (loads the operator)
 from longlora_ext import _pattern
 from longlora_ext._mask import attention_window, own_mask
 from longlora_ext.config import group_size
-from longlora_ext.ops import s2attn
 from longlora_ext.parallel._halo import halo_s2attn
 from longlora_ext.parallel._ulysses import ulysses_s2attn, why_not_ulysses
 
@@ -32,7 +32,7 @@ class SequenceGroup:
     """Processes that share sequences, as a model's layers are told: its forward's keyword `sequence_group`.
 
     Args:
-        group: The processes, in the order of the sequence.
+        group: The processes, in the order of the sequence; all by default.
         by: One of `WAYS`. `"auto"` takes the halo for S2-Attn and for a model's own sliding windows, and Ulysses for
             dense attention; the other one where heads do not divide, or where the device has no kernels for the halo.
 
@@ -40,10 +40,11 @@ class SequenceGroup:
         layers: How many attention layers have been called with it.
     """
 
-    def __init__(self, group: dist.ProcessGroup, by: str = "auto") -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None, by: str = "auto") -> None:
         if by not in WAYS:
             raise ValueError(f"sequences are shared by one of {', '.join(map(repr, WAYS))}, but not by {by!r}")
-        self.group, self.by, self.layers = group, by, 0
+        self.group = dist.group.WORLD if group is None else group
+        self.by, self.layers = by, 0
 
     @property
     def ranks(self) -> int:
@@ -126,11 +127,12 @@ def _by_halo(shared: SequenceGroup, q: torch.Tensor, k: torch.Tensor, short: boo
 @cache
 def why_no_halo(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why there are no kernels for `halo_s2attn`, in words; `None` if there are. They want more keys than queries."""
-    q, k = (torch.zeros(1, rows, 1, head_dim, dtype=dtype, device=device, requires_grad=True) for rows in (4, 8))
-    starts = torch.full((1, 4), -2, dtype=torch.int32, device=device)
+    q, k = (torch.zeros(1, rows, 1, head_dim, dtype=dtype, device=device) for rows in (4, 8))
+    pattern = (4, 0, torch.full((1, 4), -2, dtype=torch.int32, device=device), 1.0, False)
     try:
-        with torch.enable_grad():
-            s2attn(q, k, k, 4, starts, window=3).sum().backward()
+        # Not by autograd: what is computed anew in the backward pass is not to differ by this.
+        out, lse = torch.ops.longlora.s2attn_fwd(q, k, k, *pattern)
+        torch.ops.longlora.s2attn_bwd(out, q, k, k, out, lse, *pattern)
     except RuntimeError as error:
         return str(error)
     return None

@@ -21,7 +21,7 @@ from app.training.recipe import CHECKPOINTING, TINY_RECIPE
 from app.training.run_settings import settings
 from finetune_runs import ROOT, make_model, make_text, small_run
 from longlora_ext.config import extend_config
-from longlora_ext.parallel.trainer import check_sequence_parallel
+from longlora_ext.parallel import check_sequence_parallel
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import pytest
 
 from finetune_runs import ROOT, deepspeed, environment, make_model, make_text, run, torchrun
 from longlora_ext._ulysses import first_shifted_head, sequence_parallel
+from parallel_worker import SHARED
 from patience import patience
 
 WORKER = Path(__file__).resolve().parents[1] / "helpers" / "parallel_worker.py"
@@ -39,6 +40,21 @@ def test_two_halves_of_a_row_are_the_row(found: dict[str, Any], case: str) -> No
     alone, together = found[case]["losses"]
     assert together == pytest.approx(alone, rel=1e-6)
     assert found[case]["distance"] < 1e-6
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_a_model_shares_its_rows(found: dict[str, Any], case: str) -> None:
+    alone, together = found[case]["losses"]
+    assert together == pytest.approx(alone, rel=1e-6)
+    assert found[case]["distance"] < 1e-6
+    assert found[case]["layers"] == 2
+
+
+def test_documents_are_told_by_positions_alone(found: dict[str, Any]) -> None:
+    said = found["no position_ids"]
+    assert "documents and padding are told by position_ids alone" in said["none"]
+    assert "documents and padding are told by position_ids alone" in said["mask"]
+    assert "have no KV cache" in said["cache"]
 
 
 def test_padding_is_refused_where_it_would_not_reach_the_attention(found: dict[str, Any]) -> None:

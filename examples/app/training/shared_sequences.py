@@ -8,7 +8,7 @@ from functools import partial
 from transformers import PreTrainedConfig, Trainer
 
 from app.training.options import ModelOptions
-from longlora_ext.parallel.trainer import SequenceParallelTrainer, check_sequence_parallel
+from longlora_ext.parallel import SequenceParallelTrainer, check_sequence_parallel
 
 
 def check_sharing(config: PreTrainedConfig, options: ModelOptions) -> None:

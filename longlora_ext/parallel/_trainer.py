@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, Trainer, TrainingArguments
 import longlora_ext.attention  # noqa: F401  (registers attn_implementation="s2attn")
 from longlora_ext.config import rope_type_of
 from longlora_ext.loss import IGNORED_LABEL
-from longlora_ext.parallel import SequenceGroup
+from longlora_ext.parallel._layers import SequenceGroup
 from longlora_ext.parallel._ulysses import why_not_ulysses
 
 __all__ = ["Cut", "SequenceParallelTrainer", "check_sequence_parallel"]
