@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -90,11 +91,17 @@ class Exchange:
 
     Args:
         layout: What each lacks.
+        rank: This one.
         group: The ranks.
+
+    Attributes:
+        pending: What makes numbers travel.
     """
 
-    def __init__(self, layout: Layout, group: dist.ProcessGroup) -> None:
-        self.layout, self.group, self.rank = layout, group, dist.get_rank(group)
+    pending: Callable[..., Any] = Pending
+
+    def __init__(self, layout: Layout, rank: int, group: Any) -> None:
+        self.layout, self.rank, self.group = layout, rank, group
         ranks = range(layout.ranks)
         self.lacking = layout.lacking(self.rank)
         self._gives = [list(layout.messages(self.rank, rank)) for rank in ranks]
@@ -111,7 +118,7 @@ class Exchange:
         if self.layout.is_silent:
             return None
         sent = [[x[self._place(block)] for _, block in blocks for x in (k, v)] for blocks in self._gives]
-        return Pending(sent, self._counts(self._gets, k.shape[-1]), k, self.group)
+        return self.pending(sent, self._counts(self._gets, k.shape[-1]), k, self.group)
 
     def receive(self, pending: Pending | None, head_dim: int) -> list[tuple[Tensor, Tensor]]:
         """The keys and values [batch, rows, kv_heads, head_dim] of all blocks that this rank lacks."""
@@ -132,7 +139,7 @@ class Exchange:
             for number, block in blocks:
                 first = block.first - self.lacking[number].first
                 sent[rank] += [x[:, first : first + block.end - block.first] for x in grads[number]]
-        return Pending(sent, self._counts(self._gives, like.shape[-1]), like, self.group)
+        return self.pending(sent, self._counts(self._gives, like.shape[-1]), like, self.group)
 
     def add(self, pending: Pending | None, dk: Tensor, dv: Tensor, first: int) -> None:
         """Add the gradients that came back to fp32 sums of this rank's rows from `first` on."""

@@ -15,7 +15,7 @@ from longlora_ext.parallel._exchange import Exchange
 from longlora_ext.parallel._layout import Layout
 from longlora_ext.parallel._sinks import Sinks
 
-__all__ = ["halo_s2attn"]
+__all__ = ["HaloAttention", "halo_s2attn"]
 
 
 @torch.compiler.disable
@@ -83,10 +83,12 @@ def halo_s2attn(
         q, scale = -q, -scale
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     places = position_ids.expand(batch, -1)
-    return _Halo.apply(q, k, v, places, Exchange(layout, call.group), scale, deterministic)
+    return HaloAttention.apply(
+        q, k, v, places, Exchange(layout, dist.get_rank(call.group), call.group), scale, deterministic
+    )
 
 
-class _Halo(torch.autograd.Function):
+class HaloAttention(torch.autograd.Function):
     """Attention of each part of the heads, with the halo before its keys."""
 
     @staticmethod

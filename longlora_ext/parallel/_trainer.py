@@ -55,8 +55,8 @@ def check_sequence_parallel(config: PreTrainedConfig, sequence_parallel_size: in
 class SequenceParallelTrainer(Trainer):
     """A Trainer in which each `sequence_parallel_size` processes share their sequences.
 
-    Loss and gradients are those of a process that has all of a sequence, under DeepSpeed, FSDP, DDP. Each sequence of a
-    step counts alike, also one that is padded. Evaluation is shared as well.
+    Loss and gradients are those of processes that have whole sequences, under DeepSpeed, FSDP, DDP. Evaluation is shared
+    as well.
 
     Args:
         args: As for `Trainer`, like all that are not named here.
@@ -86,8 +86,11 @@ class SequenceParallelTrainer(Trainer):
         self.sequence_group = SequenceGroup(own, by)
         super().__init__(*args, **kwargs)
         self.data_collator = Cut(self.data_collator, dist.get_rank(own), size)
-        # `compute_loss` averages over one row; the Trainer is to divide by the rows of a step, in all its versions.
-        self.model_accepts_loss_kwargs = False
+        if self.label_smoother is not None or not self.args.average_tokens_across_devices:
+            raise ValueError(
+                "sequences that processes share are trained without label_smoothing_factor, and with "
+                "average_tokens_across_devices"
+            )
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of which each process of a group gets the same, its part of them."""
@@ -116,22 +119,22 @@ class SequenceParallelTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The mean loss over the whole row, of which this process has a part. Collective."""
+        """The loss, of which this process has a part. Collective."""
         shared = self.sequence_group
-        labels = inputs["shift_labels"]  # the labels, moved by one before the sequence was cut
-        count = (labels != IGNORED_LABEL).sum()
-        dist.all_reduce(count, group=shared.group)
-        count.clamp_(min=1)  # of a row that holds nothing to learn
         shared.layers = 0
-        outputs = model(
-            **{**inputs, "labels": labels}, num_items_in_batch=count, sequence_group=shared, use_cache=False
-        )
+        inputs = {**inputs, "sequence_group": shared, "use_cache": False}
+        if num_items_in_batch is not None:  # counted over all parts: theirs add up as those of any processes do
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        else:
+            count = (inputs["shift_labels"] != IGNORED_LABEL).sum()
+            dist.all_reduce(count, group=shared.group)
+            outputs = model(**inputs, num_items_in_batch=count.clamp(min=1))  # of a row without anything to learn
+            part: torch.Tensor = outputs.loss
+            whole = part.detach().clone()
+            dist.all_reduce(whole, group=shared.group)
+            # Gradients are averaged over all processes, and those who share a sequence are to add up theirs.
+            loss = whole + (part - part.detach()) * shared.ranks
         self._check_layers()
-        part: torch.Tensor = outputs.loss
-        whole = part.detach().clone()
-        dist.all_reduce(whole, group=shared.group)
-        # Gradients are averaged over all processes, and those who share a sequence are to add up theirs.
-        loss = whole + (part - part.detach()) * shared.ranks
         return (loss, outputs) if return_outputs else loss
 
     def _check_layers(self) -> None:

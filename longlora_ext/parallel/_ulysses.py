@@ -6,6 +6,7 @@ for tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from longlora_ext.parallel._agreement import kept
 from longlora_ext.parallel._call import prepare
 from longlora_ext.parallel._exchange import told
 
-__all__ = ["ulysses_s2attn", "why_not_ulysses"]
+__all__ = ["attend_by_heads", "ulysses_s2attn", "why_not_ulysses"]
 
 _doc_starts: Any = WeakTensorKeyDictionary()
 
@@ -73,29 +74,55 @@ def ulysses_s2attn(
     """
     call = prepare("ulysses_s2attn", q, k, v, group_size, position_ids, group, first_shifted_head, window, sink)
     q, k, v = call.tensors
-    ranks, rank, heads = len(call.positions), dist.get_rank(call.group), q.shape[2]
-    if reason := why_not_ulysses(heads, k.shape[2], ranks):
+    if reason := why_not_ulysses(q.shape[2], k.shape[2], len(call.positions)):
         raise ValueError(f"ulysses_s2attn: {reason}")
-    repeats = max(1, ranks // k.shape[2])  # fewer heads of keys than ranks: several get the same
-    k, v = (x.repeat_interleave(repeats, dim=2) for x in (k, v)) if repeats > 1 else (k, v)
-    part = heads // ranks
-    by_rank = [x.unflatten(2, (ranks, -1)).permute(2, 0, 1, 3, 4) for x in (q, k, v)]
-    received = _Swap.apply(torch.cat(by_rank, dim=3), call.group)  # [ranks, B, L, heads of one, D]
-    rows = received.transpose(0, 1).flatten(1, 2)
-    own_q, own_k, own_v = rows.split([part, *(x.shape[3] for x in by_rank[1:])], dim=2)
-    out = s2attn(
-        own_q,
-        own_k,
-        own_v,
-        group_size,
-        _doc_start(position_ids, call.group).expand(q.shape[0], -1),
-        first_shifted_head=min(max(call.first_shifted_head - rank * part, 0), part),
+    return attend_by_heads(
+        (q, k, v),
+        dist.get_rank(call.group),
+        len(call.positions),
+        lambda x: _Swap.apply(x, call.group),
+        group_size=group_size,
+        doc_start=_doc_start(position_ids, call.group).expand(q.shape[0], -1),
+        first_shifted_head=call.first_shifted_head,
         window=window,
         sink=sink,
         scale=scale,
         deterministic=deterministic,
     )
-    back = _Swap.apply(out.unflatten(1, (ranks, -1)).transpose(0, 1), call.group)
+
+
+def attend_by_heads(
+    tensors: tuple[Tensor, Tensor, Tensor],
+    rank: int,
+    ranks: int,
+    swap: Callable[[Tensor], Tensor],
+    *,
+    first_shifted_head: int,
+    **pattern: Any,
+) -> Tensor:
+    """The attention of one of several ranks, of which `swap` sends x[r] to rank r and returns what they sent.
+
+    Args:
+        tensors: q [B, L, H, D], k and v [B, L, Hkv, D].
+        rank: Which.
+        ranks: Of how many.
+        swap: From [ranks, ...] to the same shape.
+        first_shifted_head: Among all H heads.
+        pattern: What else `s2attn` takes, for all rows.
+
+    Returns:
+        [B, L, H, D].
+    """
+    q, k, v = tensors
+    repeats = max(1, ranks // k.shape[2])  # fewer heads of keys than ranks: several get the same
+    k, v = (x.repeat_interleave(repeats, dim=2) for x in (k, v)) if repeats > 1 else (k, v)
+    part = q.shape[2] // ranks
+    by_rank = [x.unflatten(2, (ranks, -1)).permute(2, 0, 1, 3, 4) for x in (q, k, v)]
+    received = swap(torch.cat(by_rank, dim=3))  # [ranks, B, L, heads of one, D]
+    sizes = [x.shape[3] for x in by_rank]
+    rows = received.transpose(0, 1).flatten(1, 2).split(sizes, dim=2)
+    out = s2attn(*rows, first_shifted_head=min(max(first_shifted_head - rank * part, 0), part), **pattern)
+    back = swap(out.unflatten(1, (ranks, -1)).transpose(0, 1))
     return back.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 

@@ -37,7 +37,7 @@ FOUR_BITS = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 #: A context that is searched for is a multiple of this.
 GRAIN = 1024
 #: No longer one is searched for.
-MOST = 2**21
+MOST = 2**24
 
 DS_CONFIGS = EXAMPLES / "ds_configs"
 
@@ -54,6 +54,7 @@ class Run:
     lora_r: int = 8
     load_in_4bit: bool = False
     sequence_parallel_size: int = 1
+    sequence_parallel: str = "auto"  # by halo or Ulysses, as for finetune_llama.py
     dtype: torch.dtype = torch.bfloat16
     scratch: Callable[[torch.Tensor], int] = cuda_scratch  # bytes of the attention's own, given q
 
@@ -87,6 +88,7 @@ class Plan:
         groups = even_group_size(tokens * DEFAULT_GROUP_RATIO)
         self.config = config_for(config, max(tokens, context_length(config)), group_size=groups)
         self.config.sequence_parallel_size = run.sequence_parallel_size
+        self.config.sequence_parallel = run.sequence_parallel
         self.kinds = of or kinds(config)
         self.step = cache(self._step)
 
