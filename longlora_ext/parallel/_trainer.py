@@ -55,8 +55,8 @@ def check_sequence_parallel(config: PreTrainedConfig, sequence_parallel_size: in
 class SequenceParallelTrainer(Trainer):
     """A Trainer in which each `sequence_parallel_size` processes share their sequences.
 
-    Loss and gradients are those of processes that have whole sequences, under DeepSpeed, FSDP, DDP. Evaluation is shared
-    as well.
+    Loss and gradients are those of processes that have whole sequences, under DeepSpeed, FSDP or DDP. Evaluation is
+    shared as well.
 
     Args:
         args: As for `Trainer`, like all that are not named here.
@@ -110,6 +110,8 @@ class SequenceParallelTrainer(Trainer):
             raise ValueError(f"{type(self).__name__} needs a data set with a length, and no dispatch_batches")
         shard.num_processes = self.processes // self.sequence_group.ranks
         shard.process_index = dist.get_rank() // self.sequence_group.ranks
+        if shard.num_processes == 1:  # nobody waits for another batch: the last one need not be filled up
+            shard.even_batches = False
         return loader
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
