@@ -125,7 +125,8 @@ class SequenceParallelTrainer(Trainer):
         shared = self.sequence_group
         shared.layers = 0
         inputs = {**inputs, "sequence_group": shared, "use_cache": False}
-        if num_items_in_batch is not None:  # counted over all parts: theirs add up as those of any processes do
+        if self.model.training and num_items_in_batch is not None:
+            # Counted over all parts: their losses add up as those of any processes do.
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         else:
             count = (inputs["shift_labels"] != IGNORED_LABEL).sum()
