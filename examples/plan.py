@@ -26,6 +26,7 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 from app.models.folders import check_model_folder
 from app.models.source import GGUF_HELP, check_config, find_model
 from app.models.suitable import check_attention, check_context
+from app.planning.communication import LINK, context_table, sending, sent_lines
 from app.planning.planner import MOST, Plan, Run, Way
 from app.runs.command_line import Parser, as_program
 from app.runs.errors import one_clear_error
@@ -33,7 +34,7 @@ from app.runs.wording import counted
 from app.training.dense_layers import asked_layers
 from app.training.recipe import accumulation
 from longlora_ext.config import context_length, settle_context
-from longlora_ext.trainer import check_sequence_parallel
+from longlora_ext.parallel import check_sequence_parallel
 
 WAYS = {
     "default": Way(),
@@ -83,10 +84,30 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--sequence_parallel_size", type=int, default=1, metavar="GPUS", help="GPUs that share a sequence (default: 1)"
     )
     parser.add_argument("--dense_layers", help="layers that are dense in training too, as for finetune_llama.py")
+    parser.add_argument(
+        "--sequence_parallel",
+        choices=("auto", "halo", "ulysses"),
+        default="auto",
+        help="how these attend to what the others hold, as for finetune_llama.py (default: auto)",
+    )
+    parser.add_argument(
+        "--link",
+        type=float,
+        default=LINK,
+        metavar="GB/S",
+        help=f"what a GPU sends in a second, assumed, for the time that sharing takes (default: {LINK:g})",
+    )
+    parser.add_argument(
+        "--contexts",
+        type=int,
+        nargs="+",
+        metavar="TOKENS",
+        help="print a table of these contexts instead: what the GPUs that share a sequence send and hold",
+    )
     parser.add_argument("--gpu_memory", type=float, default=80, metavar="GB", help="memory of one GPU (default: 80)")
     parser.add_argument("--json", action="store_true", help="print the numbers, in bytes and operations, as JSON")
     options = parser.parse_args(argv)
-    for name in ("context", "gpus", "batch", "lora_r", "sequence_parallel_size", "gpu_memory"):
+    for name in ("context", "gpus", "batch", "lora_r", "sequence_parallel_size", "gpu_memory", "link"):
         value = getattr(options, name)
         if value is not None and not 0 < value < 1e9:
             parser.error(f"--{name} must be above 0 and below a billion, got {value}")
@@ -99,8 +120,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("--load_in_4bit is for frozen weights that ZeRO-3 does not shard")
     if options.gpus % options.sequence_parallel_size:
         parser.error(f"--sequence_parallel_size {options.sequence_parallel_size} does not divide --gpus {options.gpus}")
-    if options.sequence_parallel_size > 1 and options.zero == 0:
-        parser.error("--sequence_parallel_size needs DeepSpeed: --zero 1, 2 or 3")
+    if options.sequence_parallel_size == 1 and (options.contexts or options.sequence_parallel != "auto"):
+        parser.error("--contexts and --sequence_parallel are about --sequence_parallel_size above 1")
     options.lora_r = options.lora_r or 8
     try:
         options.dense_layers = asked_layers(options.dense_layers)
@@ -127,15 +148,9 @@ def read_config(model: str, gguf_file: str | None = None) -> PreTrainedConfig:
     return AutoConfig.from_pretrained(model, **({"gguf_file": gguf_file} if gguf_file else {}))
 
 
-def figures(options: argparse.Namespace) -> dict[str, Any]:
-    """All that is printed, in bytes, operations and tokens."""
-    config = settle_context(read_config(options.model, options.gguf_file), options.present_context_length)
-    check_attention(config, options.context)
-    own = context_length(config)
-    context = options.context or 4 * own
-    check_context("--context", context, own)
-    check_sequence_parallel(config, context, options.sequence_parallel_size)
-    run = Run(
+def run_of(options: argparse.Namespace) -> Run:
+    """How the model is trained."""
+    return Run(
         zero=options.zero,
         offload=options.offload,
         gpus=options.gpus,
@@ -145,7 +160,19 @@ def figures(options: argparse.Namespace) -> dict[str, Any]:
         load_in_4bit=options.load_in_4bit,
         sequence_parallel_size=options.sequence_parallel_size,
         dense_layers=options.dense_layers,
+        sequence_parallel=options.sequence_parallel,
     )
+
+
+def figures(options: argparse.Namespace) -> dict[str, Any]:
+    """All that is printed, in bytes, operations and tokens."""
+    config = settle_context(read_config(options.model, options.gguf_file), options.present_context_length)
+    check_attention(config, options.context)
+    own = context_length(config)
+    context = options.context or 4 * own
+    check_context("--context", context, own)
+    check_sequence_parallel(config, options.sequence_parallel_size, options.sequence_parallel)
+    run = run_of(options)
     plan = Plan(config, context, run)
     memory, available = {name: plan.memory(way) for name, way in WAYS.items()}, int(options.gpu_memory * 1e9)
     return {
@@ -159,8 +186,17 @@ def figures(options: argparse.Namespace) -> dict[str, Any]:
         "host_memory": plan.host_memory(),
         "gpu_memory": available,
         "longest_context": {name: plan.longest(way, available) for name, way in WAYS.items()},
+        **({"sent": sending(plan), "link": options.link * 1e9} if run.sequence_parallel_size > 1 else {}),
         "flops_of_a_sequence": {"s2": plan.flops(), "dense": plan.flops(dense=True)},
     }
+
+
+def contexts(options: argparse.Namespace) -> str:
+    """The table of `--contexts`."""
+    config = settle_context(read_config(options.model, options.gguf_file), options.present_context_length)
+    check_sequence_parallel(config, options.sequence_parallel_size, options.sequence_parallel)
+    link, memory = options.link * 1e9, options.gpu_memory * 1e9
+    return context_table(config, run_of(options), options.contexts, link, memory)
 
 
 def table(found: dict[str, Any]) -> str:
@@ -194,6 +230,8 @@ def table(found: dict[str, Any]) -> str:
     lines.append(row("longest context that fits", [_tokens(found["longest_context"][name]) for name in WAYS]))
     if run["offload"]:
         lines.append(f"in the host's memory: {found['host_memory'] * run['gpus'] / 1e9:,.1f} GB")
+    if "sent" in found:
+        lines += ["", *sent_lines(found["sent"], found["link"])]
     s2, dense = found["flops_of_a_sequence"]["s2"], found["flops_of_a_sequence"]["dense"]
     lines += ["", f"{'TFLOP, forward and backward':<32}{'S2-Attn':>16}{'dense':>16}{'dense / S2':>16}"]
     for name, what, scale in (
@@ -222,6 +260,9 @@ def main(argv: Sequence[str]) -> None:
     options = parse(argv)
     warnings.filterwarnings("ignore", category=FutureWarning)  # of one library about another
     with one_clear_error(f"--model {options.model}: "):
+        if options.contexts:
+            print(contexts(options))
+            return
         found = figures(options)
     print(json.dumps(found, indent=2) if options.json else table(found))
 

@@ -18,6 +18,9 @@ KV cache as it is. These fields of the model's config are read:
   eval alike.
 - `num_attention_heads`: the second half of the heads is shifted.
 
+A forward pass with `sequence_group=SequenceGroup(group)`, of `longlora_ext.parallel`, is on sequences that processes
+share: documents are told by `position_ids` alone.
+
 Under DeepSpeed's Ulysses sequence parallelism (`UlyssesSPAttentionHF`, `core_attn_implementation="s2attn"`) each
 process attends with its share of the heads; documents are told by `position_ids` alone, and a mask is refused.
 
@@ -43,6 +46,7 @@ from longlora_ext.documents import (
     doc_start_from_position_ids,
 )
 from longlora_ext.ops import s2attn
+from longlora_ext.parallel._layers import attend as attend_shared
 from longlora_ext.sinks import add_learned_sink
 
 __all__ = [
@@ -109,6 +113,8 @@ def s2attn_forward(
     query, key = query.to(value.dtype), key.to(value.dtype)
     tokens, keys = query.shape[2], key.shape[2]
     wants_s2 = _wants_s2(module)
+    if (shared := kwargs.get("sequence_group")) is not None:
+        return attend_shared(shared, module, query, key, value, attention_mask, position_ids, scaling, wants_s2, kwargs)
     if tokens != keys and (attention_mask is None or attention_mask.dtype == torch.bool):
         if wants_s2:
             raise ValueError(
@@ -151,7 +157,11 @@ def _refuse_unsupported(module: torch.nn.Module, dropout: float, kwargs: dict[st
         what = f"attention dropout (it is {dropout}; set config.attention_dropout=0.0)"
     elif what is None and not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         what = "bidirectional attention (is_causal=False)"
-    elif what is None and kwargs.get("s_aux") is not None and sequence_parallel()[1] > 1:
+    elif (
+        what is None
+        and kwargs.get("s_aux") is not None
+        and (kwargs.get("sequence_group") is not None or sequence_parallel()[1] > 1)
+    ):
         what = "learned sinks where processes share sequences"
     elif what is None and kwargs.get("output_attentions"):
         what = "output_attentions=True (the weights are never formed)"

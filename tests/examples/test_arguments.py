@@ -21,7 +21,7 @@ from app.training.recipe import CHECKPOINTING, TINY_RECIPE
 from app.training.run_settings import settings
 from finetune_runs import ROOT, make_model, make_text, small_run
 from longlora_ext.config import extend_config
-from longlora_ext.trainer import check_sequence_parallel
+from longlora_ext.parallel import check_sequence_parallel
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +91,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         ("--deepspeed []", "--deepspeed []: no such file"),
         ("--load_in_4bit", "--load_in_4bit needs the package bitsandbytes (pip install '.[qlora]')"),
         ("--sequence_parallel_size 0", "--sequence_parallel_size must be 1 or more, got 0"),
-        ("--sequence_parallel_size 2", "--sequence_parallel_size 2 needs DeepSpeed"),
-        ("--sequence_parallel_size 2 --deepspeed {}", "does not divide the number of processes, 1"),
+        ("--sequence_parallel_size 2", "--sequence_parallel_size 2 does not divide the number of processes, 1"),
+        ("--sequence_parallel halo", "--sequence_parallel halo needs --sequence_parallel_size above 1"),
         (f'--{CHECKPOINTING}_kwargs {{"offload":true}}', '_kwargs "offload" needs a GPU'),
         ("--use_liger_kernel", "--use_liger_kernel needs a GPU and the package liger-kernel"),
         ("--modle_name_or_path x", "unknown argument: --modle_name_or_path x"),
@@ -378,22 +378,23 @@ def test_4_bit_weights_neither_train_nor_are_cut_up(
 
 
 @pytest.mark.parametrize(
-    ("config", "context", "processes", "message"),
+    ("config", "processes", "by", "message"),
     [
-        ({}, 128, 3, "3 does not divide the model's heads: 4 query heads, 2 key and value heads"),
-        ({"num_attention_heads": 6, "num_key_value_heads": 3}, 128, 2, "6 query heads, 3 key and value heads"),
-        ({}, 129, 2, "2 does not divide the context of 129 tokens"),
-        ({"rope_parameters": {"rope_type": "dynamic"}}, 128, 2, "is not for --rope_type dynamic"),
-        ({}, 128, 4, None),  # two key and value heads, each for two processes
-        ({"num_attention_heads": 9, "rope_parameters": {"rope_type": "dynamic"}}, 129, 1, None),
+        ({}, 3, "ulysses", "3 ranks do not divide 4 query heads and 2 key and value heads"),
+        ({"num_attention_heads": 6, "num_key_value_heads": 3}, 2, "ulysses", "6 query heads and 3 key and value heads"),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, 2, "auto", "is not for --rope_type dynamic"),
+        ({}, 4, "ulysses", None),  # two key and value heads, each for two processes
+        ({"num_attention_heads": 9}, 2, "auto", None),
+        ({"num_attention_heads": 9}, 2, "halo", None),
+        ({"num_attention_heads": 9, "rope_parameters": {"rope_type": "dynamic"}}, 1, "auto", None),
     ],
 )
 def test_sequences_that_processes_cannot_share(
-    config: dict[str, object], context: int, processes: int, message: str | None
+    config: dict[str, object], processes: int, by: str, message: str | None
 ) -> None:
     made = SimpleNamespace(**{"num_attention_heads": 4, "num_key_value_heads": 2, "rope_parameters": {}, **config})
     if message is None:
-        check_sequence_parallel(made, context, processes)
+        check_sequence_parallel(made, processes, by)
     else:
         with pytest.raises(ValueError, match=message):
-            check_sequence_parallel(made, context, processes)
+            check_sequence_parallel(made, processes, by)

@@ -68,38 +68,38 @@ def peak_of(work: Callable[[], Any], folder: Path) -> int:
 
 def main() -> None:
     import torch.distributed as dist
-    from deepspeed import comm, init_distributed
-    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
     from app.planning.planner import Plan, Run, Way
-    from app.runs.launch import leave_group, prepare_deepspeed
     from longlora_ext.loss import tile_loss
+    from longlora_ext.parallel import SequenceGroup
 
-    prepare_deepspeed()
-    init_distributed()
-    rank, ranks, exchange = dist.get_rank(), dist.get_world_size(), comm.all_to_all_single
+    dist.init_process_group("gloo")
+    rank, ranks, exchange = dist.get_rank(), dist.get_world_size(), dist.all_to_all_single
 
-    def exchange_and_wait(*tensors: Any, **options: Any) -> None:
-        exchange(*tensors, **options)
-        time.sleep(patience(0.05))  # gloo's threads hold what they have sent a little longer: 0.9 of 4.9 MB at the peak
+    def exchange_and_wait(*tensors: Any, **options: Any) -> Any:
+        done = exchange(*tensors, **options)
+        time.sleep(patience(0.05))  # gloo's threads hold what they have sent a little longer
+        return done
 
-    comm.all_to_all_single = exchange_and_wait
+    dist.all_to_all_single = exchange_and_wait
     tile_loss.__defaults__ = (TILE,)
     found = {}
+    ids = torch.randint(0, 3000, (1, TOKENS // ranks))
+    positions = torch.arange(TOKENS)[None].chunk(ranks, dim=1)[rank].contiguous()
+    folder = Path(sys.argv[1]) / str(rank)
+    folder.mkdir(exist_ok=True)
     for name, way in {"default": Way(), "no checkpoints": Way(checkpointing=False)}.items():
-        model = with_numbers(Plan(small(), TOKENS, Run(dtype=torch.float32)).model(way))
-        if not found:
-            UlyssesSPAttentionHF.register_with_transformers(
-                model.get_base_model(), "s2attn", sequence_parallel_size=ranks, micro_batch_size=1
-            )
-        ids = torch.randint(0, 3000, (1, TOKENS // ranks))
-        positions = torch.arange(TOKENS)[None].chunk(ranks, dim=1)[rank]
-        folder = Path(sys.argv[1]) / str(rank)
-        folder.mkdir(exist_ok=True)
-        found[name] = peak_of_a_step(model, ids, folder, position_ids=positions, shift_labels=ids)
+        for by in ("halo", "ulysses"):
+            model = with_numbers(Plan(small(), TOKENS, Run(dtype=torch.float32)).model(way))
+            group = SequenceGroup(by=by)
+            inputs: Any = {"position_ids": positions, "shift_labels": ids, "sequence_group": group}
+            found[f"{by}, {name}"] = peak_of_a_step(model, ids, folder, **inputs)
+    every: list[Any] = [None] * ranks
+    dist.all_gather_object(every, found)
+    found = {name: max(each[name] for each in every) for name in found}
     if rank == 0:
         (Path(sys.argv[1]) / "peak.json").write_text(json.dumps(found))
-    leave_group()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ from transformers import PreTrainedModel
 from app.runs.launch import leave_group, prepare_deepspeed
 from longlora_ext.adapter import lora_config, prepare_model
 from longlora_ext.adapter._precision import fp32_state
+from longlora_ext.attention import s2attn_forward
 from longlora_ext.loss import tile_loss
+from longlora_ext.parallel import SequenceGroup
 from tiny_models import VOCABULARY, tiny_config, tiny_model, tokens
 from zero_worker import ZERO
 
@@ -34,6 +36,7 @@ def main() -> None:
     prepare_deepspeed()
     deepspeed.init_distributed()
     found = {f"{kind} {case}": zero(kind, case) for kind in ("zero2", "zero3") for case in ("tied", "full")}
+    found |= {name: shared(*case) for name, case in SHARED.items()} | {"no position_ids": without_positions()}
     found |= ulysses()
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(found))
@@ -128,6 +131,80 @@ def ulysses() -> Found:
         model(**inputs, attention_mask=mask)
     except ValueError as error:
         found["mask"] = {"error": str(error)}
+    return found
+
+
+#: Family, changes of its config, who attends how, and what is done besides.
+SHARED: dict[str, tuple[str, Found, str, str]] = {
+    "halo": ("llama", {}, "auto", "train"),
+    "ulysses in groups": ("llama", {}, "ulysses", "train"),
+    "dense": ("llama", {"s2attn_mode": "dense"}, "auto", "train"),
+    "dense by halo": ("llama", {"s2attn_mode": "dense"}, "halo", "train"),
+    "evaluation": ("llama", {}, "auto", "eval"),
+    "checkpoints": ("llama", {}, "auto", "checkpoints"),
+    "tiled": ("llama", {}, "auto", "tiled"),
+    "nine heads": ("llama-9-heads-on-3", {}, "auto", "train"),
+    "nine dense heads": ("llama-9-heads-on-3", {"s2attn_mode": "dense"}, "auto", "train"),
+    "one head": ("llama-1-head", {}, "auto", "train"),
+    "a window and a sink": ("qwen2", {"s2attn_window": 5, "s2attn_sink": True}, "auto", "train"),
+    "sliding layers": ("mistral", {"sliding_window": 20}, "auto", "train"),
+    "dense sliding layers": ("mistral", {"sliding_window": 20, "s2attn_mode": "dense"}, "auto", "train"),
+    "sliding layers in evaluation": ("mistral", {"sliding_window": 7}, "ulysses", "eval"),
+    "qwen3": ("qwen3", {}, "auto", "checkpoints"),
+    "gemma": ("gemma", {}, "auto", "train"),
+}
+
+
+def packed_row() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens of a row, their places in three documents, of which one is cut by the halves, and labels."""
+    ids = tokens(1, LENGTH)
+    positions = torch.cat([torch.arange(n) for n in (5, 19, 8)])[None]
+    return ids, positions, torch.where(positions == 0, -100, ids)
+
+
+def shared(family: str, changes: Found, by: str, way: str) -> Found:
+    """Loss and gradients of a packed row that processes share by a `SequenceGroup`, against those of one process."""
+    ids, positions, labels = packed_row()
+    shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    models = [tiny_model(family, dtype=torch.float32, **changes).train(way != "eval") for _ in range(2)]
+    alone, model = models
+    expected = alone(input_ids=ids, position_ids=positions, labels=labels, use_cache=False).loss
+    expected.backward()
+    if way == "checkpoints":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    elif way == "tiled":
+        tile_loss(model, TILE)
+    group = SequenceGroup(dist.group.WORLD, by)
+    ids, positions, own = (x.chunk(dist.get_world_size(), 1)[dist.get_rank()] for x in (ids, positions, shifted))
+    loss = model(
+        input_ids=ids, position_ids=positions, labels=own, shift_labels=own, num_items_in_batch=(shifted != -100).sum(),
+        sequence_group=group, use_cache=False,
+    ).loss  # fmt: skip
+    layers = group.layers
+    loss.backward()
+    total = loss.detach()
+    dist.all_reduce(total)
+    return {"losses": [expected.item(), total.item()], "distance": compare(model, alone), "layers": layers}
+
+
+def without_positions() -> Found:
+    """What a layer is told that knows no positions, or padding by a mask."""
+    found = {}
+    model = tiny_model(dtype=torch.float32).train()
+    ids, positions, _ = (x[:, :16] for x in packed_row())
+    mask = torch.ones_like(ids)
+    mask[:, -3:] = 0
+    layer, x = model.model.layers[0].self_attn, torch.zeros(1, 4, 16, 8)
+    group = SequenceGroup(dist.group.WORLD)
+    for name, call in {
+        "none": lambda: s2attn_forward(layer, x, x, x, None, sequence_group=group),
+        "mask": lambda: model(input_ids=ids, position_ids=positions, attention_mask=mask, sequence_group=group),
+        "cache": lambda: s2attn_forward(layer, x[:, :, :4], x, x, None, position_ids=positions, sequence_group=group),
+    }.items():
+        try:
+            call()
+        except ValueError as error:
+            found[name] = str(error)
     return found
 
 

@@ -13,7 +13,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 import finetune_llama
 from app.training import dense_tail
 from finetune_runs import losses, make_model, make_text, small_run
-from longlora_ext.trainer import DenseTail, dense_count, sequence_parallelism
+from longlora_ext.trainer import DenseTail, dense_count
 from tiny_models import tiny_model, tokens
 
 
@@ -63,10 +63,6 @@ def test_a_trainer_of_ones_own_is_told() -> None:
     for share in (0, -1, 1.5, float("inf"), float("nan")):
         with pytest.raises(ValueError, match=f"or a whole number, but they are {share}"):
             DenseTail(config, share)
-    with pytest.raises(ValueError, match="must divide the number of processes, 4, but it is 3"):
-        sequence_parallelism(3, 4)
-    shared = sequence_parallelism(2, 4)
-    assert (shared.sp_size, shared.dp_shard_size, shared.sp_handler.sp_attn_implementation) == (2, 2, "s2attn")
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import pytest
 
 from finetune_runs import ROOT, deepspeed, environment, make_model, make_text, run, torchrun
 from longlora_ext._ulysses import first_shifted_head, sequence_parallel
+from parallel_worker import SHARED
 from patience import patience
 
 WORKER = Path(__file__).resolve().parents[1] / "helpers" / "parallel_worker.py"
@@ -41,6 +42,21 @@ def test_two_halves_of_a_row_are_the_row(found: dict[str, Any], case: str) -> No
     assert found[case]["distance"] < 1e-6
 
 
+@pytest.mark.parametrize("case", SHARED)
+def test_a_model_shares_its_rows(found: dict[str, Any], case: str) -> None:
+    alone, together = found[case]["losses"]
+    assert together == pytest.approx(alone, rel=1e-6)
+    assert found[case]["distance"] < 1e-6
+    assert found[case]["layers"] == 2
+
+
+def test_documents_are_told_by_positions_alone(found: dict[str, Any]) -> None:
+    said = found["no position_ids"]
+    assert "documents and padding are told by position_ids alone" in said["none"]
+    assert "documents and padding are told by position_ids alone" in said["mask"]
+    assert "have no KV cache" in said["cache"]
+
+
 def test_padding_is_refused_where_it_would_not_reach_the_attention(found: dict[str, Any]) -> None:
     assert "no attention_mask with padding under sequence parallelism" in found["mask"]["error"]
 
@@ -64,12 +80,12 @@ def test_heads_split_in_another_way_are_refused() -> None:
         first_shifted_head(8, 4)
 
 
-Run = list[tuple[float, float]]
+Run = tuple[list[tuple[float, float]], list[float]]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
-    """The loss and the gradient's norm of each step of a run of the trainer, four sequences a step."""
+    """The loss and the gradient's norm of each step of a run of the trainer, four sequences a step, and evaluations."""
     folder = tmp_path_factory.mktemp("trained")
     text = folder / "text.txt"
     text.write_text("".join(f"{n * n} " for n in range(3000))[: 128 * 60 - 1])  # one document, no padding
@@ -77,7 +93,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
         "model_name_or_path": make_model(folder / "model"), "train_file": text,
         "eval_file": make_text(folder / "held_out.jsonl"), "eval_tokens": 256, "max_steps": 3, "save_steps": 3,
         "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "learning_rate": 1e-2, "warmup_steps": 0,
-        "logging_steps": 1, "max_grad_norm": 1e9,
+        "logging_steps": 1, "max_grad_norm": 1e9, "dense_steps": 1, "eval_strategy": "steps", "eval_steps": 2,
     }  # fmt: skip
 
     def steps(*launcher: str, **more: Any) -> Run:
@@ -86,7 +102,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
         done = run(*given, "--output_dir", output, launcher=launcher)
         assert done.returncode == 0, done.stdout + done.stderr
         history = json.loads((output / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
-        return [(entry["loss"], entry["grad_norm"]) for entry in history if "loss" in entry]
+        evaluated = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+        return [(entry["loss"], entry["grad_norm"]) for entry in history if "loss" in entry], evaluated
 
     return steps
 
@@ -97,20 +114,35 @@ def alone(trained: Callable[..., Run]) -> Run:
 
 
 @pytest.mark.parametrize(
-    ("processes", "config"),
+    ("processes", "config", "by"),
     [
-        (2, "zero2"),
-        *(pytest.param(n, c, marks=pytest.mark.full) for n, c in ((2, "zero3"), (4, "zero2"), (4, "zero3"))),
+        (2, "zero2", "auto"),
+        *(
+            pytest.param(n, c, by, marks=pytest.mark.full)
+            for n, c, by in (
+                (2, "zero3", "halo"), (4, "zero2", "halo"), (4, "zero3", "auto"), (2, "zero2", "ulysses"),
+                (2, "zero3", "ulysses"), (2, "zero3_offload", "auto"), (4, "zero3_offload", "ulysses"),
+                (2, "torchrun", "halo"), (4, "torchrun", "ulysses"), (2, "fsdp", "auto"), (2, "fsdp", "ulysses"),
+            )
+        ),
     ],
-)
-def test_the_trainer_shares_sequences(trained: Callable[..., Run], alone: Run, processes: int, config: str) -> None:
-    """Pairs of processes. With DeepSpeed's own reduction the norms would be twice too large under ZeRO-2."""
-    found = trained(
-        *deepspeed(processes),
+)  # fmt: skip
+def test_the_trainer_shares_sequences(
+    trained: Callable[..., Run], alone: Run, processes: int, config: str, by: str
+) -> None:
+    """Pairs of processes, in all steps and their last, dense one."""
+    sharding: dict[str, Any] = {"deepspeed": ROOT / "examples" / "ds_configs" / f"{config}.json"}
+    launcher = deepspeed(processes)
+    if config in ("torchrun", "fsdp"):
+        sharding, launcher = {"fsdp": "full_shard"} if config == "fsdp" else {}, torchrun(processes)
+    found, evaluated = trained(
+        *launcher,
         sequence_parallel_size=2,
+        sequence_parallel=by,
         gradient_accumulation_steps=4 * 2 // processes,
-        deepspeed=ROOT / "examples" / "ds_configs" / f"{config}.json",
+        **sharding,
     )
-    assert len(found) == 3
-    for ours, theirs in zip(found, alone, strict=True):
+    assert len(found) == 3 and len(evaluated) == 2
+    assert evaluated == pytest.approx(alone[1], rel=1e-4)
+    for ours, theirs in zip(found, alone[0], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)

@@ -37,7 +37,7 @@ FOUR_BITS = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 #: A context that is searched for is a multiple of this.
 GRAIN = 1024
 #: No longer one is searched for.
-MOST = 2**21
+MOST = 2**24
 
 DS_CONFIGS = EXAMPLES / "ds_configs"
 
@@ -55,6 +55,7 @@ class Run:
     load_in_4bit: bool = False
     sequence_parallel_size: int = 1
     dense_layers: int | list[int] | None = None
+    sequence_parallel: str = "auto"  # by halo or Ulysses, as for finetune_llama.py
     dtype: torch.dtype = torch.bfloat16
     scratch: Callable[[torch.Tensor], int] = cuda_scratch  # bytes of the attention's own, given q
 
@@ -90,6 +91,7 @@ class Plan:
             config, max(tokens, context_length(config)), group_size=groups, dense_layers=run.dense_layers
         )
         self.config.sequence_parallel_size = run.sequence_parallel_size
+        self.config.sequence_parallel = run.sequence_parallel
         self.kinds = of or kinds(self.config)
         self.step = cache(self._step)
 

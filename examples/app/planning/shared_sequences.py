@@ -1,34 +1,83 @@
-"""The attention of a sequence that several GPUs share (DeepSpeed's Ulysses), as one of them has it, without the others.
+"""The attention of a sequence that several GPUs share, as one of them has it, without the others.
 
-It makes the copies that DeepSpeed makes, and takes its own for what the others would send: enough for a model without
-numbers, of which only shapes are asked.
+It is that of `longlora_ext.parallel`, where nothing travels: what the others would send has the size that it has, which
+is enough for a model without numbers.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
 from longlora_ext._mask import s2attn_mask
 from longlora_ext._pattern import is_dense_layer, sink, window
 from longlora_ext.config import attention_mode, group_size
-from longlora_ext.ops import s2attn
+from longlora_ext.parallel._exchange import Exchange
+from longlora_ext.parallel._halo import HaloAttention
+from longlora_ext.parallel._layout import Layout
+from longlora_ext.parallel._ulysses import attend_by_heads, why_not_ulysses
 
 NAME = "s2attn_of_one_gpu"
 
 
-class Exchange(torch.autograd.Function):
+class Nowhere:
+    """Numbers that do not travel: room for what is sent and for what is received."""
+
+    def __init__(self, sent: Sequence[Sequence[torch.Tensor]], counts: list[int], like: torch.Tensor, _: Any) -> None:
+        flat = [tensor.reshape(-1) for tensors in sent for tensor in tensors]
+        self.sent = torch.cat(flat) if flat else like.new_empty(0)
+        self.received, self.counts = like.new_empty(sum(counts)), counts
+
+    def wait(self) -> list[torch.Tensor]:
+        return list(self.received.split(self.counts))
+
+
+class Alone(Exchange):
+    """What one GPU sends and receives, by itself."""
+
+    pending = Nowhere
+
+
+class Swap(torch.autograd.Function):
     """What is received is of the size of what is sent, both ways."""
 
     @staticmethod
     def forward(ctx: Any, sent: torch.Tensor) -> torch.Tensor:
-        return torch.empty_like(sent)
+        return torch.empty_like(sent.contiguous())
 
     @staticmethod
     def backward(ctx: Any, *sent: torch.Tensor) -> torch.Tensor:
         return torch.empty_like(sent[0].contiguous())
+
+
+def layout_of(config: PreTrainedConfig, tokens: int, gpus: int, batch: int = 1, group: int | None = None) -> Layout:
+    """Who lacks what of a sequence that is one document, in groups of the config's size or another."""
+    heads = config.num_attention_heads
+    part = tokens // gpus
+    return Layout(
+        ranks=gpus,
+        length=part,
+        positions=tuple((gpu * part,) * batch for gpu in range(gpus)),
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        group_size=group or group_size(config),
+        first_shifted_head=heads // 2,
+        window=window(config),
+        sink=sink(config),
+    )
+
+
+def by_halo(config: PreTrainedConfig, gpus: int, by: str) -> bool:
+    """Whether the attention is by the halo: for S2-Attn, and where heads do not divide, if nobody says otherwise."""
+    if by != "auto":
+        return by == "halo"
+    heads = config.num_attention_heads
+    reason = why_not_ulysses(heads, getattr(config, "num_key_value_heads", None) or heads, gpus)
+    return attention_mode(config) != "dense" or reason is not None
 
 
 def attend(
@@ -36,32 +85,29 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: [batch, heads, tokens of this GPU, head_dim], out [batch, tokens, heads, ...].
 
-    `config.sequence_parallel_size` GPUs share a sequence.
+    `config.sequence_parallel_size` GPUs share a sequence by `config.sequence_parallel`.
     """
-    config, gpus = module.config, module.config.sequence_parallel_size
-    batch, heads, part, head_dim = query.shape
-    key, value = (_repeated(states, gpus) for states in (key, value))
-    q, k, v = (_heads_for_tokens(states, gpus) for states in (query, key, value))
+    config, gpus, by = module.config, module.config.sequence_parallel_size, module.config.sequence_parallel
     dense = attention_mode(config) == "dense" or is_dense_layer(module)
+    tensors = tuple(x.transpose(1, 2) for x in (query, key, value))
+    batch, part, heads, head_dim = tensors[0].shape
     tokens = gpus * part
-    size, first = (tokens + tokens % 2, heads // gpus) if dense else (group_size(config), heads // gpus // 2)
+    if by_halo(config, gpus, by):
+        layout = layout_of(config, tokens, gpus, batch)
+        if dense:
+            whole = tokens + tokens % 2
+            layout = Layout(gpus, part, layout.positions, heads, layout.kv_heads, whole, heads)
+        most = max(range(gpus), key=lambda gpu: sum(block.numbers for block in layout.lacking(gpu)))
+        places = torch.empty(batch, part, dtype=torch.long, device=query.device)
+        # The rows of sinks are not made: which there are is nothing that a shape says.
+        layout = Layout(**{**vars(layout), "sink": False})
+        exchange = Alone(layout, most, None)
+        return HaloAttention.apply(*tensors, places, exchange, 1 / math.sqrt(head_dim), False), None
+    first, size = (heads, tokens + tokens % 2) if dense else (heads // 2, group_size(config))
     pattern: Any = {} if dense else {"sink": sink(config), "window": window(config)}
-    out = s2attn(q, k, v, size, first_shifted_head=first, **pattern)
-    sent = out.transpose(0, 1).reshape(gpus, part, batch, -1).contiguous()
-    return Exchange.apply(sent).permute(2, 1, 0, 3).reshape(batch, part, heads, head_dim).contiguous(), None
-
-
-def _repeated(states: torch.Tensor, gpus: int) -> torch.Tensor:
-    """Fewer heads of keys and values than GPUs: several GPUs get the same."""
-    return states.repeat_interleave(gpus // states.shape[1], dim=1) if states.shape[1] < gpus else states
-
-
-def _heads_for_tokens(states: torch.Tensor, gpus: int) -> torch.Tensor:
-    """A part of the tokens with all heads to all tokens with a part of the heads, [batch, tokens, heads, head_dim]."""
-    batch, heads, part, head_dim = states.shape
-    by_gpu = states.permute(2, 0, 1, 3).reshape(part, batch, gpus, heads // gpus, head_dim)
-    received = Exchange.apply(by_gpu.permute(2, 0, 1, 3, 4).contiguous()).reshape(gpus * part, batch, -1, head_dim)
-    return received.permute(1, 2, 0, 3).contiguous().transpose(1, 2)
+    q, k, v = tensors
+    out = attend_by_heads((q, k, v), 0, gpus, Swap.apply, group_size=size, first_shifted_head=first, **pattern)
+    return out, None
 
 
 AttentionInterface.register(NAME, attend)

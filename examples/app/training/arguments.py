@@ -29,7 +29,6 @@ from app.training.recipe import (
     recipe_of,
 )
 from app.training.refusals import check_options
-from longlora_ext.trainer import sequence_parallelism
 
 DESCRIPTION = """\
 Extend the context of a Llama-like model with shifted short attention (LongLoRA).
@@ -169,8 +168,6 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingArgum
         if asked.fsdp:
             argv = [*argv, *_prepare_fsdp(parser, asked)]
         model, data, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-        if model.sequence_parallel_size > 1:
-            training.parallelism_config = sequence_parallelism(model.sequence_parallel_size, WORLD_SIZE)
     if training.fsdp:
         compute_in(training, compute_dtype(training))
     if training.n_gpu > 1:

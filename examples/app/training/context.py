@@ -14,8 +14,8 @@ from app.runs.launch import say
 from app.training.arguments import compute_dtype
 from app.training.dense_layers import asked_layers
 from app.training.options import ModelOptions
+from app.training.shared_sequences import check_sharing
 from longlora_ext.config import DEFAULT_GROUP_RATIO, config_for, context_length, rope_type_of, settle_context
-from longlora_ext.trainer import check_sequence_parallel
 
 
 def gguf_source(options: ModelOptions) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def extended(base_config: PreTrainedConfig, options: ModelOptions, args: Trainin
     dtype = compute_dtype(args)
     check_kernels(base_config, dtype, args.device, sink=options.sink, window=options.window)
     config = new_context(base_config, options)
-    check_sequence_parallel(config, context_length(config), options.sequence_parallel_size)
+    check_sharing(config, options)
     return config
 
 

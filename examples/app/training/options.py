@@ -103,8 +103,16 @@ class ModelOptions:
     sequence_parallel_size: int = field(
         default=1,
         metadata={
-            "help": "Processes that share each sequence, for a context too long for one GPU (DeepSpeed's Ulysses). "
-            "It must divide their number, the context, and the model's heads."
+            "help": "Processes that share each sequence, for a context too long for one GPU. It must divide the "
+            "number of processes."
+        },
+    )
+    sequence_parallel: Literal["auto", "halo", "ulysses"] = field(
+        default="auto",
+        metadata={
+            "help": "How these attend to what the others hold. halo: neighbours send what the groups of S2-Attn reach. "
+            "ulysses: all exchange tokens for heads, which they must divide. auto: halo for S2-Attn, ulysses for dense "
+            "attention, wherever that is possible."
         },
     )
 

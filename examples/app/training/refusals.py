@@ -120,17 +120,13 @@ def _check_sequence_parallel(parser: argparse.ArgumentParser, asked: argparse.Na
     if size < 1:
         parser.error(f"--sequence_parallel_size must be 1 or more, got {size}")
     if size == 1:
+        if asked.sequence_parallel != "auto":
+            parser.error(f"--sequence_parallel {asked.sequence_parallel} needs --sequence_parallel_size above 1")
         return
-    if not asked.deepspeed:
-        parser.error(f"{option} needs DeepSpeed: start the program with deepspeed, or give --deepspeed")
     if asked.check_retrieval:
         parser.error(f"{option} does not go with --check_retrieval, whose prompts no process shares")
     if WORLD_SIZE % size:
         parser.error(f"{option} does not divide the number of processes, {WORLD_SIZE}")
-    if asked.task != "text" or asked.rows != "packed":
-        parser.error(f"{option} is for --task text with --rows packed, whose sequences all have one length")
-    if asked.resume_from_checkpoint:
-        parser.error(f"{option} cannot go on from a checkpoint: the Trainer cannot skip what its data loader has read")
 
 
 def _check_4bit(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None:

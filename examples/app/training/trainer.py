@@ -15,9 +15,9 @@ from app.training.data import TrainingData
 from app.training.measure import Measurement
 from app.training.options import ModelOptions
 from app.training.retrieval_guard import RetrievalGuard
+from app.training.shared_sequences import trainer_of
 from app.training.stop_at_nan import StopAtNaN
 from longlora_ext.data import pad_rows
-from longlora_ext.trainer import UlyssesTrainer
 
 
 def make_trainer(
@@ -51,7 +51,7 @@ def make_trainer(
     marker = CompletionMarker(take_over_rotation(args), to_go_on)
     # Resumed at its end, a run would do one step too many. Of one sequence an epoch is one step: all are over then.
     is_over = 0 < args.max_steps <= run.step
-    return (UlyssesTrainer if options.sequence_parallel_size > 1 else Trainer)(
+    return trainer_of(options)(
         model=model,
         args=args,
         train_dataset=torch.utils.data.Subset(data.rows, [0]) if is_over else data.rows,

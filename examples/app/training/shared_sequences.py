@@ -1,0 +1,24 @@
+"""The Trainer of a run: transformers' own, or one in which processes share sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from transformers import PreTrainedConfig, Trainer
+
+from app.training.options import ModelOptions
+from longlora_ext.parallel import SequenceParallelTrainer, check_sequence_parallel
+
+
+def check_sharing(config: PreTrainedConfig, options: ModelOptions) -> None:
+    """Raise `ValueError` if processes cannot share the sequences of this model."""
+    check_sequence_parallel(config, options.sequence_parallel_size, options.sequence_parallel)
+
+
+def trainer_of(options: ModelOptions) -> Callable[..., Trainer]:
+    """What makes the Trainer, given what every Trainer is given."""
+    size = options.sequence_parallel_size
+    if size == 1:
+        return Trainer
+    return partial(SequenceParallelTrainer, sequence_parallel_size=size, by=options.sequence_parallel)

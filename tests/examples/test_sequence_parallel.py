@@ -1,0 +1,59 @@
+"""finetune_llama.py where processes share sequences: killed and resumed, for answers, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig
+
+from finetune_runs import ROOT, deepspeed, losses, make_model, make_text, run, small_run, torchrun
+from longlora_ext.adapter import merge
+from same_run import assert_same_run
+
+ZERO_2 = ("--deepspeed", str(ROOT / "examples" / "ds_configs" / "zero2.json"))
+
+
+def make_questions(path: Path) -> Path:
+    """Samples of unlike lengths, so that rows of a batch are filled up and two do not divide them."""
+    rows = [{"instruction": f"What is {n} times {n}?", "output": f"It is {n * n}." * (1 + n % 3)} for n in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("task", "by", "rows", "sharding"),
+    [
+        ("text", "halo", "packed", ZERO_2),
+        ("text", "ulysses", "packed", ("--fsdp", "full_shard")),
+        ("sft", "halo", "packed", ()),
+        ("sft", "ulysses", "padded", ZERO_2),
+    ],
+)
+def test_it_trains_as_one_and_goes_on(task: str, by: str, rows: str, sharding: tuple[str, ...], tmp_path: Path) -> None:
+    text = make_text(tmp_path / "text.jsonl") if task == "text" else make_questions(tmp_path / "questions.jsonl")
+    model = make_model(tmp_path / "model")
+
+    def arguments(name: str) -> list[str]:
+        return [*small_run(model, text, tmp_path / name, steps=4), "--task", task, "--rows", rows]
+
+    shared = ["--sequence_parallel_size", "2", "--sequence_parallel", by, *sharding]
+    launcher = deepspeed(2) if sharding == ZERO_2 else torchrun(2)
+    alone = run(*arguments("alone"))
+    assert alone.returncode == 0, alone.stdout + alone.stderr
+    whole = run(*arguments("whole"), *shared, launcher=launcher)
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
+
+    stopped = tmp_path / "stopped"
+    shutil.copytree(tmp_path / "whole", stopped)
+    for gone in (*stopped.glob("adapter*"), stopped / "checkpoint-4"):
+        shutil.rmtree(gone)
+    resumed = run(*arguments("stopped"), *shared, "--resume_from_checkpoint", "latest", launcher=launcher)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert_same_run(tmp_path / "whole", stopped)
+    merge(stopped / "adapter", tmp_path / "merged")
+    assert AutoConfig.from_pretrained(tmp_path / "merged").max_position_embeddings == 128
