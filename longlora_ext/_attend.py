@@ -95,7 +95,7 @@ def _with_one_head_dim(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor,
 
 def _run(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, with_lse: bool) -> tuple[Tensor, Any]:
     """By the kernels or by torch's attention."""
-    why = None if q.is_meta or q.dtype not in DTYPES else _why_no_kernel(q, k, v, arguments, with_lse)
+    why = None if q.is_meta or q.dtype not in DTYPES else _why_no_kernel(q, k, v)
     if why is not None:
         _say_once(why)
         check_arguments(q, k, v, arguments)
@@ -104,20 +104,9 @@ def _run(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, with_lse: bool) 
     return torch.ops.longlora.s2attn_fwd(q, k, v, *positional, sink=sink, window=window)
 
 
-def _why_no_kernel(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, with_lse: bool) -> str | None:
+def _why_no_kernel(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     backward = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if why := _why_unsupported(q.device, q.dtype, int(q.shape[-1]), backward=backward):  # not symbolic
-        return why
-    if q.device.type != "cuda":
-        return None
-    lacks = {
-        "a sink": arguments.sink,
-        "a window": arguments.window is not None and arguments.window < k.shape[1],
-        "fewer queries than keys": q.shape[1] != k.shape[1],
-        "the gradient of the log-sum-exp": with_lse and backward,
-    }
-    names = [name for name, asked in lacks.items() if asked]
-    return f"{', '.join(names)} has kernels on the CPU alone, so far" if names else None
+    return _why_unsupported(q.device, q.dtype, int(q.shape[-1]), backward=backward)  # not symbolic
 
 
 def _wrapped(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, with_lse: bool) -> tuple[Tensor, Any]:
