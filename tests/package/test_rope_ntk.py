@@ -122,11 +122,15 @@ def test_a_factor_of_ones_own() -> None:
 
 
 def test_layer_types_that_share_their_rope_keep_it_apart() -> None:
+    """Those whose sliding window stays what it was keep their RoPE, too."""
     rope = {"rope_type": "default", "rope_theta": 10000.0}
     types = ["sliding_attention", "full_attention"]
     base = tiny_config(rope_parameters={name: dict(rope) for name in types}, layer_types=types)
     found = extend_config(base, 256, rope_type="ntk").rope_parameters
-    assert found == {name: {"rope_type": "default", "rope_theta": pytest.approx(1e4 * 4 ** (8 / 6))} for name in types}
+    assert found == {
+        "sliding_attention": rope,
+        "full_attention": {"rope_type": "default", "rope_theta": pytest.approx(1e4 * 4 ** (8 / 6))},
+    }
 
 
 def test_the_evaluation_takes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
