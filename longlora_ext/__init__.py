@@ -74,6 +74,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if _HOMES[name] in ("adapter", "config"):  # whoever extends a model asks for attn_implementation="s2attn" next
+        import_module(f"{__name__}.attention")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 

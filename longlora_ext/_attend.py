@@ -25,10 +25,10 @@ _why_unsupported = functools.cache(why_unsupported)
 
 
 @functools.cache
-def _say_once(_: str) -> None:
+def _say_once(why: str) -> None:
     warnings.warn(
         "s2attn runs by torch's scaled_dot_product_attention, which computes the same but more slowly than a kernel of "
-        f"longlora_ext: {_}",
+        f"longlora_ext: {why}",
         UserWarning,
         stacklevel=2,
     )

@@ -32,15 +32,13 @@ def _check_mask(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str,
 
 
 def attention_window(config: PreTrainedConfig) -> int | None:
-    """
-    The fewest tokens that some layer's attention is limited to, by a sliding window or to chunks.
+    """The fewest tokens that some layer's attention is limited to, by a sliding window or to chunks.
 
     Args:
-        config ([`~transformers.PreTrainedConfig`]):
-            What `layer_types` say counts, where it has them: it may name a window that no layer uses.
+        config: The model's config. Where it has `layer_types`, they decide: it may name a window that no layer uses.
 
     Returns:
-        `int`, *optional*: 0 if there is a window and no size. `None` if all layers attend to all tokens.
+        `None` if all layers attend to all tokens, 0 if there is a window without a size.
     """
     types = getattr(config, "layer_types", None)
     sizes = []
@@ -63,17 +61,25 @@ def s2attn_mask(
     use_vmap: bool = False,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """
-    The mask that a model hands to its attention layers (transformers' mask interface).
+    """Make the mask that a model hands to its attention layers (transformers' mask interface).
 
-    Where queries and keys are the same tokens (training, prefill) this is `None` or a [`Told`] as a tensor, whose size
-    grows with the tokens, not with their square. With a KV cache it is the latter where nothing is padding, or where
-    `s2attn_mode` is `"s2"`; otherwise (and where the cache has room to spare) what `sdpa` gets: `None` or a boolean
-    `[batch, 1, queries, keys]`.
+    Args:
+        batch_size: Rows of the batch.
+        kv_length: Number of keys.
+        mask_function: transformers' function of (batch, head, query, key): whether the query sees the key.
+        attention_mask: `[batch, keys]`, bool or 0 and 1: what is not padding.
+        local_size: Size of the window or chunk, for layers that have one.
+        use_vmap: Whether the model added a mask function of its own.
+        kwargs: `q_length` and the interface's other arguments.
+
+    Returns:
+        Where queries and keys are the same tokens (training, prefill), `None` or a `Told` as a tensor, whose size grows
+        with seqlen, not with its square. With a KV cache the latter if nothing is padding or `s2attn_mode` is `"s2"`.
+        Otherwise, and where the cache has room to spare, what `sdpa` gets: `None` or bool `[batch, 1, queries, keys]`.
 
     Raises:
-        `ValueError`: the mask holds other values than 0 and 1, or has holes, or padding under sequence parallelism, or
-        the model asks for anything but causal attention, full or in a sliding window.
+        ValueError: The mask holds other values than 0 and 1, or has holes, or padding under sequence parallelism, or
+            the model asks for anything but causal attention, full or in a sliding window.
     """
     window = None
     if local_size is not None and local_size < kv_length:
@@ -143,8 +149,7 @@ def _check_sliding(config: PreTrainedConfig, size: int, tokens: int) -> None:
 
 
 class Told(NamedTuple):
-    """
-    What a model tells its attention layers beside queries, keys and values.
+    """What a model tells its attention layers beside queries, keys and values.
 
     transformers passes a mask of four dimensions through untouched, also when `generate` prepares it ahead. So it goes
     as int32 `[batch, 1 or 2, 1 or window + 1, keys or 1]`, the middle ones of stride 0: nothing has to be read to know
@@ -170,10 +175,10 @@ class Told(NamedTuple):
 def _documents_of(
     mask_function: Callable, batch_size: int, q_length: int, kv_length: int, use_vmap: bool, device: Any
 ) -> torch.Tensor | None:
-    """
-    The documents `[batch, tokens]` (int32) behind a mask function that is not plainly causal: transformers
-    makes one for packed sequences. It is known by what it says of neighbours; one that lets a token see the
-    next one is refused.
+    """The documents, int32 `[batch, tokens]`, behind a mask function that is not plainly causal.
+
+    transformers makes one for packed sequences. What it says of neighbouring tokens tells where documents start. One
+    that lets a token see the next is an error.
     """
     refusal = ValueError(
         "attn_implementation='s2attn' is causal within each document: this model asks for another mask "
@@ -211,8 +216,7 @@ def own_mask(attention_mask: torch.Tensor | None, query: torch.Tensor, key: torc
 
 
 def dense_mask(padding: torch.Tensor, documents: torch.Tensor | None, window: int | None = None) -> torch.Tensor:
-    """
-    The boolean mask `[batch, 1, tokens, tokens]` of a padded batch in eval mode.
+    """The boolean mask `[batch, 1, tokens, tokens]` of a padded batch in eval mode.
 
     `generate` reads the row of the last token even where that is padding, so rows of padding see the real
     tokens before them, as with `sdpa`. Positions say nothing at padding: a document starts at a real token.

@@ -36,18 +36,13 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from longlora_ext import _pattern
-from longlora_ext._mask import Told, attention_window, check_masks_of, dense_mask, own_mask, s2attn_mask
+from longlora_ext._dense import dense, dense_eval, run_op, sdpa
+from longlora_ext._mask import attention_window, check_masks_of, own_mask, s2attn_mask
 from longlora_ext._routed import check_class_of
-from longlora_ext._sdpa import sdpa
 from longlora_ext._ulysses import first_shifted_head, sequence_parallel
 from longlora_ext.config import attention_mode, group_size
-from longlora_ext.documents import (
-    doc_start_from_cu_seqlens,
-    doc_start_from_position_ids,
-)
-from longlora_ext.ops import s2attn
+from longlora_ext.documents import doc_start_from_cu_seqlens, doc_start_from_position_ids
 from longlora_ext.parallel._layers import attend as attend_shared
-from longlora_ext.sinks import add_learned_sink
 
 __all__ = [
     "NAME",
@@ -83,29 +78,25 @@ def s2attn_forward(
     position_ids: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """
-    Attention of one layer (transformers' attention interface).
+    """Attention of one layer: the function behind transformers' attention interface.
 
     Args:
-        module (`torch.nn.Module`):
-            The attention layer; `training` and `config` are read.
-        query, key, value (`torch.Tensor`):
-            `[batch, heads, tokens, head_dim]`; key and value may have fewer heads, and more tokens (a KV
-            cache).
-        attention_mask (`torch.Tensor`, *optional*):
-            What [`~longlora_ext._mask.s2attn_mask`] made.
-        dropout (`float`):
-            Must be 0.
-        scaling (`float`, *optional*):
-            Factor of the logits, `head_dim ** -0.5` if absent.
-        position_ids (`torch.Tensor`, *optional*):
-            `[batch or 1, tokens]`: a document starts wherever they do not go up by one.
+        module: The attention layer. Its `training` and `config` decide what it computes.
+        query: `[batch, heads, tokens, head_dim]`.
+        key: `[batch, KV heads, keys, head_dim]`. With a KV cache there are more keys than tokens.
+        value: Like `key`.
+        attention_mask: What `s2attn_mask` of this package made of the model's mask.
+        dropout: Must be 0.
+        scaling: Factor of the logits, `head_dim ** -0.5` if absent.
+        position_ids: `[batch or 1, tokens]`. A document starts wherever they do not go up by one.
+        kwargs: `cu_seq_lens_q`, `sliding_window`, `s_aux` (learned sinks) and `sequence_group`, if the model passes
+            them. Others have no effect, or are an error where they change what is computed.
 
     Returns:
-        `tuple[torch.Tensor, None]`: `[batch, tokens, heads, head_dim]`, and no attention weights.
+        `[batch, tokens, heads, head_dim]`, and `None` in place of attention weights, which are never formed.
 
     Raises:
-        `ValueError`: the call asks for what the op cannot express.
+        ValueError: The call asks for what the op cannot express.
     """
     _refuse_unsupported(module, dropout, kwargs)
     # Models in mixed precision rotate q and k in fp32; v comes straight from its projection and has the dtype
@@ -129,14 +120,14 @@ def s2attn_forward(
     told = told._replace(window=window if window is not None and window < keys else None)
     documents = _documents(position_ids, kwargs, query, keys)
     if not (wants_s2 or module.training):
-        return _dense_eval(module, query, key, value, told, documents, scaling, kwargs.get("s_aux"))
+        return dense_eval(module, query, key, value, told, documents, scaling, kwargs.get("s_aux"))
     if told.starts is not None:
         start = torch.where(told.starts < 0, ~told.starts, told.starts)[:, keys - tokens :]
         documents = start if documents is None else torch.maximum(start, documents)
     if not wants_s2:
-        return _dense(query, key, value, documents, told.window, scaling, kwargs.get("s_aux"))
+        return dense(query, key, value, documents, told.window, scaling, kwargs.get("s_aux"))
     config: Any = module.config
-    return _run(
+    return run_op(
         query,
         key,
         value,
@@ -199,65 +190,6 @@ def _documents(
         packed = doc_start_from_cu_seqlens(cu_seqlens, tokens).to(query.device)
         documents = packed if documents is None else torch.maximum(packed, documents)
     return documents
-
-
-def _run(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    size: int,
-    documents: torch.Tensor | None,
-    scaling: float | None,
-    sinks: torch.Tensor | None,
-    **pattern: Any,
-) -> tuple[torch.Tensor, None]:
-    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    if sinks is None:
-        out = s2attn(q, k, v, size, documents, scale=scaling, **pattern)
-    else:
-        out, lse = s2attn(q, k, v, size, documents, scale=scaling, return_lse=True, **pattern)
-        out, _ = add_learned_sink(out, lse, sinks)
-    return out, None
-
-
-def _dense(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    documents: torch.Tensor | None,
-    window: int | None,
-    scaling: float | None,
-    sinks: torch.Tensor | None,
-) -> tuple[torch.Tensor, None]:
-    """Dense causal attention within each document: one group of all tokens, no head shifted."""
-    heads, keys = query.shape[1], key.shape[2]
-    return _run(query, key, value, keys + keys % 2, documents, scaling, sinks, first_shifted_head=heads, window=window)
-
-
-def _dense_eval(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    told: Told,
-    documents: torch.Tensor | None,
-    scaling: float | None,
-    sinks: torch.Tensor | None,
-) -> tuple[torch.Tensor, None]:
-    """Dense attention outside training: `sdpa`'s own result, with packed documents kept apart besides."""
-    tokens, keys = query.shape[2], key.shape[2]
-    if tokens != keys:
-        # A prompt in parts: whatever positions say, it goes on with all that the cache holds.
-        return _dense(query, key, value, None, told.window, scaling, sinks)
-    if told.starts is not None and not told.padded:
-        documents = told.starts if documents is None else torch.maximum(told.starts, documents)
-    padding = told.starts if told.padded else None
-    # Compiled code cannot ask whether there are several.
-    several = documents is not None and (torch.compiler.is_compiling() or bool(documents.any()))
-    if padding is None and (several or told.window is not None):
-        return _dense(query, key, value, documents, told.window, scaling, sinks)
-    mask = None if padding is None else dense_mask(padding, documents, told.window)
-    return sdpa(module, query, key, value, mask, scaling, sinks)
 
 
 AttentionInterface.register(NAME, s2attn_forward)

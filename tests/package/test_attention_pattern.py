@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, DynamicCache, PreTrainedModel
 
-import longlora_ext.attention as attention
+import longlora_ext.attention  # noqa: F401
+from longlora_ext import _dense
 from longlora_ext.ops import s2attn
 from op_checks import default_dtype
 from packed_rows import packed, pad, positions_of
@@ -113,7 +114,7 @@ def test_the_op_takes_the_smaller_window(
         seen.append(kwargs["window"])
         return s2attn(*args, **kwargs)
 
-    monkeypatch.setattr(attention, "s2attn", spy)
+    monkeypatch.setattr(_dense, "s2attn", spy)
     model = windowed(kind, window=own, **({} if asked is None else {"s2attn_window": asked})).train()
     model(tokens(1, 21))
     assert seen == [expected] * 2
@@ -177,7 +178,7 @@ def test_wrong_fields_are_named(field: str, value: object, message: str) -> None
 def test_a_layer_with_a_window_of_its_own_has_no_sink(monkeypatch: pytest.MonkeyPatch) -> None:
     """It never had one; a full layer of the same model has."""
     seen = []
-    monkeypatch.setattr(attention, "s2attn", lambda *a, **k: seen.append(k["sink"]) or s2attn(*a, **k))
+    monkeypatch.setattr(_dense, "s2attn", lambda *a, **k: seen.append(k["sink"]) or s2attn(*a, **k))
     windowed("qwen3", s2attn_sink=True).train()(tokens(1, 21))
     assert seen == [True, False]
 
