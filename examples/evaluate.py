@@ -13,13 +13,14 @@ import shlex
 import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from app.runs.launch import RANK, WORLD_SIZE, fail, launcher, say  # isort: skip  (first: it prepares what the libraries below look at)
+from app.runs.launch import RANK, WORLD_SIZE, launcher, say  # isort: skip  (must come first: sets variables that libraries read at import)
 from tqdm import tqdm
 
-from app.evaluation.evaluation_folder import claim, finish, finished, keep, kept
+from app.evaluation.evaluation_folder import NotWritten, keep, kept_cells, open_folder, read_results, write_results
 from app.evaluation.options import parse
 from app.evaluation.perplexity_task import PerplexityTask
 from app.evaluation.position_task import PositionTask
@@ -53,11 +54,11 @@ def main(argv: Sequence[str]) -> None:
             task = (PositionTask if by_position else TASKS[options.task])(options, opened)
         settings = task.settings | opened.description | {"versions": versions()}
         with one_clear_error():
-            folder = on_first_process(lambda: claim(options.output, default_name(options), settings))
+            folder = on_first_process(lambda: open_folder(options.output, default_name(options), settings))
         say(banner(settings, folder))
         results = compute(task, folder)
         if RANK == 0:
-            content = finished(folder, task.cells, task.numbers) or {
+            content = read_results(folder, task.cells, task.numbers) or {
                 "summary": task.summary(results),
                 "settings": settings,
                 "made": {
@@ -69,12 +70,8 @@ def main(argv: Sequence[str]) -> None:
                 },
                 "cells": results,
             }
-            try:
-                (folder / "results.txt").write_text(task.table(results), encoding="utf-8")
-                pictures = task.draw(results, folder)
-                finish(folder, content)
-            except OSError as error:
-                fail(cannot_be_written_to(folder, error))
+            with one_clear_error(only=NotWritten):
+                pictures = write_results(folder, task.table(results), partial(task.draw, results), content)
             say("", task.table(results), *map(str, [folder / "results.json", *pictures]))
 
 
@@ -85,10 +82,12 @@ def compute(task: Any, folder: Path) -> dict[str, Any]:
         On the first process, the results of all cells.
     """
     with one_clear_error():
-        there = on_first_process(
-            lambda: finished(folder, task.cells, task.numbers) or {"cells": kept(folder, task.numbers)}
-        )["cells"]
-    done = {cell: result for cell, result in there.items() if cell in task.cells}
+        computed = on_first_process(
+            lambda: (
+                (read_results(folder, task.cells, task.numbers) or {}).get("cells") or kept_cells(folder, task.numbers)
+            )
+        )
+    done = {cell: result for cell, result in computed.items() if cell in task.cells}
     if len(done) == len(task.cells):
         say(f"{folder} is complete: nothing is computed again")
     elif done:
@@ -97,22 +96,13 @@ def compute(task: Any, folder: Path) -> dict[str, Any]:
     new = {}
     what = "evaluating" if WORLD_SIZE == 1 else f"evaluating (1 of {WORLD_SIZE} processes)"
     total = sum(map(task.cost, mine))
-    with tqdm(total=total, desc=what, unit=task.unit, unit_scale=True, disable=RANK != 0 or not total) as bar:
+    bar = tqdm(total=total, desc=what, unit=task.unit, unit_scale=True, disable=RANK != 0 or not total)
+    with one_clear_error(only=NotWritten), bar:  # the bar ends before the error is shown
         for cell in mine:
             new[cell] = task.compute(cell, bar.update)
-            try:
-                keep(folder, cell, new[cell])
-            except OSError as error:
-                bar.close()  # or the error stands behind it on its line
-                fail(cannot_be_written_to(folder, error))
+            keep(folder, cell, new[cell])
     results = done | gathered(new)
     return {cell: results[cell] for cell in task.cells if cell in results}  # in their order
-
-
-def cannot_be_written_to(folder: Path, error: OSError) -> str:
-    """What is said when the disk is full, whichever part of the result is written."""
-    kept = "What is computed so far is kept; the same command goes on from there"
-    return f"{folder} cannot be written to: {error.strerror}. {kept}"
 
 
 def default_name(options: argparse.Namespace) -> str:

@@ -2,6 +2,7 @@
 
     settings.json       all that the numbers depend on, written first
     cells/NAME.json     a part of the result that is complete; each is written at once (rename) or not at all
+    results.txt         the table, for people
     results.json        everything, written last; the cells are in it and their folder goes
 
 So whatever kills a run, the same command goes on from the cells that are there, alone or with another number of
@@ -11,7 +12,8 @@ processes. With other settings it is refused, and a finished evaluation is shown
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -25,20 +27,33 @@ CELLS = "cells"
 RESULTS = "results.json"
 
 
-def claim(asked: str | None, default_name: str, settings: dict[str, Any]) -> Path:
-    """The folder to write to, made if need be.
+class NotWritten(OSError):
+    """A part of the result could not be written, as to a full disk."""
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        kept = "What is computed so far is kept; the same command goes on from there"
+        raise NotWritten(f"{folder} cannot be written to: {error.strerror}. {kept}") from error
+
+
+def open_folder(output: str | None, default_name: str, settings: dict[str, Any]) -> Path:
+    """Make the folder to write to, or take the one of an evaluation with these settings, and lock it.
 
     Args:
-        asked: What `--output` names. Without it a folder below `evaluated/` is taken: the first that is new or belongs
-            to an evaluation of these settings.
+        output: The folder that `--output` names. Without it one below `evaluated/` is taken: the first that is new or
+            belongs to an evaluation of these settings.
         default_name: How that is called; a number is added where there is another one of that name.
         settings: All that the numbers depend on, as JSON.
 
     Raises:
         ValueError: The folder holds something else, another process writes to it, or it cannot be made.
     """
-    if asked is not None:
-        folder = Path(asked)
+    if output is not None:
+        folder = Path(output)
         check_folder(folder)
         if others := _differences(folder, settings):
             raise ValueError(f"--output {folder} belongs to another evaluation: {'; '.join(others)}")
@@ -86,22 +101,27 @@ def _differences(folder: Path, settings: dict[str, Any]) -> list[str]:
 
 
 def keep(folder: Path, cell: str, result: Any) -> None:
-    """Keep what was computed for a cell."""
-    (folder / CELLS).mkdir(exist_ok=True)
-    write_json(folder / CELLS / f"{cell}.json", result)
+    """Keep what was computed for a cell.
+
+    Raises:
+        NotWritten: The file system does not take it.
+    """
+    with _writing(folder):
+        (folder / CELLS).mkdir(exist_ok=True)
+        write_json(folder / CELLS / f"{cell}.json", result)
 
 
-def kept(folder: Path, numbers: Collection[str]) -> dict[str, Any]:
-    """What is computed so far, by cell: results that have these numbers, and not what else may be there."""
-    found = {}
+def kept_cells(folder: Path, numbers: Collection[str]) -> dict[str, Any]:
+    """Read the cells that are computed: results that have these numbers. Other files are ignored."""
+    cells = {}
     for path in sorted((folder / CELLS).glob("*.json")):
         try:
             result = read_json(path)
         except ValueError:
             continue
         if _is_result(result, numbers):
-            found[path.stem] = result
-    return found
+            cells[path.stem] = result
+    return cells
 
 
 def _is_result(result: Any, numbers: Collection[str]) -> bool:
@@ -111,15 +131,28 @@ def _is_result(result: Any, numbers: Collection[str]) -> bool:
         return False
 
 
-def finish(folder: Path, content: dict[str, Any]) -> None:
-    """Write the result, and put the parts away that are in it."""
-    write_json(folder / RESULTS, content)
+def write_results(folder: Path, table: str, draw: Callable[[Path], list[Path]], content: dict[str, Any]) -> list[Path]:
+    """Write the result as text, as pictures and as JSON, and remove the cells that are in it.
+
+    Returns:
+        The pictures that `draw` made in the folder.
+
+    Raises:
+        NotWritten: The file system does not take it.
+    """
+    with _writing(folder):
+        (folder / "results.txt").write_text(table, encoding="utf-8")
+        pictures = draw(folder)
+        write_json(folder / RESULTS, content)
     shutil.rmtree(folder / CELLS, ignore_errors=True)
+    return pictures
 
 
-def finished(folder: Path, cells: Collection[str], numbers: Collection[str]) -> dict[str, Any] | None:
+def read_results(folder: Path, cells: Collection[str], numbers: Collection[str]) -> dict[str, Any] | None:
     """The result, if it is complete: all cells with their numbers, and a summary."""
     content = read_json(folder / RESULTS) if (folder / RESULTS).is_file() else None
-    there = content.get("cells") if isinstance(content, dict) and isinstance(content.get("summary"), dict) else None
-    whole = isinstance(there, dict) and all(_is_result(there.get(cell), numbers) for cell in cells)
-    return content if whole else None
+    if not isinstance(content, dict) or not isinstance(content.get("summary"), dict):
+        return None
+    results = content.get("cells")
+    complete = isinstance(results, dict) and all(_is_result(results.get(cell), numbers) for cell in cells)
+    return content if complete else None
