@@ -18,6 +18,7 @@ from torch import Tensor
 
 from attention import Clock, check, measure
 from exercise import slowest
+from finetune_runs import torchrun
 from longlora_ext import s2attn
 from longlora_ext.reference import s2attn_mask
 from providers import PROVIDERS, Attention, NotHere, Pattern, Point, original, s2_pattern, s2_visible
@@ -100,6 +101,19 @@ def test_wrong_provider_is_refused(wrong: Attention, name: str) -> None:
 def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess:
     command = [str(argument) for argument in arguments]
     return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+
+
+@pytest.mark.full
+def test_bytes_of_a_shared_sequence(tmp_path: Path) -> None:
+    """The halo's are those of the formula; Ulysses' are half of q, k, v and the result, there and back."""
+    file = tmp_path / "run.json"
+    size = shlex.split("--seqlen 256 --heads 4 --kv_heads 2 --head_dim 16 --repeats 2")
+    result = run(*torchrun(2), "benchmarks/shared_sequences.py", *size, "--output", file, PYTHONPATH=str(ROOT))
+    assert result.returncode == 0, result.stderr
+    halo, ulysses = (json.loads(file.read_text())["ways"][name] for name in ("halo", "ulysses"))
+    assert halo["bytes sent by all"] == halo["bytes of the formula"] == 2 * 2 * 1 * 32 * 16 * 4
+    assert ulysses["most bytes sent by a rank"] == 2 * (2 * 4 + 2 * 2) * 128 * 16 * 4 // 2
+    assert all(way["median seconds"] > 0 and way["most peak MiB of a rank"] >= 0 for way in (halo, ulysses))
 
 
 def test_run_from_measurement_to_table(tmp_path: Path) -> None:
