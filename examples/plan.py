@@ -33,6 +33,7 @@ from app.runs.errors import one_clear_error
 from app.runs.wording import counted
 from app.training.dense_layers import asked_layers
 from app.training.recipe import accumulation
+from app.training.report import seen
 from longlora_ext.config import context_length, settle_context
 from longlora_ext.parallel import check_sequence_parallel
 
@@ -83,6 +84,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--sequence_parallel_size", type=int, default=1, metavar="GPUS", help="GPUs that share a sequence (default: 1)"
     )
+    parser.add_argument("--group_size", type=int, metavar="TOKENS", help="tokens of a group (default: a quarter)")
+    parser.add_argument("--sink", action="store_true", help="each token sees the first one of its document too")
+    parser.add_argument(
+        "--window", type=int, metavar="TOKENS", help="the tokens of its group that a token sees at most"
+    )
     parser.add_argument("--dense_layers", help="layers that are dense in training too, as for finetune_llama.py")
     parser.add_argument(
         "--sequence_parallel",
@@ -107,7 +113,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--gpu_memory", type=float, default=80, metavar="GB", help="memory of one GPU (default: 80)")
     parser.add_argument("--json", action="store_true", help="print the numbers, in bytes and operations, as JSON")
     options = parser.parse_args(argv)
-    for name in ("context", "gpus", "batch", "lora_r", "sequence_parallel_size", "gpu_memory", "link"):
+    numbers = ("context", "gpus", "batch", "lora_r", "sequence_parallel_size", "group_size", "window")
+    for name in (*numbers, "gpu_memory", "link"):
         value = getattr(options, name)
         if value is not None and not 0 < value < 1e9:
             parser.error(f"--{name} must be above 0 and below a billion, got {value}")
@@ -159,6 +166,9 @@ def run_of(options: argparse.Namespace) -> Run:
         lora_r=options.lora_r,
         load_in_4bit=options.load_in_4bit,
         sequence_parallel_size=options.sequence_parallel_size,
+        group_size=options.group_size,
+        sink=options.sink,
+        window=options.window,
         dense_layers=options.dense_layers,
         sequence_parallel=options.sequence_parallel,
     )
@@ -171,6 +181,8 @@ def figures(options: argparse.Namespace) -> dict[str, Any]:
     own = context_length(config)
     context = options.context or 4 * own
     check_context("--context", context, own)
+    if (options.group_size or 0) > 2 * context:
+        raise ValueError(f"--group_size {options.group_size} is more than twice the context of {context}")
     check_sequence_parallel(config, options.sequence_parallel_size, options.sequence_parallel)
     run = run_of(options)
     plan = Plan(config, context, run)
@@ -179,6 +191,7 @@ def figures(options: argparse.Namespace) -> dict[str, Any]:
         "model": options.model,
         "context": context,
         "model_context": own,
+        "attention": seen(plan.config),
         "run": {name: value for name, value in asdict(run).items() if name not in ("dtype", "scratch")},
         "parameters": plan.parameters,
         "memory": memory,
@@ -214,6 +227,7 @@ def table(found: dict[str, Any]) -> str:
         f"{found['model']}: {tokens}, {counted(run['gpus'], 'GPU')}, {zero}, {batch}, bf16, {trained}",
         f"parameters: {parameters['trainable']:,} trained ({parameters['lora']:,} of LoRA), "
         f"{parameters['frozen']:,} frozen{packed}",
+        f"attention: {found['attention']} in training",
         "",
         f"{'GB on each GPU':<32}" + "".join(f"{name:>16}" for name in WAYS),
     ]

@@ -118,8 +118,8 @@ def s2attn_mask(
     packed = None
     if mask_function is not causal_mask_function:
         packed = _documents_of(mask_function, batch_size, q_length, kv_length, use_vmap, device)
-        if window is not None and not torch.compiler.is_compiling() and packed is not None and not bool(packed.any()):
-            packed = None  # the window made it a function of its own
+        if packed is not None and not torch.compiler.is_compiling() and not bool(packed.any()):
+            packed = None  # a window made it a function of its own, which may hold the whole row
     if no_padding and packed is None and window is None and q_length == kv_length:
         return None
     if no_padding or attention_mask is None:
@@ -186,7 +186,7 @@ def _documents_of(
     )
     if use_vmap:  # set by transformers exactly when a model adds a mask function of its own
         raise refusal
-    if q_length != kv_length or q_length == 1:
+    if q_length != kv_length or q_length == 1 or torch.device(device or "cpu").type == "meta":  # nothing to see there
         return None
     batch = torch.arange(batch_size, device=device)[:, None]
     token = torch.arange(1, q_length, device=device)[None, :]

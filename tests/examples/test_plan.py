@@ -198,6 +198,33 @@ def test_groups_are_a_quarter_of_the_context(tokens: int) -> None:
     assert s2 / dense == pytest.approx(pairs / (8 * tokens * (tokens + 1) / 2))
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [{"sink": True}, {"window": 40}, {"sink": True, "window": 40}, {"sink": True, "window": 40, "group_size": 512}],
+)
+def test_the_sink_and_the_window_are_counted(asked: dict, tmp_path: Path, capsys, monkeypatch) -> None:
+    """By the command, as the pairs of the definition; dense attention has neither."""
+    monkeypatch.setattr(Plan, "longest", lambda *_: 0)  # which takes seconds
+    small().save_pretrained(tmp_path)
+    options = [f"--{name}" if value is True else f"--{name}={value}" for name, value in asked.items()]
+    command.main(["--model", str(tmp_path), "--context", "256", *options, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    pattern = {"group_size": 64, **asked}
+    pairs = sum(4 * int(s2attn_mask(256, shifted=shifted, **pattern).sum()) for shifted in (False, True))
+    dense = 8 * 256 * 257 // 2
+    flops = found["flops_of_a_sequence"]
+    assert flops["s2"]["attention"] * dense == flops["dense"]["attention"] * pairs
+    assert {name: found["run"][name] for name in asked} == asked
+
+
+def test_what_a_token_sees_is_named(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(Plan, "longest", lambda *_: 0)
+    small().save_pretrained(tmp_path)
+    command.main(["--model", str(tmp_path), "--context", "1024", "--sink", "--window", "40"])
+    named = "groups of 256 tokens, in them a window of 40, and the first token"
+    assert f"attention: {named} in training\n" in capsys.readouterr().out
+
+
 # The command ------------------------------------------------------------------------------------------------
 
 
@@ -291,6 +318,8 @@ def test_models_of_other_kinds_are_refused(config: PreTrainedConfig, reason: str
             "3 ranks do not divide 32 query heads",
         ),
         (["--model", "llama-2-7b", "--sequence_parallel", "halo"], "are about --sequence_parallel_size above 1"),
+        (["--model", "llama-2-7b", "--window", "0"], "--window must be above 0 and below a billion, got 0"),
+        (["--model", "llama-2-7b", "--group_size", "7"], "group_size must be an even integer"),
         (["--model", "llama-2-7b", "--gpu_memory", "inf"], "--gpu_memory must be above 0 and below a billion, got inf"),
     ],
 )

@@ -134,6 +134,37 @@ def test_kinds_of_layers_add_up_to_the_model(name: str, changes: dict[str, Any],
     assert (found.flops, found.kept, found.peak) == (whole.flops, whole.kept, whole.peak)
 
 
+OWN_WINDOWS: dict[str, tuple[dict[str, Any], list[int | None]]] = {
+    "mistral": ({"sliding_window": 80}, [80] * 6),
+    "mistral, of the whole context": ({"sliding_window": TOKENS}, [None] * 6),
+    "mistral, longer than the context": ({"sliding_window": 4096}, [None] * 6),
+    "mistral, shorter than a group": ({"sliding_window": 24}, [24] * 6),
+    "qwen2": ({"sliding_window": 24, "use_sliding_window": True, "max_window_layers": 2}, [None] * 2 + [24] * 4),
+    "gemma3_text": (
+        {"sliding_window": 24, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2},
+        [24, 24, None] * 2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OWN_WINDOWS)
+@pytest.mark.parametrize("window", [None, 40])
+def test_windows_of_the_models_own_are_counted(name: str, window: int | None) -> None:
+    """A row sees the smaller of the layer's window and the one asked for; the sink where the layer has no window."""
+    changes, own = OWN_WINDOWS[name]
+    config = AutoConfig.for_model(name.partition(",")[0], **{**SIZES, "pad_token_id": 0, **changes})
+    plan = Plan(config, TOKENS, Run(sink=True, window=window))
+    limits = [min(x for x in (of_layer, window, TOKENS) if x is not None) for of_layer in own]
+    pairs = {
+        False: [attended_pairs(TOKENS, 64, 4, 2, limit, not layer) for layer, limit in zip(own, limits, strict=True)],
+        True: [attended_pairs(TOKENS, TOKENS, 4, 4, layer) for layer in own],
+    }
+    for dense, of_layers in pairs.items():
+        flops = plan.step(Way(checkpointing=False, tiled_loss=False, dense=dense)).flops
+        attention = sum(count for op, count in flops.items() if op.startswith("longlora."))
+        assert attention == (2 + 5) * 2 * 16 * sum(of_layers)
+
+
 def test_the_command_counts_experts(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(Plan, "longest", lambda *_: 0)  # which takes seconds
     mixture("mixtral").save_pretrained(tmp_path)

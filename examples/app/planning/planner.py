@@ -54,6 +54,9 @@ class Run:
     lora_r: int = 8
     load_in_4bit: bool = False
     sequence_parallel_size: int = 1
+    group_size: int | None = None  # a quarter of the context
+    sink: bool = False
+    window: int | None = None
     dense_layers: int | list[int] | None = None
     sequence_parallel: str = "auto"  # by halo or Ulysses, as for finetune_llama.py
     dtype: torch.dtype = torch.bfloat16
@@ -86,9 +89,15 @@ class Plan:
     def __init__(self, config: PreTrainedConfig, tokens: int, run: Run, of: tuple[Kind, ...] = ()) -> None:
         self.base, self.tokens, self.run = config, tokens, run
         # Less than the model's own context is planned for in a search: in groups of that, and RoPE as it is.
-        groups = even_group_size(tokens * DEFAULT_GROUP_RATIO)
+        context = max(tokens, context_length(config))
+        asked = run.group_size and min(run.group_size, 2 * context)
         self.config = config_for(
-            config, max(tokens, context_length(config)), group_size=groups, dense_layers=run.dense_layers
+            config,
+            context,
+            group_size=asked or even_group_size(tokens * DEFAULT_GROUP_RATIO),
+            sink=run.sink,
+            window=run.window,
+            dense_layers=run.dense_layers,
         )
         self.config.sequence_parallel_size = run.sequence_parallel_size
         self.config.sequence_parallel = run.sequence_parallel
