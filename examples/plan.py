@@ -17,22 +17,20 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where installed, says that it found no GPU
-from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
-from app.models.folders import check_model_folder
-from app.models.source import GGUF_HELP, check_config, find_model
+from app.models.source import GGUF_HELP
 from app.models.suitable import check_attention, check_context
-from app.planning.communication import LINK, context_table, sending, sent_lines
-from app.planning.planner import MOST, Plan, Run, Way
+from app.planning.calibration import measure_rate
+from app.planning.communication import LINK, context_table, sending
+from app.planning.planner import Plan, Run, Way
+from app.planning.presets import PRESETS, read_config
+from app.planning.report import table
 from app.runs.command_line import Parser, as_program
 from app.runs.errors import one_clear_error
-from app.runs.wording import counted
 from app.training.dense_layers import asked_layers
-from app.training.recipe import accumulation
 from app.training.report import seen
 from longlora_ext.config import context_length, settle_context
 from longlora_ext.parallel import check_sequence_parallel
@@ -41,17 +39,6 @@ WAYS = {
     "default": Way(),
     "whole logits": Way(tiled_loss=False),
     "no checkpoints": Way(checkpointing=False),
-}
-
-_LLAMA_2 = {"vocab_size": 32000, "max_position_embeddings": 4096}
-_LLAMA_3 = {"vocab_size": 128256, "max_position_embeddings": 8192, "num_key_value_heads": 8, "rope_theta": 500000.0}
-#: Configs that are known without a hub: width, width of the MLP, layers, heads, and the rest.
-PRESETS: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
-    "llama-2-7b": (4096, 11008, 32, 32, _LLAMA_2),
-    "llama-2-13b": (5120, 13824, 40, 40, _LLAMA_2),
-    "llama-2-70b": (8192, 28672, 80, 64, {**_LLAMA_2, "num_key_value_heads": 8}),
-    "llama-3-8b": (4096, 14336, 32, 32, _LLAMA_3),
-    "llama-3-70b": (8192, 28672, 80, 64, _LLAMA_3),
 }
 
 
@@ -111,6 +98,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="print a table of these contexts instead: what the GPUs that share a sequence send and hold",
     )
     parser.add_argument("--gpu_memory", type=float, default=80, metavar="GB", help="memory of one GPU (default: 80)")
+    parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="measure the rate of this machine, in about half a minute, and print tokens a second and hours as well",
+    )
     parser.add_argument("--json", action="store_true", help="print the numbers, in bytes and operations, as JSON")
     options = parser.parse_args(argv)
     numbers = ("context", "gpus", "batch", "lora_r", "sequence_parallel_size", "group_size", "window")
@@ -135,24 +127,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     return options
-
-
-def read_config(model: str, gguf_file: str | None = None) -> PreTrainedConfig:
-    """The config of what `--model` names, and perhaps `--gguf_file` in it."""
-    if model.lower() in PRESETS and not Path(model).exists():
-        hidden, intermediate, layers, heads, rest = PRESETS[model.lower()]
-        return LlamaConfig(
-            hidden_size=hidden,
-            intermediate_size=intermediate,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            **rest,
-        )
-    if not model.endswith(".json"):
-        model, gguf_file = find_model(model, gguf_file)
-        check_model_folder(model)
-        check_config(model, gguf_file)
-    return AutoConfig.from_pretrained(model, **({"gguf_file": gguf_file} if gguf_file else {}))
 
 
 def run_of(options: argparse.Namespace) -> Run:
@@ -199,6 +173,7 @@ def figures(options: argparse.Namespace) -> dict[str, Any]:
         "host_memory": plan.host_memory(),
         "gpu_memory": available,
         "longest_context": {name: plan.longest(way, available) for name, way in WAYS.items()},
+        **({"rate": asdict(measure_rate(plan))} if options.calibrate else {}),
         **({"sent": sending(plan), "link": options.link * 1e9} if run.sequence_parallel_size > 1 else {}),
         "flops_of_a_sequence": {"s2": plan.flops(), "dense": plan.flops(dense=True)},
     }
@@ -210,63 +185,6 @@ def contexts(options: argparse.Namespace) -> str:
     check_sequence_parallel(config, options.sequence_parallel_size, options.sequence_parallel)
     link, memory = options.link * 1e9, options.gpu_memory * 1e9
     return context_table(config, run_of(options), options.contexts, link, memory)
-
-
-def table(found: dict[str, Any]) -> str:
-    """The figures to read."""
-    run, parameters, context = found["run"], found["parameters"], found["context"]
-    zero = f"ZeRO-{run['zero']}{' with offload' if run['offload'] else ''}" if run["zero"] else "no ZeRO"
-    trained = "all weights" if run["full_finetune"] else f"LoRA r={run['lora_r']}, embedding and norms"
-    own, sharing = found["model_context"], run["sequence_parallel_size"]
-    at_once = run["gpus"] * run["batch"] // sharing
-    batch = f"batch {run['batch']} a GPU" if sharing == 1 else f"batch {run['batch']} for {sharing} GPUs together"
-    packed = f", {parameters['in_4_bits']:,} of these in 4 bits" if run["load_in_4bit"] else ""
-    step = at_once * accumulation(at_once)
-    tokens = f"{own:,} -> {context:,} tokens" if context > own else f"{context:,} tokens, the model's own"
-    lines = [
-        f"{found['model']}: {tokens}, {counted(run['gpus'], 'GPU')}, {zero}, {batch}, bf16, {trained}",
-        f"parameters: {parameters['trainable']:,} trained ({parameters['lora']:,} of LoRA), "
-        f"{parameters['frozen']:,} frozen{packed}",
-        f"attention: {found['attention']} in training",
-        "",
-        f"{'GB on each GPU':<32}" + "".join(f"{name:>16}" for name in WAYS),
-    ]
-
-    def row(name: str, values: list[str]) -> str:
-        return f"{name:<32}" + "".join(f"{value:>16}" for value in values)
-
-    memory, total = found["memory"], found["total"]
-    for part in memory["default"]:
-        lines.append(row(part, [f"{memory[name][part] / 1e9:,.2f}" for name in WAYS]))
-    lines.append(row("together", [f"{total[name] / 1e9:,.2f}" for name in WAYS]))
-    fits = ["yes" if total[name] <= found["gpu_memory"] else "no" for name in WAYS]
-    lines.append(row(f"fits in {found['gpu_memory'] / 1e9:g} GB", fits))
-    lines.append(row("longest context that fits", [_tokens(found["longest_context"][name]) for name in WAYS]))
-    if run["offload"]:
-        lines.append(f"in the host's memory: {found['host_memory'] * run['gpus'] / 1e9:,.1f} GB")
-    if "sent" in found:
-        lines += ["", *sent_lines(found["sent"], found["link"])]
-    s2, dense = found["flops_of_a_sequence"]["s2"], found["flops_of_a_sequence"]["dense"]
-    lines += ["", f"{'TFLOP, forward and backward':<32}{'S2-Attn':>16}{'dense':>16}{'dense / S2':>16}"]
-    for name, what, scale in (
-        ("attention of a sequence", "attention", 1e12),
-        ("all of a sequence", "all", 1e12),
-        ("of a token", "all", 1e12 * context),
-        (f"of a step of {counted(step, 'sequence')}", "all", 1e12 / step),
-    ):
-        values = [f"{flops[what] / scale:,.4g}" for flops in (s2, dense)]
-        lines.append(row(name, [*values, f"{dense[what] / s2[what]:.2f}"]))
-    lines += [
-        "",
-        "default: activation checkpointing (all but a layer's input is computed again) and the loss in tiles, as",
-        "finetune_llama.py does. Attention counts the pairs attended to, half of the square for dense. Gradients are",
-        "counted as if all were there in the backward pass. No GPU has confirmed these figures yet.",
-    ]
-    return "\n".join(lines)
-
-
-def _tokens(longest: int) -> str:
-    return f"{longest:,}" if 0 < longest < MOST else "none" if longest == 0 else f"over {MOST:,}"
 
 
 @as_program("plan.py")

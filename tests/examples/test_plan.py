@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, Llama4Tex
 import finetune_llama
 import measured_peak
 import plan as command
+from app.planning import calibration
 from app.planning.dry_run import Counts, cpu_scratch, cuda_scratch
 from app.planning.planner import GRAIN, Plan, Run, Way
 from finetune_runs import environment, torchrun
@@ -327,3 +328,29 @@ def test_mistakes_end_in_one_line(options: list[str], message: str, capsys) -> N
     with pytest.raises(SystemExit, match="2"):
         command.main(options)
     assert message in capsys.readouterr().err
+
+
+def test_hours_follow_from_one_measured_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--model", "examples/tiny_llama", "--context", "1024", "--gpus", "2", "--zero", "0", "--calibrate"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(Path(__file__).parents[2])
+        patch.setattr(calibration.measure_rate, "__defaults__", (0.0,))  # the first step is long enough
+        command.main([*argv, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    rate, flops = found["rate"], found["flops_of_a_sequence"]["s2"]["all"]
+    assert (rate["tokens"], rate["layers"], rate["dtype"]) == (128, 2, "float32")
+    lines = {line[:32].strip(): line[32:].split() for line in calibration.rate_lines(found)}
+    speed = 2 * rate["flops_a_second"]
+    assert lines["tokens a second"][0] == f"{speed / flops * 1024:,.4g}"
+    assert lines["hours of 1,000 steps"][0] == f"{1000 * 64 * flops / speed / 3600:,.4g}"
+
+
+def test_the_rate_is_of_the_operations_that_run() -> None:
+    """Two layers of the model, embedding and loss, as they run on real tensors."""
+    plan = Plan(small(), 512, Run(zero=0))
+    rate = calibration.measure_rate(plan, enough=0.0)
+    model = Plan(small(2), 512, Run(zero=0, dtype=torch.float32, scratch=cpu_scratch)).model(Way(), device="cpu")
+    ids = torch.zeros(1, rate.tokens, dtype=torch.long)
+    with Counts(model, cpu_scratch) as counts:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert rate.flops_a_second * rate.seconds == pytest.approx(counts.flops.total(), rel=1e-6)

@@ -126,8 +126,8 @@ class Plan:
         weights = [module.weight for module in linear if module is not model.get_output_embeddings()]
         return [weight for weight in weights if not weight.requires_grad] if self.run.load_in_4bit else []
 
-    def model(self, way: Way, layers: Sequence[int] | None = None) -> Any:
-        """The model on the meta device, as DeepSpeed trains it: its fp32 masters are elsewhere.
+    def model(self, way: Way, layers: Sequence[int] | None = None, device: str = "meta") -> Any:
+        """The model, by default on the meta device, as DeepSpeed trains it: its fp32 masters are elsewhere.
 
         Of its layers it has those that are named, or all.
         """
@@ -135,7 +135,7 @@ class Plan:
         if way.dense:
             config.s2attn_mode = "dense"
         attention = NAME if self.run.sequence_parallel_size == 1 else shared_sequences.NAME
-        with torch.device("meta"):
+        with torch.device(device):
             model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=self.run.dtype)
             if layers is not None:
                 self._check_kinds(layers_of(model))
@@ -226,6 +226,10 @@ class Plan:
         flops = self.step(Way(dense=dense)).flops
         attention = sum(count for op, count in flops.items() if op.startswith("longlora."))
         return {"attention": attention // self.run.batch, "all": sum(flops.values()) // self.run.batch}
+
+    def flops_of(self, layers: Sequence[int]) -> int:
+        """Operations of a forward and backward pass of one sequence, by these layers, the embedding and the loss."""
+        return self._run(layers, Way()).flops.total() // self.run.batch
 
     def longest(self, way: Way, memory: int) -> int:
         """The longest context, a multiple of `GRAIN` up to `MOST`, that fits in so many bytes; 0 if there is none."""
