@@ -9,7 +9,6 @@ from fractions import Fraction
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -78,9 +77,8 @@ def test_a_name_with_a_colon_that_is_there_is_a_name() -> None:
 )
 def test_what_is_no_weight_is_refused(words: list[str], message: str) -> None:
     Path("books").mkdir()
-    with pytest.raises(ValueError, match=".") as raised:
+    with pytest.raises(ValueError, match=re.escape(message)):
         read_sources(words)
-    assert message in str(raised.value)
 
 
 def counting(lengths: list[int], first: int) -> list[list[int]]:
@@ -241,10 +239,12 @@ def test_conversations_are_mixed_too(material: list[str], capsys: pytest.Capture
         Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     finetune_llama.main([*material, "--task", "sft", "--train_file", "a.jsonl:1", "b.jsonl:1"])
     said = banner(capsys.readouterr().out)
-    assert re.fullmatch(r"a.jsonl 5.* 50.0% asked: .* of 19 samples", said["mixture"])
+    # 19 samples cut to the context of 128 tokens, and as many tokens of the short ones.
+    assert re.fullmatch(r"a.jsonl 5\d.\d% of .* 50.0% asked: 2,432 of 2,432 tokens, 19 of 19 samples", said["mixture"])
     (short,) = (value for title, value in said.items() if title.startswith("b.jsonl "))
-    assert re.fullmatch(r"([\d,]+) of \1 tokens, 57 of 57 samples", short)  # the fewest
-    assert int(said["mixture"].split()[-4]) + 57 == int(said["samples"].split()[0])
+    tokens, samples = re.fullmatch(r"([\d,]+) of 2,\d+ tokens, (\d+) of 57 samples", short).groups()
+    assert 2370 < int(tokens.replace(",", "")) <= 2432
+    assert said["samples"].startswith(f"{19 + int(samples)} with ")
     material[material.index("out")] = "again"
     words = ["--task", "sft", "--train_file", "a.jsonl", "b.jsonl", "--max_document_tokens", "100"]
     finetune_llama.main([*material, *words, "--context_length", "64"])
