@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
     with one_clear_error(f"the tokenizer of {options.model_name_or_path}: "):
         tokenizer = load_tokenizer(options, text.task)
     with one_clear_error():
-        data = read_data(text, tokenizer, base_config, config, run)
+        data = read_data(text, tokenizer, base_config, config, run, args.seed)
         check_training(args, data)
         run.settle(data.settings)
         check_versions(earlier)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer
+from peft import LoraConfig, get_peft_model
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from finetune_runs import ROOT, environment, torchrun
 from longlora_ext.adapter import load
@@ -119,3 +123,26 @@ def test_trl_learns_from_answers_alone(tmp_path: Path, monkeypatch: pytest.Monke
     learned = tokenizer.decode(batch["input_ids"][batch["labels"] != -100])
     assert "answer" in learned and "question" not in learned and "user" not in learned
     check_adapter(tmp_path / "adapter")
+
+
+def test_a_folder_that_names_its_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What docs/other_trainers.md writes for trainers that are configured in YAML: the model attends by S2-Attn, and
+    an adapter of PEFT's own merges into a model with the longer context."""
+    page = (ROOT / "docs" / "other_trainers.md").read_text(encoding="utf-8")
+    prepare, merge = (block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "from_pretrained(" in block)
+    shutil.copytree(ROOT / "examples" / "tiny_llama", tmp_path / "llama-32768")
+    monkeypatch.chdir(tmp_path)
+    exec(prepare.replace(" 32768)", " 1024)"), {})
+    config = AutoConfig.from_pretrained("llama-32768")
+    model: Any = AutoModelForCausalLM.from_pretrained("llama-32768", config=config)  # as LLaMA-Factory does
+    assert model.config._attn_implementation == "s2attn" and model.config.s2attn_group_size == 256
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"])).train()
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        adapted(input_ids=torch.arange(600)[None], use_cache=False)
+    layers = model.config.num_hidden_layers
+    assert {event.key: event.count for event in seen.key_averages()}["longlora::s2attn"] == layers
+    adapted.save_pretrained("out")
+    exec(merge, {})
+    merged = AutoConfig.from_pretrained("merged")
+    assert (merged._attn_implementation, merged.max_position_embeddings) == (None, 1024)
+    assert merged.rope_parameters["factor"] == 4

@@ -314,9 +314,31 @@ def run_in_wheel(wheel: Path, folder: Path, script: str) -> str:
     ).stdout  # fmt: skip
 
 
+def run_without_compilers(wheel: Path, folder: Path, script: str) -> str:
+    """What a script prints in a new environment in which pip has installed the wheel, with nothing on the path. torch is
+    that of these tests."""
+    venv, empty = folder / "venv", folder / "empty"
+    empty.mkdir()
+    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+    (site,) = venv.glob("lib/python3.*/site-packages")
+    (site / "torch_of_the_tests.pth").write_text(f"{TORCH.parent}\n")
+    environment = {"PATH": str(empty), "HOME": str(folder)}
+    install = ["-m", "pip", "install", "--no-index", "--no-deps", "--ignore-installed", wheel]
+    script = (
+        "import shutil; assert not any(map(shutil.which, ('g++', 'cc', 'nvcc', 'cmake', 'ninja'))); import torch; "
+        f"import longlora_ext as l; assert l.__file__.startswith({str(site)!r}), l.__file__; {script}"
+    )
+    for arguments in (install, ["-c", script]):
+        command = [venv / "bin" / "python", *arguments]
+        done = subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 @pytest.mark.full
 def test_isolated_wheel(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From a source distribution that has all sources: one py3-none wheel with the library in it, which computes."""
+    """From a source distribution that has all sources: one py3-none wheel with the library in it, which computes, also
+    where no compiler is."""
     monkeypatch.setenv("CUDACXX", "")
     command = [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)]
     subprocess.run(command, cwd=sources, check=True, capture_output=True)
@@ -331,6 +353,8 @@ def test_isolated_wheel(sources: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert re.fullmatch(r"longlora_ext-[\d.]+-py3-none-linux_\w+\.whl", wheel.name)
     script = "x = torch.randn(3, 1, 32, 2, 8); print(l.s2attn(*x, 8).shape)"
     assert "[1, 32, 2, 8]" in run_in_wheel(wheel, tmp_path / "site", script)
+    train = "x = torch.randn(3, 1, 32, 2, 8, requires_grad=True); l.s2attn(*x, 8).sum().backward(); print(x.grad.shape)"
+    assert "[3, 1, 32, 2, 8]" in run_without_compilers(wheel, tmp_path, train)
     assert device_code(tmp_path / "site" / "longlora_ext" / "_C.so") == set()
 
 

@@ -36,7 +36,7 @@ def oldest() -> list[str]:
     pins = [f"torch=={torch.__version__.partition('+')[0]}"]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    for line in [*project["dependencies"], *extras["train"], *extras["trl"], *extras["test"]]:
+    for line in [*project["dependencies"], *extras["train"], *extras["trl"], *extras["tracking"], *extras["test"]]:
         requirement = Requirement(line)
         bounds = {specifier.operator: specifier.version for specifier in requirement.specifier}
         if requirement.name != "torch" and ">=" in bounds:

@@ -52,3 +52,6 @@ def test_two_commands_do_the_set_up() -> None:
         "deepspeed examples/finetune_llama.py",
         "pytest -n 2 --dist loadfile",
     ]
+    assert {command.rsplit(" && ", 1)[0] for command in commands} == {
+        line.removeprefix("RUN ") for line in (ROOT / "Dockerfile").read_text().splitlines() if "venv .venv" in line
+    }

@@ -20,6 +20,12 @@ from app.runs.wording import counted
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}")
 
 
+def is_there(source: str) -> bool:
+    """Whether a file, a folder or files of a glob pattern are there under just that name."""
+    path = Path(source).expanduser()
+    return os.path.lexists(path) or bool(_matching(path))
+
+
 def find_files(source: str) -> list[str]:
     """The files that one `--train_file` names. What is left out of a folder or a pattern is said.
 
@@ -34,6 +40,23 @@ def find_files(source: str) -> list[str]:
         ValueError: A file of a format that cannot be read, or what is no file.
         OSError: A folder that cannot be searched.
     """
+    files, left_out = _find(source)
+    _tell(source, left_out)
+    return files
+
+
+def check_named_once(sources: Sequence[str]) -> None:
+    """Raise `ValueError` if two sources name one file, and as `find_files` does."""
+    owners: dict[str, tuple[int, str]] = {}
+    for number, source in enumerate(sources):
+        for file in _find(source)[0]:
+            owner, other = owners.setdefault(os.path.realpath(file), (number, source))
+            if owner != number:
+                raise ValueError(f"{file} is named twice: by {other} and by {source}")
+
+
+def _find(source: str) -> tuple[list[str], Counter[str]]:
+    """The files of a source, and how many of what was left out."""
     path = Path(source).expanduser()
     if path.is_dir():
         found, left_out = search(path)
@@ -48,7 +71,7 @@ def find_files(source: str) -> list[str]:
         left_out = Counter("folder" for file in found if os.path.isdir(file) and Path(file) not in entered)
         if not files:
             if HUB_NAME.fullmatch(source) and not format_of(source):
-                return []
+                return [], left_out
             raise FileNotFoundError(
                 f"{source}: no such file, folder or glob pattern, nor a dataset name of the form "
                 "OWNER/NAME, OWNER/NAME:CONFIG or OWNER/NAME:CONFIG:SPLIT"
@@ -61,8 +84,7 @@ def find_files(source: str) -> list[str]:
             raise ValueError(f"{file}: cannot read files ending in {Path(file).suffix!r}; can read {KNOWN}")
     once = list({os.path.realpath(file): file for file in reversed(files)}.values())[::-1]
     left_out["repeated file"] += len(files) - len(once)
-    _tell(source, left_out)
-    return once
+    return once, left_out
 
 
 def search(folder: Path) -> tuple[list[str], Counter[str]]:
@@ -154,14 +176,9 @@ def _as_json(row: dict[str, Any]) -> dict[str, str]:
 
 def _each(sources: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     """The sources with their files, in none of which another's is read again."""
-    owners: dict[str, str] = {}
+    check_named_once(sources)
     for source in sources:
-        files = find_files(source)
-        for file in files:
-            owner = owners.setdefault(os.path.realpath(file), source)
-            if owner is not source:
-                raise ValueError(f"{file} is named twice: by {owner} and by {source}")
-        yield source, files
+        yield source, find_files(source)
 
 
 def _matching(pattern: Path) -> list[str]:

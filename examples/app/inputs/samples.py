@@ -51,6 +51,11 @@ class Samples(Tokenised[SampleRows]):
     """
 
     dropped: int = 0
+    noun = "sample"
+
+    @property
+    def whole_lengths(self) -> np.ndarray:
+        return self.lengths + self.column("lost")
 
     @property
     def ends(self) -> list[int]:

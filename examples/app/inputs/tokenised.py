@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar, Generic, TypeVar
 
 import datasets
 import numpy as np
@@ -24,9 +25,11 @@ class Tokenised(ABC, Generic[Rows]):
 
     Attributes:
         dataset: One row for each, with its token ids (int32) in the column `input_ids`.
+        noun: What one of them is called.
     """
 
     dataset: datasets.Dataset
+    noun: ClassVar[str]
 
     @property
     def arrow_ids(self) -> pyarrow.ChunkedArray:
@@ -37,6 +40,11 @@ class Tokenised(ABC, Generic[Rows]):
     def lengths(self) -> np.ndarray:
         """Tokens of each, int64 [documents or samples]."""
         return pyarrow.compute.list_value_length(self.arrow_ids).to_numpy().astype(np.int64)
+
+    @property
+    def whole_lengths(self) -> np.ndarray:
+        """The same before any was cut to the context."""
+        return self.lengths
 
     @property
     def tokens(self) -> int:
@@ -57,6 +65,10 @@ class Tokenised(ABC, Generic[Rows]):
     def ids(self, index: int) -> np.ndarray:
         """The token ids of one document or sample, int64 [length]."""
         return np.asarray(self.dataset[index]["input_ids"], dtype=np.int64)
+
+    def select(self, which: np.ndarray) -> Tokenised[Rows]:
+        """Some of them, by their indices."""
+        return replace(self, dataset=self.dataset.select(which))
 
     @abstractmethod
     def hold_out(self) -> tuple[Tokenised[Rows], Tokenised[Rows]]:
@@ -97,3 +109,9 @@ class Tokenised(ABC, Generic[Rows]):
             Token ids of each document or sample, int64 [length], and which of them to score, as for
             `sliding_window_perplexity`: labels of the same shapes, or None for all.
         """
+
+
+def joined(parts: Sequence[Tokenised[Rows]]) -> Tokenised[Rows]:
+    """All of several, in their order. What else they count is added up."""
+    counts = {field.name: sum(getattr(part, field.name) for part in parts) for field in fields(parts[0])[1:]}
+    return replace(parts[0], dataset=datasets.concatenate_datasets([part.dataset for part in parts]), **counts)

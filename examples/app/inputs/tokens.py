@@ -28,6 +28,7 @@ class Documents(Tokenised[PackedSequences]):
     """
 
     empty: int = 0
+    noun = "document"
 
     def hold_out(self) -> tuple[Documents, Documents]:
         """Set every 20th document aside, and never none. A single document gives up its last tenth.

@@ -139,10 +139,18 @@ def _absolute(arguments: Sequence[str]) -> list[str]:
     for word in arguments:
         name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
         option = name.lstrip("-").replace("-", "_") or option
-        if option in PATHS and value and glob.glob(value, recursive=True):
-            value = os.path.abspath(value)
+        if option in PATHS and value:
+            value = _absolute_path(value)
         words.append(name + equals + value)
     return words
+
+
+def _absolute_path(value: str) -> str:
+    """A path, perhaps with a weight behind a colon, made absolute if it is there."""
+    for path, weight in ((value, ""), value.rpartition(":")[::2]):
+        if path and glob.glob(path, recursive=True):
+            return os.path.abspath(path) + (f":{weight}" if weight else "")
+    return value
 
 
 def _command(manifest: Path) -> str:

@@ -144,8 +144,17 @@ class DataOptions:
         metadata={
             "help": "Text to train on: files (.txt .md .rst .py: one document each; .jsonl .json .parquet: "
             "one document per row; also compressed as .gz or .zst), folders, glob patterns, or hub datasets "
-            "OWNER/NAME[:CONFIG[:SPLIT]]. Default: Python's standard library."
+            "OWNER/NAME[:CONFIG[:SPLIT]]. Default: Python's standard library. With weights, books/:0.7 chat.jsonl:0.3, "
+            "each has that share of the tokens: the one with the fewest tokens for its weight is used whole, and whole "
+            "documents of the others, chosen by --seed, fill their shares. None is repeated."
         },
+    )
+    min_document_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Leave out documents of --train_file with fewer tokens, before weights are applied."},
+    )
+    max_document_tokens: int | None = field(
+        default=None, metadata={"help": "Leave out documents of --train_file with more tokens."}
     )
     eval_file: list[str] | None = field(
         default=None,

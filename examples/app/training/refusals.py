@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers.utils import is_liger_kernel_available
 
+from app.inputs.sources import read_source, read_sources
 from app.models.four_bits import check_bitsandbytes
 from app.runs.command_line import EXAMPLES, is_given
 from app.runs.errors import one_clear_error
@@ -112,6 +113,23 @@ def _check_text(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> N
         parser.error(
             "--task sft needs --train_file with questions and answers; examples/data/questions.jsonl is one to try"
         )
+    _check_choice(parser, asked)
+
+
+def _check_choice(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None:
+    """Which of the text is trained on."""
+    with one_clear_error("--train_file "):
+        read_sources(asked.train_file or [])
+    if weighted := [word for word in asked.eval_file or [] if read_source(word).weight is not None]:
+        parser.error(
+            f"--eval_file {weighted[0]} has a weight; weights are for --train_file, and this is measured whole"
+        )
+    least, most = asked.min_document_tokens, asked.max_document_tokens
+    for option, tokens in (("min_document_tokens", least), ("max_document_tokens", most)):
+        if tokens is not None and tokens < 1:
+            parser.error(f"--{option} must be 1 or more, got {tokens}")
+    if least is not None and most is not None and least > most:
+        parser.error(f"--min_document_tokens {least} is more than --max_document_tokens {most}: no document is left")
 
 
 def _check_sequence_parallel(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None:

@@ -58,11 +58,13 @@ def banner(
         "attention": f"{seen(config)} in training, {tail}dense in use",
         "training": f"{trained}: {trainable:,} of {total:,} weights, {dtype}",
         **data.train.describe(data.rows),
+        **data.choice.describe(data.train.noun),
         "steps": f"{steps}, {counted(batch, 'sequence')} in each, learning rate {args.learning_rate:g}",
         "processes": f"{WORLD_SIZE}, {sharding}{f', {shared} for each sequence' if shared > 1 else ''}",
         "output": f"{run.folder}{f', going on from {run.checkpoint.name}' if run.checkpoint else ''}",
     }
-    return "\n".join(["", *(f"{key + ':':<11}{value}" for key, value in rows.items()), ""])
+    below = "\n" + " " * 11
+    return "\n".join(["", *(f"{key + ':':<11}{value.replace(chr(10), below)}" for key, value in rows.items()), ""])
 
 
 def seen(config: PreTrainedConfig) -> str:

@@ -1,4 +1,4 @@
-"""The Trainer of a run: transformers' own, or one in which processes share sequences."""
+"""The Trainer of a run: one in which each process has its sequences, or one in which processes share them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from functools import partial
 from transformers import PreTrainedConfig, Trainer
 
 from app.training.options import ModelOptions
-from longlora_ext.parallel import SequenceParallelTrainer, check_sequence_parallel
+from app.training.step_log import LoggingTrainer, SharedLoggingTrainer
+from longlora_ext.parallel import check_sequence_parallel
 
 
 def check_sharing(config: PreTrainedConfig, options: ModelOptions) -> None:
@@ -20,5 +21,5 @@ def trainer_of(options: ModelOptions) -> Callable[..., Trainer]:
     """What makes the Trainer, given what every Trainer is given."""
     size = options.sequence_parallel_size
     if size == 1:
-        return Trainer
-    return partial(SequenceParallelTrainer, sequence_parallel_size=size, by=options.sequence_parallel)
+        return LoggingTrainer
+    return partial(SharedLoggingTrainer, sequence_parallel_size=size, by=options.sequence_parallel)
