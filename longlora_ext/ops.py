@@ -69,7 +69,8 @@ def s2attn(
             bytes is copied. All inputs are finite: a NaN or infinity shows in all rows that see it, and may show in
             rows that do not: kernels compute tiles of up to a few hundred tokens, in which what is masked weighs 0, and
             0 * NaN is NaN. So a NaN in `v` may reach earlier rows and other documents, and in the backward pass one in
-            any input or in the gradient may; none reaches other rows of the batch or other KV heads.
+            any input or in the gradient may; none reaches other rows of the batch or other KV heads. With `sink`,
+            one in `k` or `v` of a document's first token shows in all rows of the document.
         k (`Tensor`): [B, Nk, Hkv, D], dtype and device of `q`; Hkv divides H. Nk >= N: the queries are the last of the
             keys' tokens, as with a KV cache or a prompt in parts.
         v (`Tensor`): like `k`.
