@@ -37,7 +37,6 @@ import torch
 from torch import Tensor
 
 from draw import draw
-from longlora_ext import s2attn
 from providers import PROVIDERS, Attention, NotHere, Pattern, Point, Provider
 from table import tables
 
@@ -113,11 +112,7 @@ def check(point: Point, pattern: Pattern, attend: Attention, tensors: tuple[Tens
         out = attend(*inputs)
         return out.detach()[:, same_from:], *torch.autograd.grad(out, inputs, dout)
 
-    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        first_shifted_head, sink = pattern.first_shifted_head, pattern.sink
-        return s2attn(q, k, v, pattern.group_size, first_shifted_head=first_shifted_head, sink=sink)
-
-    expected = results(ours)
+    expected = results(pattern.attend)
     for name, a, b in zip(("out", "dq", "dk", "dv"), results(attend), expected, strict=True):
         distance = ((a.float() - b.float()).norm() / b.float().norm()).item()
         if not distance <= TOLERANCE[point.dtype]:  # NaN is not

@@ -15,7 +15,7 @@ from providers import PROVIDERS
 
 
 def style(index: int, name: str) -> dict[str, Any]:
-    return {"lw": 2.5 if name == "ours" else 1.2, "color": f"C{index}"}
+    return {"lw": 2.5 if name == "ours" else 1.2, "color": f"C{index % 10}", "ls": "-" if index < 10 else ":"}
 
 
 def draw(run: dict[str, Any], path: Path) -> None:

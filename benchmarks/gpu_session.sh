@@ -99,7 +99,8 @@ else
   wait
   # How fast is it? Each alone.
   step benchmark 150 python3 benchmarks/attention.py --rounds 10 --seconds 0.7 \
-    --providers ours_sink dense_flash dense_cudnn rolled_flash rolled_cudnn original groups_flash \
+    --providers ours_sink ours_window dense_flash dense_cudnn rolled_flash rolled_cudnn strided_flash strided_cudnn \
+    original groups_flash \
     --output "$out/attention_cuda.json"
   # Mangled names carry the namespace. The clocks stay as they are.
   step profile 50 ncu --set full --clock-control none --kernel-name-base mangled --kernel-name regex:longlora \
@@ -107,7 +108,7 @@ else
   [[ -f $out/profile.ncu-rep ]] && ncu --import "$out/profile.ncu-rep" >"$out/profile.txt"
   # In what is left of the time. Compiling takes longer than running here, half a minute a point, so only some.
   step flex 200 python3 benchmarks/attention.py --seqlen 16384 --kv_heads 8 --rounds 10 --seconds 1 \
-    --providers flex --output "$out/attention_cuda_flex.json"
+    --providers flex flex_sink flex_window ours_sink ours_window --output "$out/attention_cuda_flex.json"
 fi
 
 printf '\n'

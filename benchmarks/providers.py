@@ -13,6 +13,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from longlora_ext import s2attn
+from longlora_ext._arguments import Arguments
+from longlora_ext._flops import attended_pairs
+from longlora_ext.strided import strided as by_views
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -53,23 +56,26 @@ class Pattern:
     first_shifted_head: int
     wraps: bool = False  # the last half group attends together with the first, as rolling has it
     sink: bool = False  # rows see the first token as well
+    window: int | None = None  # and so many tokens of their group at most
 
     def pairs(self, point: Point) -> int:
         """(query, key) pairs that are attended."""
-        unshifted = causal_pairs(point.seqlen, self.group_size)
-        shifted = unshifted if self.wraps else causal_pairs(point.seqlen, self.group_size, self.group_size // 2)
-        if self.sink:  # one more a row, but for those of the first group
-            unshifted += max(0, point.seqlen - self.group_size)
-            shifted += max(0, point.seqlen - self.group_size // 2)
-        of_heads = self.first_shifted_head * unshifted + (point.heads - self.first_shifted_head) * shifted
-        return point.batch * of_heads
+        first_shifted = point.heads if self.wraps else self.first_shifted_head
+        seen = self.window, self.sink
+        return point.batch * attended_pairs(point.seqlen, self.group_size, point.heads, first_shifted, *seen)
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """By our kernels, without the wrap-around."""
+        first, sink, window = self.first_shifted_head, self.sink, self.window
+        return s2attn(q, k, v, self.group_size, first_shifted_head=first, sink=sink, window=window)
 
-def causal_pairs(seqlen: int, group_size: int, first_group: int | None = None) -> int:
-    """Pairs of one head: each group of n tokens holds n (n + 1) / 2; the first may be of another length."""
-    first = min(group_size if first_group is None else first_group, seqlen)
-    whole, rest = divmod(seqlen - first, group_size)
-    return sum(count * n * (n + 1) // 2 for count, n in ((1, first), (whole, group_size), (1, rest)))
+    def visible(self, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """As FlexAttention is told a mask."""
+        shift = torch.where(head >= self.first_shifted_head, self.group_size // 2, 0)
+        seen = (query >= key) & ((query + shift) // self.group_size == (key + shift) // self.group_size)
+        if self.window is not None:
+            seen = seen & (key > query - self.window)
+        return seen | (key == 0) if self.sink else seen
 
 
 def dense_pattern(point: Point) -> Pattern:
@@ -84,6 +90,15 @@ def sink_pattern(point: Point) -> Pattern:
     return replace(s2_pattern(point), sink=True)
 
 
+def window_pattern(point: Point) -> Pattern:
+    """A sliding window of as many keys as a row of a group sees on average."""
+    return replace(dense_pattern(point), window=point.group_size // 2)
+
+
+def window_sink_pattern(point: Point) -> Pattern:
+    return replace(window_pattern(point), sink=True)
+
+
 def rolled_pattern(point: Point) -> Pattern:
     return replace(s2_pattern(point), wraps=True)
 
@@ -92,12 +107,8 @@ def groups_pattern(point: Point) -> Pattern:
     return Pattern(point.group_size, point.heads)
 
 
-def ours(point: Point) -> Attention:
-    return lambda q, k, v: s2attn(q, k, v, point.group_size)
-
-
-def ours_with_sink(point: Point) -> Attention:
-    return lambda q, k, v: s2attn(q, k, v, point.group_size, sink=True)
+def ours(point: Point, pattern: Callable[[Point], Pattern]) -> Attention:
+    return pattern(point).attend
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend | None) -> Tensor:
@@ -145,6 +156,18 @@ def rolled(point: Point, backend: SDPBackend | None) -> Attention:
     return attend_rolled
 
 
+def strided(point: Point, backend: SDPBackend | None) -> Attention:
+    """What the package does where it has no kernel: views of the groups, shifted or not, each a call of SDPA."""
+    pattern = s2_pattern(point)
+    arguments = Arguments(pattern.group_size, pattern.first_shifted_head, scale=point.head_dim**-0.5)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend) if backend else nullcontext():
+            return by_views(q, k, v, arguments)[0]
+
+    return attend
+
+
 def original(point: Point) -> Attention:
     """How LongLoRA's own code does it: KV heads repeated, the halves of the heads as two batches, one varlen call whose
     boundaries carry the shift. Left out, in its favour, is the gather and scatter of its unpadding."""
@@ -174,26 +197,15 @@ def original(point: Point) -> Attention:
     return attend
 
 
-def s2_visible(point: Point) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """S2-Attn as FlexAttention is told a mask."""
-    group, first_shifted_head = point.group_size, point.heads // 2
-
-    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        shift = torch.where(head >= first_shifted_head, group // 2, 0)
-        return (query >= key) & ((query + shift) // group == (key + shift) // group)
-
-    return visible
-
-
-def flex(point: Point) -> Attention:
-    """FlexAttention with S2-Attn as its block mask, compiled for this very shape."""
+def flex(point: Point, pattern: Callable[[Point], Pattern]) -> Attention:
+    """FlexAttention with the pattern as its block mask, compiled for this very shape."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     if point.device == "cpu":
         raise NotHere("it has no backward on a CPU")
     torch.compiler.reset()  # a point's kernels serve no other, and too many shapes of one function would not compile
     make_mask = torch.compile(create_block_mask, dynamic=False)  # eager, it would hold [H, N, N] booleans
-    mask = make_mask(s2_visible(point), None, point.heads, point.seqlen, point.seqlen, point.device)
+    mask = make_mask(pattern(point).visible, None, point.heads, point.seqlen, point.seqlen, point.device)
     compiled = torch.compile(flex_attention, dynamic=False)
     grouped = point.heads != point.kv_heads
 
@@ -212,19 +224,31 @@ class Provider:
     devices: tuple[str, ...] = ("cuda",)
 
 
+BOTH = ("cpu", "cuda")
+#: What ours and FlexAttention are both asked for: the end of their names, in words, what a row sees.
+PATTERNS = (
+    ("", "", s2_pattern),
+    ("_sink", ", with the sink", sink_pattern),
+    ("_window", ", sliding window", window_pattern),
+    ("_window_sink", ", window and sink", window_sink_pattern),
+)
 FLASH, CUDNN = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
 
 PROVIDERS = {
-    "ours": Provider("ours", ours, s2_pattern, ("cpu", "cuda")),
-    "ours_sink": Provider("ours, with the sink", ours_with_sink, sink_pattern, ("cpu", "cuda")),
+    **{f"ours{end}": Provider(f"ours{said}", partial(ours, pattern=p), p, BOTH) for end, said, p in PATTERNS},
     "dense": Provider("dense SDPA", partial(dense, backend=None), dense_pattern, ("cpu",)),
     "dense_flash": Provider("dense, flash", partial(dense, backend=FLASH), dense_pattern),
     "dense_cudnn": Provider("dense, cuDNN", partial(dense, backend=CUDNN), dense_pattern),
     "rolled": Provider("roll + SDPA", partial(rolled, backend=None), rolled_pattern, ("cpu",)),
     "rolled_flash": Provider("roll + flash", partial(rolled, backend=FLASH), rolled_pattern),
     "rolled_cudnn": Provider("roll + cuDNN", partial(rolled, backend=CUDNN), rolled_pattern),
+    "strided": Provider("views + SDPA", partial(strided, backend=None), s2_pattern, ("cpu",)),
+    "strided_flash": Provider("views + flash", partial(strided, backend=FLASH), s2_pattern),
+    "strided_cudnn": Provider("views + cuDNN", partial(strided, backend=CUDNN), s2_pattern),
     "original": Provider("original (varlen flash)", original, s2_pattern),
-    "flex": Provider("FlexAttention", flex, s2_pattern, ("cpu", "cuda")),
+    **{
+        f"flex{name}": Provider(f"FlexAttention{said}", partial(flex, pattern=p), p, BOTH) for name, said, p in PATTERNS
+    },
     "groups": Provider("groups alone, SDPA", partial(in_groups, backend=None), groups_pattern, ("cpu",)),
     "groups_flash": Provider("groups alone, flash", partial(in_groups, backend=FLASH), groups_pattern),
 }

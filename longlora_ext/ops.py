@@ -71,7 +71,7 @@ def s2attn(
             and may show in rows that do not: kernels compute tiles of up to a few hundred tokens, in which what is
             masked weighs 0, and 0 * NaN is NaN. So a NaN in `v` may reach earlier rows and other documents, and in the
             backward pass one in any input or in the gradient may; none reaches other rows of the batch or other KV
-            heads.
+            heads. With `sink`, one in `k` or `v` of a document's first token shows in all rows of the document.
         k: [B, Nk, Hkv, D], dtype and device of `q`; Hkv divides H. Nk >= N: the queries are the last of the keys'
             tokens, as with a KV cache or a prompt in parts.
         v: Like `k`. Its head dim may differ from that of `q` and `k`; it is then the output's.

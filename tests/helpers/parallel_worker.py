@@ -99,9 +99,11 @@ def ulysses() -> Found:
     shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
     count = (shifted != -100).sum()
 
-    alone = tiny_model(dtype=torch.float32).train()
-    expected = alone(input_ids=ids, position_ids=positions, labels=labels).loss
-    expected.backward()
+    whole = {}
+    for name, (changes, _) in ULYSSES.items():
+        model = tiny_model(dtype=torch.float32, **changes).train()
+        whole[name] = model, model(input_ids=ids, position_ids=positions, labels=labels).loss
+        whole[name][1].backward()
 
     config = tiny_config(attn_implementation="s2attn")
     UlyssesSPAttentionHF.register_with_transformers(
@@ -116,8 +118,9 @@ def ulysses() -> Found:
         "num_items_in_batch": count,
     }
     found = {}
-    for name, tile in (("ulysses", None), ("ulysses tiled", TILE)):
-        model = tiny_model(dtype=torch.float32).train()
+    for name, (changes, tile) in ULYSSES.items():
+        alone, expected = whole[name]
+        model = tiny_model(dtype=torch.float32, **changes).train()
         if tile is not None:
             tile_loss(model, tile)
         loss = model(**inputs).loss
@@ -134,6 +137,12 @@ def ulysses() -> Found:
     return found
 
 
+#: DeepSpeed's Ulysses: changes of the config, and elements of the loss's tiles.
+ULYSSES: dict[str, tuple[Found, int | None]] = {
+    "ulysses": ({}, None),
+    "ulysses, a window and a sink": ({"s2attn_window": 5, "s2attn_sink": True}, None),
+    "ulysses tiled": ({}, TILE),
+}
 #: Family, changes of its config, who attends how, and what is done besides.
 SHARED: dict[str, tuple[str, Found, str, str]] = {
     "halo": ("llama", {}, "auto", "train"),
@@ -147,6 +156,7 @@ SHARED: dict[str, tuple[str, Found, str, str]] = {
     "nine dense heads": ("llama-9-heads-on-3", {"s2attn_mode": "dense"}, "auto", "train"),
     "one head": ("llama-1-head", {}, "auto", "train"),
     "a window and a sink": ("qwen2", {"s2attn_window": 5, "s2attn_sink": True}, "auto", "train"),
+    "a window and a sink by ulysses": ("llama", {"s2attn_window": 5, "s2attn_sink": True}, "ulysses", "train"),
     "sliding layers": ("mistral", {"sliding_window": 20}, "auto", "train"),
     "dense sliding layers": ("mistral", {"sliding_window": 20, "s2attn_mode": "dense"}, "auto", "train"),
     "sliding layers in evaluation": ("mistral", {"sliding_window": 7}, "ulysses", "eval"),

@@ -154,6 +154,36 @@ def test_what_is_not_finite_shows_where_it_is_seen(where: str, value: float, dty
         assert where == "v" or broken["dv"][batch, keys, 0].all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["q", "k", "v", "dout"])
+def test_what_is_not_finite_shows_by_way_of_the_sink(where: str, value: float, dtype: torch.dtype) -> None:
+    """A document's first key and value reach all rows of it, and each of these reaches their gradients."""
+    problem = Problem(batch=2, seqlen=400, heads=4, kv_heads=2, group_size=32, dtype=dtype)
+    first = 200  # of the second document
+    doc_start = torch.where(torch.arange(400) < first, 0, first).to(torch.int32).expand(2, -1).contiguous()
+    inputs = dict(zip("qkv", problem.tensors(), strict=True)) | {"dout": problem.tensors()[0]}
+    if where == "q":
+        inputs["k"].abs_()  # an infinite score of the sink that is minus infinity weighs nothing
+    row = first if where in "kv" else 390  # whose group begins far behind the sink
+    inputs[where][0, row, 0] = value
+    out, *gradients = outputs_and_grads(lambda *qkv: s2attn(*qkv, 32, doc_start, sink=True, window=9), *inputs.values())
+    broken = {"out": out, **dict(zip(("dq", "dk", "dv"), gradients, strict=True))}
+    broken = {name: ~x.isfinite().all(dim=-1) for name, x in broken.items()}
+
+    for name, there in broken.items():
+        of_the_kv_head = 1 if name in ("dk", "dv") else 2
+        assert not there[1].any() and not there[:, :, of_the_kv_head:].any(), name
+    assert where != "dout" or not broken["out"].any()
+    assert where != "v" or not broken["dv"].any()
+    rows = slice(first, None) if where in "kv" else row
+    keys = slice(first, None) if where in "kv" else [first, *range(384, 391)]
+    assert where == "dout" or broken["out"][0, rows, 0].all()
+    assert broken["dq"][0, rows, 0].all()
+    assert broken["dk"][0, keys, 0].all()
+    assert where == "v" or broken["dv"][0, keys, 0].all()
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_conversions(dtype: torch.dtype) -> None:
     """Every value of 16 bits passes through a single-token row unchanged: subnormal numbers, infinities, NaN.

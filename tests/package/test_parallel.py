@@ -12,7 +12,7 @@ import pytest
 
 from finetune_runs import ROOT, deepspeed, environment, make_model, make_text, run, torchrun
 from longlora_ext._ulysses import first_shifted_head, sequence_parallel
-from parallel_worker import SHARED
+from parallel_worker import SHARED, ULYSSES
 from patience import patience
 
 WORKER = Path(__file__).resolve().parents[1] / "helpers" / "parallel_worker.py"
@@ -35,7 +35,7 @@ def test_the_tiled_loss_trains_what_the_plain_one_trains(found: dict[str, Any], 
     assert found[case]["distance"] < 1e-5
 
 
-@pytest.mark.parametrize("case", ["ulysses", "ulysses tiled"])
+@pytest.mark.parametrize("case", ULYSSES)
 def test_two_halves_of_a_row_are_the_row(found: dict[str, Any], case: str) -> None:
     alone, together = found[case]["losses"]
     assert together == pytest.approx(alone, rel=1e-6)
@@ -81,6 +81,8 @@ def test_heads_split_in_another_way_are_refused() -> None:
 
 
 Run = tuple[list[tuple[float, float]], list[float]]
+#: Options of a pattern in which a row sees less of its group, and the first token.
+PATTERN = {"window": 5, "sink": True}
 
 
 @pytest.fixture(scope="module")
@@ -146,3 +148,26 @@ def test_the_trainer_shares_sequences(
     assert evaluated == pytest.approx(alone[1], rel=1e-4)
     for ours, theirs in zip(found, alone[0], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def alone_with_a_sink(trained: Callable[..., Run]) -> Run:
+    return trained(**PATTERN)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("config", "shared"), [("zero2", 1), ("zero3", 1), ("zero3_offload", 1), ("zero2", 2), ("zero3", 2), ("fsdp", 1)]
+)
+def test_the_sink_and_the_window_reach_the_operator(
+    trained: Callable[..., Run], alone: Run, alone_with_a_sink: Run, config: str, shared: int
+) -> None:
+    """On two processes, which have a sequence each or share one. Evaluation is dense, and so is the last step."""
+    sharding: dict[str, Any] = {"deepspeed": ROOT / "examples" / "ds_configs" / f"{config}.json"}
+    sharding = {"fsdp": "full_shard"} if config == "fsdp" else sharding
+    launcher = torchrun(2) if config == "fsdp" else deepspeed(2)
+    asked = {**PATTERN, "sequence_parallel_size": shared, "gradient_accumulation_steps": 2 * shared}
+    found, _ = trained(*launcher, **asked, **sharding)
+    for ours, theirs in zip(found, alone_with_a_sink[0], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    assert found[0][1] != pytest.approx(alone[0][0][1], rel=1e-3)  # the gradient's norm of the first step

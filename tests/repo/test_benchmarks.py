@@ -21,23 +21,26 @@ from exercise import slowest
 from finetune_runs import torchrun
 from longlora_ext import s2attn
 from longlora_ext.reference import s2attn_mask
-from providers import PROVIDERS, Attention, NotHere, Pattern, Point, original, s2_pattern, s2_visible
+from providers import PROVIDERS, Attention, NotHere, Pattern, Point, original, s2_pattern
 from table import ROOT, tables, with_tables
 
 POINT = Point("cpu", "float32", head_dim=16, heads=4, kv_heads=2, seqlen=96, batch=2, group_size=24)
 RAGGED = replace(POINT, seqlen=101)
+OURS, FLEX = ([name for name in PROVIDERS if name.startswith(kind)] for kind in ("ours", "flex"))
+
+
+def mask_of(point: Point, pattern: Pattern, head: int) -> Tensor:
+    shifted = head >= pattern.first_shifted_head
+    return s2attn_mask(point.seqlen, pattern.group_size, shifted, sink=pattern.sink, window=pattern.window)
 
 
 @pytest.mark.parametrize("point", [POINT, RAGGED, replace(POINT, seqlen=10)], ids=lambda point: str(point.seqlen))
 def test_pairs_are_those_of_the_mask(point: Point) -> None:
     def pairs(pattern: Pattern) -> int:
-        of_head = (
-            s2attn_mask(point.seqlen, pattern.group_size, head >= pattern.first_shifted_head, sink=pattern.sink).sum()
-            for head in range(point.heads)
-        )
+        of_head = (mask_of(point, pattern, head).sum() for head in range(point.heads))
         return point.batch * int(sum(of_head))
 
-    for name in ("ours", "ours_sink", "dense", "groups"):
+    for name in (*OURS, "strided", "dense", "groups"):
         pattern = PROVIDERS[name].pattern(point)
         assert pattern.pairs(point) == pairs(pattern), name
     # Rolling wraps around: all heads attend as the unshifted ones do.
@@ -49,7 +52,7 @@ def test_pairs_are_those_of_the_mask(point: Point) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_provider_computes_what_ours_does(name: str, kv_heads: int, dtype: str) -> None:
     point, provider = replace(POINT, kv_heads=kv_heads, dtype=dtype), PROVIDERS[name]
-    if name == "flex":
+    if name in FLEX:
         with pytest.raises(NotHere, match="no backward on a CPU"):
             provider.make(point)
         return
@@ -73,11 +76,21 @@ def test_original_computes_what_ours_does(point: Point, monkeypatch: pytest.Monk
     check(point, s2_pattern(point), original(point), point.tensors())
 
 
-def test_mask_for_flex_attention() -> None:
-    visible, i = s2_visible(RAGGED), torch.arange(RAGGED.seqlen)
+@pytest.mark.parametrize("name", FLEX)
+def test_mask_for_flex_attention(name: str) -> None:
+    """That of ours beside it, as the definition has it."""
+    pattern, i = PROVIDERS[name].pattern(RAGGED), torch.arange(RAGGED.seqlen)
+    assert pattern == PROVIDERS[name.replace("flex", "ours")].pattern(RAGGED)
     for head in range(RAGGED.heads):
-        mask = visible(torch.tensor(0), torch.tensor(head), i[:, None], i[None, :])
-        assert torch.equal(mask, s2attn_mask(RAGGED.seqlen, RAGGED.group_size, head >= RAGGED.heads // 2))
+        mask = pattern.visible(torch.tensor(0), torch.tensor(head), i[:, None], i[None, :])
+        assert torch.equal(mask, mask_of(RAGGED, pattern, head))
+
+
+def test_the_window_has_as_many_pairs_as_the_groups() -> None:
+    """But for a few at the edges: an average of half a group."""
+    point = replace(POINT, seqlen=4096, group_size=1024)
+    groups, window = (PROVIDERS[name].pattern(point).pairs(point) for name in ("ours", "ours_window"))
+    assert window == pytest.approx(groups, rel=0.05)
 
 
 def unshifted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -130,7 +143,7 @@ def test_run_from_measurement_to_table(tmp_path: Path) -> None:
     for point in measured["points"]:
         assert list(point["results"]) == expected  # none is dropped without a word
         assert {name for name, result in point["results"].items() if "reason" in result} == (
-            {"flex"} | ({"rolled"} if point["kv_heads"] == 1 else set())
+            {*FLEX} | ({"rolled"} if point["kv_heads"] == 1 else set())
         )
         ours = point["results"]["ours"]
         for direction, operations in (("forward", 4), ("backward", 10)):
