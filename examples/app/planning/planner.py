@@ -90,11 +90,11 @@ class Plan:
         self.base, self.tokens, self.run = config, tokens, run
         # Less than the model's own context is planned for in a search: in groups of that, and RoPE as it is.
         context = max(tokens, context_length(config))
-        asked = run.group_size and min(run.group_size, 2 * context)
+        group_size = run.group_size and min(run.group_size, 2 * context)
         self.config = config_for(
             config,
             context,
-            group_size=asked or even_group_size(tokens * DEFAULT_GROUP_RATIO),
+            group_size=group_size or even_group_size(tokens * DEFAULT_GROUP_RATIO),
             sink=run.sink,
             window=run.window,
             dense_layers=run.dense_layers,

@@ -144,29 +144,29 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingArgum
         if action.dest == "gradient_accumulation_steps" and named is not None:
             action.help = ACCUMULATION_HELP
 
-    asked, unknown = parser.parse_known_args(argv)
+    options, unknown = parser.parse_known_args(argv)
     if unknown:
         parser.error(f"unknown argument: {' '.join(unknown)}")
     if is_given(argv, "num_train_epochs") and not is_given(argv, "max_steps"):
         parser.set_defaults(max_steps=-1)
-    if (named or asked.recipe) and not is_given(argv, "gradient_accumulation_steps"):
-        batch = asked.per_device_train_batch_size * WORLD_SIZE // max(1, asked.sequence_parallel_size)
+    if (named or options.recipe) and not is_given(argv, "gradient_accumulation_steps"):
+        batch = options.per_device_train_batch_size * WORLD_SIZE // max(1, options.sequence_parallel_size)
         parser.set_defaults(gradient_accumulation_steps=accumulation(batch))
-    if asked.fp16 and not is_given(argv, "bf16"):
+    if options.fp16 and not is_given(argv, "bf16"):
         parser.set_defaults(bf16=False)
-    if not asked.deepspeed and not torch.accelerator.is_available():
+    if not options.deepspeed and not torch.accelerator.is_available():
         # Or accelerate brings no process group up, and each of several processes takes itself for the only one.
         parser.set_defaults(use_cpu=True)
-    if asked.output_dir is None:
+    if options.output_dir is None:
         parser.set_defaults(output_dir="")  # named after model and context, later
-    check_options(parser, argv, asked)
+    check_options(parser, argv, options)
 
     with one_clear_error():
-        if asked.deepspeed:
+        if options.deepspeed:
             prepare_deepspeed()
             parser.set_defaults(accelerator_config=USE_CONFIGURED_STATE)
-        if asked.fsdp:
-            argv = [*argv, *_prepare_fsdp(parser, asked)]
+        if options.fsdp:
+            argv = [*argv, *_prepare_fsdp(parser, options)]
         model, data, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     if training.fsdp:
         compute_in(training, compute_dtype(training))
@@ -184,10 +184,10 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingArgum
     return model, data, training
 
 
-def _prepare_fsdp(parser: Parser, asked: argparse.Namespace) -> list[str]:
+def _prepare_fsdp(parser: Parser, options: argparse.Namespace) -> list[str]:
     """Get ready for FSDP; returns arguments for the Trainer that take the place of those that were given."""
-    config = fsdp_config(asked)
-    on_cpu = bool(asked.use_cpu) or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    config = fsdp_config(options)
+    on_cpu = bool(options.use_cpu) or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     prepare_fsdp(on_cpu, load_once=config["cpu_ram_efficient_loading"])
     parser.set_defaults(
         # Or each process holds the gradients of all weights until the last batch of a step.

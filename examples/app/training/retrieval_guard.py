@@ -73,10 +73,10 @@ class RetrievalGuard(TrainerCallback):
 
     def _question(self, tokenizer: PreTrainedTokenizerBase, depth: float) -> tuple[list[int], list[int]]:
         """Prompt and answer in tokens, together as long as the model's own context or a little shorter."""
-        asked = passkey(random.Random(f"guard {depth}"))
+        question = passkey(random.Random(f"guard {depth}"))
 
         def tokens_of(fillers: int) -> tuple[list[int], list[int]]:
-            return answer_ids(tokenizer, asked.prompt(fillers, [depth]), f" {asked.answer}")
+            return answer_ids(tokenizer, question.prompt(fillers, [depth]), f" {question.answer}")
 
         bare, hundred = (sum(map(len, tokens_of(fillers))) for fillers in (0, 100))
         fillers = int((self.length - bare) / ((hundred - bare) / 100))
