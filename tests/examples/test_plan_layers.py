@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 import plan as command
+from app.planning.communication import Sent, sent
 from app.planning.dry_run import Counts
 from app.planning.planner import Plan, Run, Way
 from longlora_ext._flops import attended_pairs
@@ -163,6 +164,22 @@ def test_windows_of_the_models_own_are_counted(name: str, window: int | None) ->
         flops = plan.step(Way(checkpointing=False, tiled_loss=False, dense=dense)).flops
         attention = sum(count for op, count in flops.items() if op.startswith("longlora."))
         assert attention == (2 + 5) * 2 * 16 * sum(of_layers)
+
+
+def test_windows_of_the_models_own_are_sent() -> None:
+    """By the halo, as much as the same window that is asked for; layers without one send what their groups need."""
+
+    def halo(kind: str, **fields: Any) -> Sent:
+        config = AutoConfig.for_model(kind, **{**SIZES, "pad_token_id": 0, **fields})
+        return sent(config, TOKENS, 4, "halo")
+
+    asked, full = (halo("mistral", s2attn_group_size=64, s2attn_window=window) for window in (24, None))
+    assert halo("mistral", s2attn_group_size=64, sliding_window=24) == asked
+    assert asked.all < full.all
+    assert halo("mistral", s2attn_group_size=64, sliding_window=TOKENS) == full
+    types = ["sliding_attention", "full_attention", "full_attention"] * 2
+    mixed = halo("gemma3_text", s2attn_group_size=64, sliding_window=24, layer_types=types)
+    assert mixed.all == (2 * asked.all + 4 * full.all) // 6 and mixed.forward == max(asked.forward, full.forward)
 
 
 def test_the_command_counts_experts(tmp_path: Path, capsys, monkeypatch) -> None:

@@ -44,6 +44,16 @@ def test_a_window_that_holds_all_tokens_is_none(training: bool) -> None:
         assert not torch.equal(*differ)
 
 
+def test_a_window_that_holds_all_tokens_makes_no_documents() -> None:
+    """Which would be a row of zeros that every kernel reads, and no views of groups where there is no kernel."""
+    masks = []
+    model = tiny_model("mistral", sliding_window=12).train()
+    layer = model.model.layers[0].self_attn
+    layer.register_forward_pre_hook(lambda _, args, given: masks.append(given["attention_mask"]), with_kwargs=True)
+    model(tokens(1, 12))
+    assert masks == [None]
+
+
 @pytest.mark.parametrize(
     ("kind", "fields"),
     [

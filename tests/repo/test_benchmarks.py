@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -109,6 +110,11 @@ def not_a_number(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def test_wrong_provider_is_refused(wrong: Attention, name: str) -> None:
     with pytest.raises(NotHere, match=f"^{name} differs from ours by"):
         check(POINT, s2_pattern(POINT), wrong, POINT.tensors())
+
+
+def test_processor_time_leaves_out_what_others_take() -> None:
+    _, elapsed = Clock("cpu", processor_time=True).time(lambda: time.sleep(0.5))
+    assert elapsed() < 500
 
 
 def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 from transformers import PreTrainedConfig
 
 from app.planning.planner import Plan, Run, Way
-from app.planning.shared_sequences import layout_of
+from app.planning.shared_sequences import layout_of, own_windows
 from longlora_ext.config import context_length
+from longlora_ext.parallel._layout import Layout
 
 #: GB that a GPU sends in a second, assumed: an H100's NVLink has 450, a 400 Gb/s network card 50.
 LINK = 50.0
@@ -58,16 +61,29 @@ def sent(
     size = (getattr(config, "head_dim", None) or config.hidden_size // heads) * itemsize
     part = tokens // gpus
     if way == "halo":
-        layout = layout_of(config, part * gpus, gpus, batch, group)
-        pairs = [[layout.numbers_sent(one, other) for other in range(gpus)] for one in range(gpus)]
-        forward = size * max(map(sum, pairs))
-        backward = size * max(sum(row[gpu] for row in pairs) for gpu in range(gpus))  # what came goes back as gradients
+        return _sent_by_halo(
+            Counter(own_windows(config)), size, partial(layout_of, config, part * gpus, gpus, batch, group)
+        )
     elif way == "ulysses":
         forward = backward = size * batch * (2 * heads + 2 * max(kv_heads, gpus)) * part * (gpus - 1) // gpus
     else:
         forward = size * batch * 2 * kv_heads * part * (gpus - 1)
         backward = 2 * forward  # keys and values once more, and their gradients
     return Sent(forward, backward, config.num_hidden_layers * (2 * forward + backward))
+
+
+def _sent_by_halo(layers: Counter[int | None], size: int, layout_of_window: Callable[..., Layout]) -> Sent:
+    """Of the kind of layers that sends most, and of all. `layers` are how many have each window of their own."""
+    kinds = []
+    for window, count in layers.items():
+        layout = layout_of_window(own_window=window)
+        gpus = range(layout.ranks)
+        pairs = [[layout.numbers_sent(one, other) for other in gpus] for one in gpus]
+        forward = size * max(map(sum, pairs))
+        backward = size * max(sum(row[gpu] for row in pairs) for gpu in gpus)  # what came goes back as gradients
+        kinds.append((forward, backward, count * (2 * forward + backward)))
+    forward, backward, _ = max(kinds)
+    return Sent(forward, backward, sum(total for *_, total in kinds))
 
 
 def sending(plan: Plan) -> dict[str, dict[str, int]]:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
-from longlora_ext._mask import s2attn_mask
-from longlora_ext._pattern import is_dense_layer, sink, window
+from longlora_ext._mask import attention_window, s2attn_mask
+from longlora_ext._pattern import is_dense_layer, sink, smaller, window
 from longlora_ext.config import attention_mode, group_size
 from longlora_ext.parallel._exchange import Exchange
 from longlora_ext.parallel._halo import HaloAttention
@@ -54,9 +54,28 @@ class Swap(torch.autograd.Function):
         return torch.empty_like(sent[0].contiguous())
 
 
-def layout_of(config: PreTrainedConfig, tokens: int, gpus: int, batch: int = 1, group: int | None = None) -> Layout:
-    """Who lacks what of a sequence that is one document, in groups of the config's size or another."""
+def own_windows(config: PreTrainedConfig) -> list[int | None]:
+    """Of each layer the sliding window that the model itself has there."""
+    types = getattr(config, "layer_types", None)
+    if not types:
+        return [attention_window(config)] * config.num_hidden_layers
+    return [config.sliding_window if "sliding" in kind else None for kind in types]
+
+
+def layout_of(
+    config: PreTrainedConfig,
+    tokens: int,
+    gpus: int,
+    batch: int = 1,
+    group: int | None = None,
+    own_window: int | None = None,
+) -> Layout:
+    """Who lacks what of a sequence that is one document, in a layer with this sliding window of its own, or without.
+
+    Its groups have the config's size or another.
+    """
     heads = config.num_attention_heads
+    own_window = own_window if own_window is not None and own_window < tokens else None
     part = tokens // gpus
     return Layout(
         ranks=gpus,
@@ -66,8 +85,8 @@ def layout_of(config: PreTrainedConfig, tokens: int, gpus: int, batch: int = 1, 
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         group_size=group or group_size(config),
         first_shifted_head=heads // 2,
-        window=window(config),
-        sink=sink(config),
+        window=smaller(own_window, window(config)),
+        sink=own_window is None and sink(config),
     )
 
 
@@ -81,7 +100,7 @@ def by_halo(config: PreTrainedConfig, gpus: int, by: str) -> bool:
 
 
 def attend(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: [batch, heads, tokens of this GPU, head_dim], out [batch, tokens, heads, ...].
 
@@ -93,10 +112,11 @@ def attend(
     batch, part, heads, head_dim = tensors[0].shape
     tokens = gpus * part
     if by_halo(config, gpus, by):
-        layout = layout_of(config, tokens, gpus, batch)
+        own_window = kwargs.get("sliding_window")
+        layout = layout_of(config, tokens, gpus, batch, own_window=own_window)
         if dense:
             whole = tokens + tokens % 2
-            layout = Layout(gpus, part, layout.positions, heads, layout.kv_heads, whole, heads)
+            layout = Layout(gpus, part, layout.positions, heads, layout.kv_heads, whole, heads, own_window)
         most = max(range(gpus), key=lambda gpu: sum(block.numbers for block in layout.lacking(gpu)))
         places = torch.empty(batch, part, dtype=torch.long, device=query.device)
         # The rows of sinks are not made: which there are is nothing that a shape says.
