@@ -315,8 +315,9 @@ def run_in_wheel(wheel: Path, folder: Path, script: str) -> str:
 
 
 def run_without_compilers(wheel: Path, folder: Path, script: str) -> str:
-    """What a script prints in a new environment in which pip has installed the wheel, with nothing on the path. torch is
-    that of these tests."""
+    """What a script prints in a new environment in which pip has installed the wheel, with nothing on the path.
+
+    torch is that of these tests."""
     venv, empty = folder / "venv", folder / "empty"
     empty.mkdir()
     subprocess.run([sys.executable, "-m", "venv", venv], check=True)
