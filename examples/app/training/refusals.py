@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_liger_kernel_available
 
 from app.inputs.sources import read_source, read_sources
@@ -46,6 +47,7 @@ def check_options(parser: argparse.ArgumentParser, argv: Sequence[str], asked: a
         _check_deepspeed(parser, asked.deepspeed)
     check_fsdp(parser, asked)
     _check_sequence_parallel(parser, asked)
+    _check_trackers(parser, asked)
     if asked.load_in_4bit:
         _check_4bit(parser, asked)
     if asked.use_liger_kernel:
@@ -145,6 +147,16 @@ def _check_sequence_parallel(parser: argparse.ArgumentParser, asked: argparse.Na
         parser.error(f"{option} does not go with --check_retrieval, whose prompts no process shares")
     if WORLD_SIZE % size:
         parser.error(f"{option} does not divide the number of processes, {WORLD_SIZE}")
+
+
+def _check_trackers(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None:
+    names = [asked.report_to] if isinstance(asked.report_to, str) else asked.report_to or []
+    installed = get_available_reporting_integrations()
+    if missing := [name for name in names if name not in ("all", "none", *installed)]:
+        parser.error(
+            f"--report_to {missing[0]}: transformers knows no such tracker, or its package is not installed; installed "
+            f"are {', '.join(installed) or 'none'}. pip install '.[tracking]' brings tensorboard and trackio"
+        )
 
 
 def _check_4bit(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None:
