@@ -150,11 +150,10 @@ def _check_sequence_parallel(parser: argparse.ArgumentParser, asked: argparse.Na
 
 
 def _check_trackers(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None:
-    names = [asked.report_to] if isinstance(asked.report_to, str) else asked.report_to or []
     installed = get_available_reporting_integrations()
-    if missing := [name for name in names if name not in ("all", "none", *installed)]:
+    if asked.report_to not in ("all", "none", *installed):
         parser.error(
-            f"--report_to {missing[0]}: transformers knows no such tracker, or its package is not installed; installed "
+            f"--report_to {asked.report_to}: transformers knows no such tracker, or its package is not installed; installed "
             f"are {', '.join(installed) or 'none'}. pip install '.[tracking]' brings tensorboard and trackio"
         )
 
