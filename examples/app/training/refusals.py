@@ -153,8 +153,8 @@ def _check_trackers(parser: argparse.ArgumentParser, asked: argparse.Namespace) 
     installed = get_available_reporting_integrations()
     if asked.report_to not in ("all", "none", *installed):
         parser.error(
-            f"--report_to {asked.report_to}: transformers knows no such tracker, or its package is not installed; installed "
-            f"are {', '.join(installed) or 'none'}. pip install '.[tracking]' brings tensorboard and trackio"
+            f"--report_to {asked.report_to}: transformers knows no such tracker, or its package is not installed; "
+            f"installed are {', '.join(installed) or 'none'}. pip install '.[tracking]' brings tensorboard and trackio"
         )
 
 
