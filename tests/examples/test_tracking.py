@@ -89,6 +89,16 @@ def test_the_peak_of_a_process() -> None:
     del held
 
 
+@pytest.mark.parametrize("name", ["wandbb", "swanlab", ""])
+def test_a_tracker_that_is_not_there_is_refused(
+    arguments: list[str], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        finetune_llama.main([*arguments, f"--report_to={name}"])
+    assert stopped.value.code == 2
+    assert f"error: --report_to {name}: transformers knows no such tracker" in capsys.readouterr().err
+
+
 def test_tensorboard_gets_the_numbers(arguments: list[str]) -> None:
     pytest.importorskip("tensorboard", reason="the extra tracking is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_liger_kernel_available
 
 from app.inputs.sources import read_source, read_sources
@@ -46,6 +47,7 @@ def check_options(parser: argparse.ArgumentParser, argv: Sequence[str], options:
         _check_deepspeed(parser, options.deepspeed)
     check_fsdp(parser, options)
     _check_sequence_parallel(parser, options)
+    _check_trackers(parser, options)
     if options.load_in_4bit:
         _check_4bit(parser, options)
     if options.use_liger_kernel:
@@ -146,6 +148,15 @@ def _check_sequence_parallel(parser: argparse.ArgumentParser, options: argparse.
         parser.error(f"{option} does not go with --check_retrieval, whose prompts no process shares")
     if WORLD_SIZE % size:
         parser.error(f"{option} does not divide the number of processes, {WORLD_SIZE}")
+
+
+def _check_trackers(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    installed = get_available_reporting_integrations()
+    if options.report_to not in ("all", "none", *installed):
+        parser.error(
+            f"--report_to {options.report_to}: transformers knows no such tracker, or its package is not installed; "
+            f"installed are {', '.join(installed) or 'none'}. pip install '.[tracking]' brings tensorboard and trackio"
+        )
 
 
 def _check_4bit(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:

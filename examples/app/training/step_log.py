@@ -39,8 +39,8 @@ class LoggingTrainer(Trainer):
             self.began = perf_counter()
         self.batches += 1
         self.tokens += inputs["input_ids"].numel()
-        config: Any = model.config if hasattr(model, "config") else self.accelerator.unwrap_model(model).config
-        self.dense_batches += attention_mode(config) == "dense"
+        inner: Any = self.model  # `model` is what DeepSpeed or DDP made of it
+        self.dense_batches += attention_mode(inner.config) == "dense"
         return super().training_step(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
