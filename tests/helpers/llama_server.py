@@ -10,7 +10,7 @@ import xllamacpp
 
 port, file, context, *options = sys.argv[1:]
 params = xllamacpp.CommonParams()
-params.model.path, params.n_ctx, params.port, params.hostnames = file, int(context), int(port), ["127.0.0.1"]
+params.model.path, params.n_ctx, params.port = file, int(context), int(port)
 params.n_parallel = 1
 params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
 params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32

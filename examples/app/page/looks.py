@@ -14,7 +14,7 @@ from app.page.page import Page
 from longlora_ext._errors import in_one_line
 
 THEME = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # no web fonts
-CSS = ".gradio-container {max-width: 860px !important; margin: auto} h1 {overflow-wrap: anywhere}"
+CSS = ".gradio-container {width: 100%; max-width: 860px !important; margin: 0 auto !important} h1 {overflow-wrap: anywhere}"
 
 
 def serve(page: Page, host: str, port: int) -> None:
@@ -26,7 +26,7 @@ def serve(page: Page, host: str, port: int) -> None:
 
 def blocks(page: Page) -> gradio.Blocks:
     """The page's parts, and what happens when."""
-    name = Path(page.opened.description["model"]).name
+    name = "/".join(Path(page.opened.description["model"]).parts[-2:])  # "adapter" alone would not say of what
     with gradio.Blocks(title=name, analytics_enabled=False) as made:
         gradio.Markdown(f"# {name}\nAsk about a text of up to {page.opened.trained_length:,} tokens.")
         text = gradio.Textbox(label="Text", lines=7, max_lines=7, placeholder="Paste a text here, or open a file.")
