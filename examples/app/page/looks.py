@@ -14,7 +14,10 @@ from app.page.page import Page
 from longlora_ext._errors import in_one_line
 
 THEME = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # no web fonts
-CSS = ".gradio-container {width: 100%; max-width: 860px !important; margin: 0 auto !important} h1 {overflow-wrap: anywhere}"
+CSS = """
+.gradio-container {width: 100%; max-width: 860px !important; margin: 0 auto !important}
+h1 {overflow-wrap: anywhere}
+"""
 
 
 def serve(page: Page, host: str, port: int) -> None:
