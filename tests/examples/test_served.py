@@ -58,9 +58,9 @@ def merged(base: Path, folder: Path, context: int, rope: str = "linear", by: flo
     return folder / "merged"
 
 
-def text_of(file: Path, characters: int) -> Path:
-    """Python source to read, in a file."""
-    file.write_text((ROOT / "examples" / "evaluate.py").read_text()[:characters])
+def text_of(file: Path, characters: int, source: str = "examples/evaluate.py") -> Path:
+    """The beginning of a file of this repository, in a file of its own."""
+    file.write_text((ROOT / source).read_text()[:characters])
     return file
 
 
@@ -164,7 +164,7 @@ def test_llama_cpp_with_a_real_model(
     base = Path(convert_gguf(str(weights.parent), weights.name, tmp_path / "base", torch.float32))
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
-    model, text = merged(base, tmp_path, 1024, "yarn", by=0.005), text_of(tmp_path / "text.py", 2700)
+    model, text = merged(base, tmp_path, 1024, "yarn", by=0.005), text_of(tmp_path / "text.md", 2700, "README.md")
     want = by_generate(model, text, capsys)
     assert 512 < want[1] < 1024 - NEW_TOKENS and len(set(want[0].split())) >= 3, want
     assert by_llama_cpp(llama_cpp, model, text, 1024, []) == want

@@ -164,9 +164,8 @@ def options_of(program: str) -> frozenset[str]:
 def programs() -> list[str]:
     """The programs in examples/ that read a command line."""
     texts = {path.stem: path.read_text() for path in (ROOT / "examples").glob("*.py")}
-    return [
-        name for name, text in texts.items() if "\ndef main(" in text and name not in ("minimal", "train_tiny_llama", "halo_fsdp")
-    ]
+    without = ("minimal", "train_tiny_llama", "halo_fsdp")
+    return [name for name, text in texts.items() if "\ndef main(" in text and name not in without]
 
 
 def check_launcher(words: list[str]) -> None:
