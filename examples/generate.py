@@ -17,18 +17,16 @@ from app.runs import launch
 
 from app.runs.launch import WORLD_SIZE, fail  # isort: skip  (first: sets what torch and DeepSpeed read at import)
 import torch
-from jinja2 import TemplateError
-from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer, set_seed
+from transformers import TextStreamer, set_seed
 
-from app.inputs.chat import LLAMA_2, answer_ends
-from app.inputs.prompt import prompt_ids
+from app.inputs.chat import LLAMA_2
 from app.inputs.reading import decoded
+from app.models.answer import DEFAULT_NEW_TOKENS, SAMPLING, generation_config, room_for, tokens
 from app.models.suitable import check_largest_token
-from app.models.use_model import OpenedModel, add_model_options, add_scaling_options, check_model_options, open_model
+from app.models.use_model import add_model_options, add_scaling_options, check_model_options, open_model
 from app.runs.command_line import HelpFormatter, Parser, as_program
 from app.runs.errors import one_clear_error
 from app.runs.processes import be_quiet
-from longlora_ext.adapter import stops
 
 DESCRIPTION = """\
 Answer a question about a long text with a base model, a merged model or an adapter.
@@ -49,9 +47,7 @@ examples:
         --question "What does the captain want?" --temperature 0.7 --top_p 0.9
 """
 
-DEFAULT_NEW_TOKENS = 512
 MIN_TEMPERATURE = 1e-6  # logits are divided by it, in float32
-SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
 
 
 @as_program("generate.py")
@@ -69,9 +65,9 @@ def main(argv: Sequence[str]) -> None:
         ids = tokens(opened.tokenizer, text, options.question)
         check_largest_token(opened.base.config, int(ids.max()))
         ids = ids.to(opened.model.device)
-        new = room_for(opened, ids.shape[1], options)
-        templated = options.question is not None and opened.tokenizer.chat_template is not None
-        config = generation_config(opened, options, new, answer_ends(opened.tokenizer) if templated else ())
+        new = room_for(opened, ids.shape[1], options.max_new_tokens, options.beyond_trained_length)
+        sampling = {name: getattr(options, name) for name in SAMPLING if getattr(options, name) is not None}
+        config = generation_config(opened, new, options.question is not None, **sampling)
     print(f"{ids.shape[1]:,} tokens read, at most {new:,} to come", file=sys.stderr, flush=True)
     set_seed(options.seed)
     opened.model.generate(
@@ -167,70 +163,6 @@ def chat_template(name: str) -> str:
         OSError: There is no such file.
     """
     return LLAMA_2 if name == "llama2" else Path(name).read_text(encoding="utf-8")
-
-
-def tokens(tokenizer: PreTrainedTokenizerBase, text: str, question: str | None) -> torch.Tensor:
-    """The prompt, int64 [1, tokens].
-
-    Without a question it is the text alone. With one it is a user's message in the chat template, where there is one.
-
-    Raises:
-        ValueError: The template fails or leaves the question out, or the tokenizer makes nothing of the text.
-    """
-    if question is None:
-        prompt = text
-    elif tokenizer.chat_template is None:
-        prompt = f"{text.rstrip()}\n\nQuestion: {question}\nAnswer:"
-    else:
-        message = {"role": "user", "content": f"{text.rstrip()}\n\n{question}"}
-        try:
-            prompt = str(tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
-        except TemplateError as error:
-            raise ValueError(f"the chat template cannot be used: {error}") from error
-        if question.strip() not in prompt:
-            raise ValueError("the chat template cannot be used: it leaves the user's message out")
-    if question is not None and tokenizer.chat_template is not None:  # it brings its own special tokens
-        ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
-    else:
-        ids = prompt_ids(tokenizer, prompt)
-    if not ids:
-        raise ValueError("the model's tokenizer makes no tokens of the text")
-    return torch.tensor([ids])
-
-
-def room_for(opened: OpenedModel, prompt: int, options: argparse.Namespace) -> int:
-    """How many tokens the answer may have.
-
-    Raises:
-        ValueError: Text and answer have more tokens than the model was trained on.
-    """
-    left = opened.trained_length - prompt
-    beyond = options.beyond_trained_length
-    new: int = options.max_new_tokens or (DEFAULT_NEW_TOKENS if beyond else max(1, min(DEFAULT_NEW_TOKENS, left)))
-    what = f"the prompt has {prompt:,} tokens, with {new:,} for the answer {prompt + new:,}"
-    opened.check_length(prompt + new, beyond, what)
-    return new
-
-
-def generation_config(
-    opened: OpenedModel, options: argparse.Namespace, new: int, ends: Sequence[int] = ()
-) -> GenerationConfig:
-    """The model's own, with what was asked for. The answer is over at the end of a text, or at one of `ends`."""
-    config = GenerationConfig.from_dict(opened.model.generation_config.to_dict())
-    sampling = {name: getattr(options, name) for name in SAMPLING if getattr(options, name) is not None}
-    if sampling.get("temperature") == 0:
-        config.do_sample = False
-        config.temperature = config.top_p = config.top_k = None
-        sampling = {name: value for name, value in sampling.items() if name == "repetition_penalty"}
-    elif sampling.keys() & {"temperature", "top_p", "top_k"}:
-        config.do_sample = True
-    config.update(max_new_tokens=new, max_length=None, **sampling)
-    tokenizer = opened.tokenizer
-    ends = [*stops(config), *ends, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]
-    config.eos_token_id = list(dict.fromkeys(ends)) or None
-    if config.pad_token_id is None:
-        config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return config
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from longlora_ext.adapter._load import HUB_ARGUMENTS, base_of, check_one_model, 
 from longlora_ext.adapter._lora import LoraWeights, NeedsWholeModel
 from longlora_ext.adapter._record import apply_record, check_shape, check_tying, check_weights, read_record
 from longlora_ext.adapter._stored import StoredModel
+from longlora_ext.adapter._tokenizer import save_tokenizer
 from longlora_ext.adapter._tying import settle_tying
 from longlora_ext.config import CONFIG_FIELDS, context_length
 
@@ -97,7 +98,7 @@ def merge(
         tokenizer = tokenizer_folder and AutoTokenizer.from_pretrained(tokenizer_folder, **hub_arguments)
     with appearing(target) as unfinished:
         if tokenizer:
-            tokenizer.save_pretrained(unfinished)
+            save_tokenizer(tokenizer, unfinished, read_record(folder)["context_length"])
         for manifest in MANIFESTS:
             if (folder / manifest).is_file():
                 shutil.copy(folder / manifest, unfinished)

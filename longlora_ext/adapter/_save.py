@@ -20,6 +20,8 @@ from longlora_ext.adapter._generation import save_generation_config
 from longlora_ext.adapter._precision import fp32_state, give_back_gathered, plain_name
 from longlora_ext.adapter._prepare import ADAPTER
 from longlora_ext.adapter._record import WEIGHTS, fingerprint_of, write_record
+from longlora_ext.adapter._tokenizer import save_tokenizer
+from longlora_ext.config import context_length
 
 
 def save_adapter(
@@ -35,7 +37,7 @@ def save_adapter(
         folder: Must not exist, or be empty. It receives `adapter_model.safetensors` (LoRA, embedding, norms),
             `adapter_config.json`, `longlora.json`, a model card (`README.md`) and the model's `generation_config.json`,
             which `load` and `merge` take over; after full fine-tuning it becomes a plain model folder.
-        tokenizer: Saved beside.
+        tokenizer: Saved beside, with a `model_max_length` of at least the context.
 
     Raises:
         FileExistsError: The folder holds something.
@@ -64,7 +66,7 @@ def save_adapter(
             else:
                 _write_model(model, state, unfinished)
             if tokenizer is not None:
-                tokenizer.save_pretrained(unfinished)
+                save_tokenizer(tokenizer, unfinished, context_length(model.config))
 
     on_first_process(write)
 

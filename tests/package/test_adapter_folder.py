@@ -115,3 +115,21 @@ def test_the_files_are_those_of_the_page(adapter: Path) -> None:
     named = re.findall(r"`([^`]+)`", " ".join(table("# The format of an adapter folder")))
     there = {path.name for path in adapter.iterdir() if not path.name.startswith("tokenizer")} | {"tokenizer.json"}
     assert {*there, "run.json", "import.json"} == set(named)
+
+
+def test_the_tokenizer_does_not_cut_texts_to_the_old_context(tmp_path: Path) -> None:
+    """In the adapter folder, in the merged model, and after full fine-tuning; a larger limit stays."""
+    base = save_base(tmp_path / "base")
+    for limit, want in ((64, 256), (10**30, 10**30)):
+        tokenizer = AutoTokenizer.from_pretrained(base, model_max_length=limit)
+        folder = tmp_path / str(want)
+        model = extended_model(base)
+        save_adapter(prepare_model(model, lora_config(model)), folder / "adapter", tokenizer)
+        save_adapter(prepare_model(extended_model(base), None), folder / "model", tokenizer)
+        merge(folder / "adapter", folder / "merged")
+        for name in ("adapter", "model", "merged"):
+            assert AutoTokenizer.from_pretrained(folder / name).model_max_length == want, name
+        assert tokenizer.model_max_length == limit  # the caller's own
+    AutoTokenizer.from_pretrained(base, model_max_length=64).save_pretrained(tmp_path / "256" / "adapter")  # as before
+    merge(tmp_path / "256" / "adapter", tmp_path / "again")
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "again")("w3 " * 200, truncation=True)["input_ids"]) == 200

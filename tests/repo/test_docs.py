@@ -45,6 +45,7 @@ FOREIGN = {
     "--system-site-packages",
     "--evaluation_strategy",
     "--max-model-len",
+    "--yarn-beta-fast",
     "--apply_chat_template",
 }
 
