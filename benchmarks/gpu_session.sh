@@ -96,8 +96,9 @@ compare() {
 real_model() {
   local options=(--arms s2-sink --steps 4 --context 16384 --device "$device")
   options+=(--work "$out/arms" --results "$out/extension.json")
+  local parse='import sys; sys.path[0] = "benchmarks"; import extension; print(extension.parse(sys.argv[1:]))'
   local program=(benchmarks/extension.py)
-  [[ $device == cpu ]] && program=(-c 'import sys; sys.path[0] = "benchmarks"; import extension as e; print(e.parse(sys.argv[1:]))')
+  [[ $device == cpu ]] && program=(-c "$parse")
   python3 "${program[@]}" "${options[@]}"
 }
 
