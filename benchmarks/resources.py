@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sass import Kernel, disassemble
 
@@ -27,9 +27,19 @@ RESULTS = ROOT / "benchmarks" / "results" / "resources.json"
 
 ARCHITECTURE = "sm_80"
 
-# Of a multiprocessor of compute capability 8.0 (CUDA C++ Programming Guide, technical specifications).
-REGISTERS, WARPS, BLOCKS = 65536, 64, 32
-SHARED_BYTES, SHARED_BYTES_TAKEN = 164 * 1024, 1024  # for each block the system takes some
+
+class Multiprocessor(NamedTuple):
+    """What it has room for (CUDA C++ Programming Guide, technical specifications)."""
+
+    warps: int
+    blocks: int
+    shared_bytes: int
+
+
+# By the KiB of shared memory that a block may have there: compute capability 8.0, and 8.6. Newer ones have no less.
+MULTIPROCESSORS = {163: Multiprocessor(64, 32, 164 * 1024), 99: Multiprocessor(48, 16, 100 * 1024)}
+REGISTERS = 65536
+SHARED_BYTES_TAKEN = 1024  # for each block by the system
 REGISTERS_GRANULE = 256  # of a warp
 QUARTERS = 4  # a warp's registers are in one quarter of a multiprocessor
 
@@ -37,10 +47,10 @@ COUNTED = ("HMMA", "LDSM", "LDGSTS", "BAR", "LDL", "STL")
 
 # The kernels with matrix products, by the names of their Work (csrc/cuda/kernel.h), and that Work itself.
 TILES = {
-    "Forward": "Forward<cute::bfloat16_t, {}>",
-    "Backward<true>": "Backward<cute::bfloat16_t, {}, true>",  # dq by atomics
-    "Backward<false>": "Backward<cute::bfloat16_t, {}, false>",  # deterministic: without dq
-    "BackwardDq": "BackwardDq<cute::bfloat16_t, {}>",
+    "Forward": "Forward<cute::bfloat16_t, {}, {}>",
+    "Backward<true>": "Backward<cute::bfloat16_t, {}, {}, true>",  # dq by atomics
+    "Backward<false>": "Backward<cute::bfloat16_t, {}, {}, false>",  # deterministic: without dq
+    "BackwardDq": "BackwardDq<cute::bfloat16_t, {}, {}>",
 }
 
 
@@ -94,11 +104,12 @@ EXPECTED = {
 }
 
 
-def blocks_per_multiprocessor(threads: int, registers: int, shared_bytes: int) -> int:
-    warps = threads // 32
+def blocks_per_multiprocessor(threads: int, registers: int, shared_bytes: int, kib: int = 163) -> int:
+    warps, most = threads // 32, MULTIPROCESSORS[kib]
     of_a_warp = -(-registers * 32 // REGISTERS_GRANULE) * REGISTERS_GRANULE
     by_registers = REGISTERS // QUARTERS // of_a_warp * QUARTERS // warps
-    return min(by_registers, SHARED_BYTES // (shared_bytes + SHARED_BYTES_TAKEN), WARPS // warps, BLOCKS)
+    by_shared_memory = most.shared_bytes // (shared_bytes + SHARED_BYTES_TAKEN)
+    return min(by_registers, by_shared_memory, most.warps // warps, most.blocks)
 
 
 def find(pattern: str, text: str) -> re.Match[str]:
@@ -133,12 +144,15 @@ def compile_command(unit: str) -> list[str]:
     return command[: command.index("-x")]
 
 
-def tiles(head_dims: set[int]) -> dict[tuple[str, int], dict[str, int]]:
-    """Threads, shared memory and tile of the kernels in TILES, by kernel and head dim, from the headers themselves."""
+def tiles(variants: set[tuple[int, int]]) -> dict[tuple[str, int, int], dict[str, int]]:
+    """Threads, shared memory and tile of the kernels in TILES, by kernel and variant, from the headers themselves.
+
+    A variant is a head dim and the shared memory of a GPU.
+    """
     rows = "".join(
-        f'print("{kernel}", {head_dim}, {tile.format(head_dim)}{{}});\n'
+        f'print("{kernel}", {head_dim}, {kib}, {tile.format(head_dim, kib)}{{}});\n'
         for kernel, tile in TILES.items()
-        for head_dim in sorted(head_dims)
+        for head_dim, kib in sorted(variants)
     )
     program = f"""
         #include <cstdio>
@@ -153,8 +167,9 @@ def tiles(head_dims: set[int]) -> dict[tuple[str, int], dict[str, int]]:
                       tile.keys, tile.warps, tile.score_warps, tile.dkv_warps, tile.dq_warps, tile.stages);
         }}
         template <class Work>
-        void print(const char* kernel, int head_dim, Work) {{
-          std::printf("%s %d threads %d dynamic_shared %d ", kernel, head_dim, Work::kThreads, kSharedBytes<Work>);
+        void print(const char* kernel, int head_dim, int kib, Work) {{
+          std::printf("%s %d %d threads %d dynamic_shared %d ", kernel, head_dim, kib, Work::kThreads,
+                      kSharedBytes<Work>);
           print(Work::kTile);
           std::printf("\\n");
         }}
@@ -163,42 +178,47 @@ def tiles(head_dims: set[int]) -> dict[tuple[str, int], dict[str, int]]:
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder) / "tiles.cu", Path(folder) / "tiles"
         source.write_text(program)
-        command = [*compile_command("forward_bf16_64.cu"), "-x", "cu", str(source), "-o", str(binary)]
+        command = [*compile_command("forward_bf16_64_163.cu"), "-x", "cu", str(source), "-o", str(binary)]
         subprocess.run(command, cwd=BUILD, check=True, capture_output=True)
         printed = subprocess.run([binary], capture_output=True, text=True, check=True).stdout
     found = {}
     for line in printed.splitlines():
-        kernel, head_dim, *fields = line.split()
-        found[kernel, int(head_dim)] = dict(zip(fields[::2], map(int, fields[1::2]), strict=True))
+        kernel, head_dim, kib, *fields = line.split()
+        found[kernel, int(head_dim), int(kib)] = dict(zip(fields[::2], map(int, fields[1::2]), strict=True))
     return found
 
 
 def built_units() -> list[str]:
-    """Names such as backward_bf16_64, by direction, dtype and head dim."""
+    """Names such as backward_bf16_64_163, by direction, dtype, head dim and the shared memory of a GPU."""
     names = [path.name.removesuffix(".cu.o").split("_") for path in OBJECTS.glob("*.cu.o")]
-    return ["_".join(parts) for parts in sorted(names, key=lambda parts: (*parts[:2], int(parts[2])))]
+    return ["_".join(parts) for parts in sorted(names, key=lambda parts: (*parts[:2], *map(int, parts[2:])))]
 
 
 def build_log(unit: str) -> str:
     return (OBJECTS / f"{unit}.cu.o.log").read_text()
 
 
-def measure_unit(name: str, tile_table: dict[tuple[str, int], dict[str, int]]) -> Iterator[dict[str, Any]]:
-    """One row for each kernel of a unit such as backward_bf16_64."""
-    _, element, head_dim = name.split("_")
+def variant_of(unit: str) -> tuple[int, int]:
+    _, _, head_dim, kib = unit.split("_")
+    return int(head_dim), int(kib)
+
+
+def measure_unit(name: str, tile_table: dict[tuple[str, int, int], dict[str, int]]) -> Iterator[dict[str, Any]]:
+    """One row for each kernel of a unit such as backward_bf16_64_163."""
+    element, (head_dim, kib) = name.split("_")[1], variant_of(name)
     log = ptxas_log(build_log(name))
     machine_code = disassemble(OBJECTS / f"{name}.cu.o", ARCHITECTURE)
     assert log.keys() == machine_code.keys(), f"{name}: ptxas and cuobjdump see different kernels"
     mangled = sorted(log)
     demangled = subprocess.run(["c++filt", *mangled], capture_output=True, text=True, check=True).stdout.splitlines()
     for symbol, readable in zip(mangled, demangled, strict=True):
-        parts = find(r"(\w+)<[^<,]+, \d+(?:, (\w+))?>", readable)  # Work<Element, head dim, more>
+        parts = find(r"(\w+)<[^<,]+, \d+, \d+(?:, (\w+))?>", readable)  # Work<Element, head dim, KiB, more>
         kernel = f"{parts[1]}<{parts[2]}>" if parts[2] else parts[1]
-        tile = tile_table.get((kernel, int(head_dim)))
-        row: dict[str, Any] = {"kernel": kernel, "dtype": element, "head_dim": int(head_dim)} | log[symbol]
+        tile = tile_table.get((kernel, head_dim, kib))
+        row: dict[str, Any] = {"kernel": kernel, "dtype": element, "head_dim": head_dim, "kib": kib} | log[symbol]
         if tile:
             shared = row["static_shared"] + tile["dynamic_shared"]
-            blocks = blocks_per_multiprocessor(tile["threads"], row["registers"], shared)
+            blocks = blocks_per_multiprocessor(tile["threads"], row["registers"], shared, kib)
             row |= {"tile": tile, "blocks_per_multiprocessor": blocks}
         code: Kernel = machine_code[symbol]
         everywhere, in_loops = code.count(), code.count(code.product_loops)
@@ -211,7 +231,7 @@ def measure_unit(name: str, tile_table: dict[tuple[str, int], dict[str, int]]) -
 def measure() -> dict[str, Any]:
     units = built_units()
     assert units, f"no objects in {OBJECTS}: build with nvcc first (pip install -e . --no-build-isolation)"
-    tile_table = tiles({int(unit.rpartition("_")[2]) for unit in units})
+    tile_table = tiles({variant_of(unit) for unit in units})
     return {
         "nvcc": nvcc_version(),
         "architecture": ARCHITECTURE,
@@ -221,13 +241,14 @@ def measure() -> dict[str, Any]:
 
 def nvcc_version() -> str:
     """Of the nvcc that the build folder was configured with."""
-    says = subprocess.run([compile_command("forward_bf16_64.cu")[0], "--version"], capture_output=True, text=True)
+    says = subprocess.run([compile_command("forward_bf16_64_163.cu")[0], "--version"], capture_output=True, text=True)
     return find(r"V([\d.]+)", says.stdout)[1]
 
 
 def table(kernels: list[dict[str, Any]]) -> str:
-    head = "| kernel | dtype | head dim | threads | registers | spill stores, loads | shared, KiB | blocks / SM "
-    head += "".join(f"| {kind} " for kind in COUNTED) + "|\n" + "|---|---" + "|---:" * (6 + len(COUNTED)) + "|\n"
+    head = "| kernel | dtype | head dim | for GPUs of, KiB | threads | registers | spill stores, loads | shared, KiB "
+    head += "| blocks / SM "
+    head += "".join(f"| {kind} " for kind in COUNTED) + "|\n" + "|---|---" + "|---:" * (7 + len(COUNTED)) + "|\n"
     lines = []
     for row in kernels:
         tile = row.get("tile", {})
@@ -235,6 +256,7 @@ def table(kernels: list[dict[str, Any]]) -> str:
             f"`{row['kernel']}`",
             row["dtype"],
             row["head_dim"],
+            row["kib"],
             tile.get("threads", ""),
             row["registers"],
             f"{row['spill_stores']}, {row['spill_loads']}",

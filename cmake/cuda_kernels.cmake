@@ -9,12 +9,12 @@ endif()
 message(STATUS "${NVCC}: building the CUDA kernels as well")
 
 # 80: sm_80 code, and compute_80 PTX that newer GPUs compile when it is loaded, if their driver is no older than nvcc.
-# An H100 is spared that: sm_90 code from the same PTX takes ptxas two seconds a unit. CUDAARCHS is CMake's own.
+# Code from the same PTX spares them that, and takes ptxas some seconds a unit: sm_90 for an H100, and for GPUs of 99 KiB
+# sm_120, which the driver would compile at -O3, with spills. sm_86 and sm_89 run the sm_80 code as it is. CUDAARCHS is
+# CMake's own.
 set(CMAKE_CUDA_ARCHITECTURES 80)
-set(more_code --generate-code=arch=compute_80,code=sm_90)
 if(DEFINED ENV{CUDAARCHS})
   set(CMAKE_CUDA_ARCHITECTURES $ENV{CUDAARCHS})
-  set(more_code)
 endif()
 set(CMAKE_CUDA_COMPILER ${NVCC})
 set(CMAKE_CUDA_STANDARD 17)
@@ -33,16 +33,34 @@ set(bf16 cute::bfloat16_t)
 set(fp16 cute::half_t)
 set(header_of_forward kernel_fwd.h)
 set(header_of_backward kernel_bwd.h)
+
+# One unit. More arguments are the GPUs that get code besides: 90, 120.
+function(add_unit DIRECTION element HEAD_DIM KIB)
+  set(ELEMENT ${${element}})
+  set(HEADER ${header_of_${DIRECTION}})
+  set(unit ${CMAKE_BINARY_DIR}/cuda/${DIRECTION}_${element}_${HEAD_DIM}_${KIB}.cu)
+  configure_file(csrc/cuda/instantiate.cu.in ${unit} @ONLY)
+  target_sources(cuda_kernels PRIVATE ${unit})
+  if(DIRECTION STREQUAL forward) # at -O3 ptxas moves loads so far ahead that sm_80 code spills 16 to 132 bytes
+    set(options -Xptxas=-O2)
+  endif()
+  foreach(gpu ${ARGN})
+    if(DEFINED ENV{CUDAARCHS} OR (gpu EQUAL 120 AND CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.8))
+      continue() # what was asked for, and no more; an older nvcc does not know sm_120
+    endif()
+    list(APPEND options --generate-code=arch=compute_80,code=sm_${gpu})
+  endforeach()
+  set_source_files_properties(${unit} PROPERTIES COMPILE_OPTIONS "${options}")
+endfunction()
+
 foreach(DIRECTION backward forward) # the longest to compile first
   foreach(HEAD_DIM 256 128 64)
     foreach(element ${elements})
-      set(ELEMENT ${${element}})
-      set(HEADER ${header_of_${DIRECTION}})
-      set(unit ${CMAKE_BINARY_DIR}/cuda/${DIRECTION}_${element}_${HEAD_DIM}.cu)
-      configure_file(csrc/cuda/instantiate.cu.in ${unit} @ONLY)
-      target_sources(cuda_kernels PRIVATE ${unit})
-      if(DIRECTION STREQUAL forward) # at -O3 ptxas moves loads so far ahead that sm_80 code spills 16 to 132 bytes
-        set_source_files_properties(${unit} PROPERTIES COMPILE_OPTIONS -Xptxas=-O2)
+      if(DIRECTION STREQUAL forward AND HEAD_DIM EQUAL 64) # forward_kib of tile_config.h: one for both
+        add_unit(${DIRECTION} ${element} ${HEAD_DIM} 163 90 120)
+      else()
+        add_unit(${DIRECTION} ${element} ${HEAD_DIM} 163 90)
+        add_unit(${DIRECTION} ${element} ${HEAD_DIM} 99 120)
       endif()
     endforeach()
   endforeach()
@@ -51,7 +69,7 @@ endforeach()
 target_include_directories(cuda_kernels PRIVATE csrc/cuda)
 target_include_directories(cuda_kernels SYSTEM PRIVATE ${CUTLASS_INCLUDE})
 target_compile_definitions(cuda_kernels INTERFACE LONGLORA_CUDA)
-target_compile_options(cuda_kernels PRIVATE --expt-relaxed-constexpr -Xptxas=-v ${more_code})
+target_compile_options(cuda_kernels PRIVATE --expt-relaxed-constexpr -Xptxas=-v)
 # The library's own CUDA runtime must neither be seen by torch's nor see it.
 target_link_options(cuda_kernels INTERFACE -Wl,--exclude-libs,ALL)
 

@@ -79,9 +79,9 @@ struct Cpu {
 
   static void check_problem(const Problem& problem) { check_doc_start_values(problem); }
 
-  static int64_t dq_scratch_floats(const Problem&, bool /*deterministic*/) { return 0; }
+  static int64_t dq_scratch_floats(const Problem&, const Tensor&, bool /*deterministic*/) { return 0; }
 
-  static int64_t sink_sums_floats(const Problem&) { return 0; }
+  static int64_t sink_sums_floats(const Problem&, const Tensor&) { return 0; }
 
   static void forward(const ForwardParams& params, const Tensor& q) {
     cpu::best_kernels().forward[static_cast<int>(dtype_of(q))](params);
@@ -121,11 +121,13 @@ struct Cuda {
           " on CUDA, but is ", problem.heads * problem.head_dim);
   }
 
-  static int64_t dq_scratch_floats(const Problem& problem, bool deterministic) {
-    return cuda::dq_scratch_floats(problem, deterministic);
+  static int64_t dq_scratch_floats(const Problem& problem, const Tensor& q, bool deterministic) {
+    return cuda::dq_scratch_floats(problem, deterministic, q.get_device_index());
   }
 
-  static int64_t sink_sums_floats(const Problem& problem) { return cuda::sink_sums_floats(problem); }
+  static int64_t sink_sums_floats(const Problem& problem, const Tensor& q) {
+    return cuda::sink_sums_floats(problem, q.get_device_index());
+  }
 
   static void forward(const ForwardParams& params, const Tensor& q) {
     on_current_stream(q, [&](void* stream) { cuda::forward(params, dtype_of(q), stream); });
@@ -221,8 +223,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, Tensor q, Tensor k, Ten
   Tensor delta = empty_row_stats(q);
   Tensor sink_weight = empty_row_stats(q, sink);
   Tensor sink_ds = empty_row_stats(q, sink);
-  Tensor dq_scratch = empty_floats(q, Device::dq_scratch_floats(problem, deterministic));
-  Tensor sink_sums = empty_floats(q, Device::sink_sums_floats(problem));
+  Tensor dq_scratch = empty_floats(q, Device::dq_scratch_floats(problem, q, deterministic));
+  Tensor sink_sums = empty_floats(q, Device::sink_sums_floats(problem, q));
   Device::backward(
       {problem, view_of(dout), view_of(q), view_of(k), view_of(v), view_of(out), view_of(dq), view_of(dk), view_of(dv),
        lse.data_ptr(), dlse ? dlse->data_ptr() : nullptr, delta.data_ptr(), sink_weight.data_ptr(), sink_ds.data_ptr(),

@@ -6,11 +6,11 @@
 
 namespace longlora::cuda {
 
-template <typename Element, int kHeadDim>
-struct BackwardDq : BackwardTiles<Element, kHeadDim> {
-  using Tiles = BackwardTiles<Element, kHeadDim>;
+template <typename Element, int kHeadDim, int kKib>
+struct BackwardDq : BackwardTiles<Element, kHeadDim, kKib> {
+  using Tiles = BackwardTiles<Element, kHeadDim, kKib>;
   using Tiles::kRows, Tiles::kKeys, Tiles::kThreads;
-  using Shared = BackwardDqShared<Element, kHeadDim>;
+  using Shared = BackwardDqShared<Element, kHeadDim, kKib>;
 
   DEVICE static void run(const BackwardParams& params, const Turn& turn, Shared& shared) {
     const Problem& problem = params.problem;

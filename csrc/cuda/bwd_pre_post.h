@@ -12,11 +12,11 @@ namespace longlora::cuda {
 // delta = rowsum(dout * out) - dlse of a tile of rows, the paper's D. Where there is a sink (kSink), also its weight in
 // each row, the gradient of its score, what these add to dq, and, of the sink before the tile, to dk and dv. Eight
 // threads share a row.
-template <typename Element, int kHeadDim, bool kSink>
-struct Preprocess : BackwardTiles<Element, kHeadDim> {
-  using Tiles = BackwardTiles<Element, kHeadDim>;
+template <typename Element, int kHeadDim, int kKib, bool kSink>
+struct Preprocess : BackwardTiles<Element, kHeadDim, kKib> {
+  using Tiles = BackwardTiles<Element, kHeadDim, kKib>;
   using Tiles::kRows, Tiles::kThreads;
-  using Shared = std::conditional_t<kSink, PreprocessShared<kHeadDim>, NothingShared>;
+  using Shared = std::conditional_t<kSink, PreprocessShared<kHeadDim, kKib>, NothingShared>;
   using Lines = SinkLines<kHeadDim>;
   static constexpr int kPieces = kHeadDim / 64;  // of a row, a thread's: eight columns, then those 64 further on
 
@@ -124,11 +124,11 @@ struct Preprocess : BackwardTiles<Element, kHeadDim> {
 };
 
 // dq of a tile of rows, from the sums that the atomics left.
-template <typename Element, int kHeadDim>
-struct Postprocess : BackwardTiles<Element, kHeadDim> {
-  using Tiles = BackwardTiles<Element, kHeadDim>;
+template <typename Element, int kHeadDim, int kKib>
+struct Postprocess : BackwardTiles<Element, kHeadDim, kKib> {
+  using Tiles = BackwardTiles<Element, kHeadDim, kKib>;
   using Tiles::kRows, Tiles::kThreads;
-  using Shared = PostprocessShared<Element, kHeadDim>;
+  using Shared = PostprocessShared<Element, kHeadDim, kKib>;
 
   DEVICE static void run(const BackwardParams& params, const Turn& turn, Shared& shared) {
     const Problem& problem = params.problem;

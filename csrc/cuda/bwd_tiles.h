@@ -16,10 +16,10 @@ namespace longlora::cuda {
 
 // The kernels of the backward pass are Works (kernel.h) that go by tiles of query rows, or, as Backward says itself, of
 // keys.
-template <typename Element, int kHeadDim>
+template <typename Element, int kHeadDim, int kKib>
 struct BackwardTiles {
   using Params = BackwardParams;
-  static constexpr BackwardTile kTile = backward_tile(kHeadDim);
+  static constexpr BackwardTile kTile = backward_tile(kHeadDim, kKib);
   static constexpr int kRows = kTile.rows, kKeys = kTile.keys, kThreads = kTile.warps * 32;
   static constexpr bool kLastFirst = true;
   using RowsTile = SharedTile<kRows, kHeadDim>;  // q, dout
@@ -33,9 +33,9 @@ struct BackwardTiles {
                 kTile.warps % kTile.dq_warps == 0);
 
   // What tiles of query rows share are keys.
-  static Schedule schedule(const Problem& problem) {
+  static Schedule schedule(const Problem& problem, int64_t l2_bytes) {
     const int64_t shared_bytes = 2 * kRowBytes / (problem.heads / problem.kv_heads);
-    return Schedule(problem, problem.seqlen, kRows, problem.heads, problem.first_shifted_head,
+    return Schedule(problem, l2_bytes, problem.seqlen, kRows, problem.heads, problem.first_shifted_head,
                     std::max<int64_t>(1, shared_bytes));
   }
 

@@ -66,15 +66,6 @@ DEVICE T* shared_memory() {
   return reinterpret_cast<T*>(block_memory);
 }
 
-// Lets `kernel` have that much shared memory, which must come before its launch. That the GPU has it, dispatch.cu
-// knows.
-template <auto kernel>
-void allow_shared_memory(int bytes) {
-  constexpr int kAlwaysAllowed = 48 * 1024;
-  if (bytes <= kAlwaysAllowed) return;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "asking for shared memory");
-}
-
 // Runs `kernel(params)` over the grid. `stream` is a cudaStream_t.
 template <auto kernel, typename Params>
 void launch(dim3 grid, int threads, int shared_bytes, void* stream, const Params& params) {
@@ -118,15 +109,23 @@ DEVICE T* shared_memory() {
   return static_cast<T*>(simt::shared_memory());
 }
 
-template <auto kernel>
-void allow_shared_memory(int /*bytes*/) {}
-
 template <auto kernel, typename Params>
 void launch(dim3 grid, int threads, int shared_bytes, void* /*stream*/, const Params& params) {
   const auto thread_body = [](const void* params) { kernel(*static_cast<const Params*>(params)); };
-  simt::launch({grid.x, grid.y, grid.z}, threads, shared_bytes, thread_body, &params);
+  simt::launch({grid.x, grid.y, grid.z}, threads, shared_bytes, thread_body, &params,
+               reinterpret_cast<const void*>(kernel));
 }
 
 #endif
+
+// Lets `kernel` have that much shared memory, which must come before its launch. That the GPU has it, dispatch.cu
+// knows.
+template <auto kernel>
+void allow_shared_memory(int bytes) {
+  constexpr int kAlwaysAllowed = 48 * 1024;
+  if (bytes <= kAlwaysAllowed) return;
+  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+        "asking for shared memory");
+}
 
 }  // namespace longlora::cuda

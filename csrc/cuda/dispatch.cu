@@ -1,13 +1,10 @@
-// Chooses the instantiation for a dtype and a head dimension, where the GPU can run it.
-#include <cuda_runtime_api.h>
-
+// Chooses the instantiation for a dtype, a head dimension and a GPU, where that can run it.
 #include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
-#include <utility>
 
-#include "errors.h"
+#include "gpu.h"
 #include "kernels.h"
 #include "shared_memory.h"
 #include "tile_config.h"
@@ -20,101 +17,124 @@ struct half_t;
 namespace longlora::cuda {
 
 // Each is compiled in a unit of its own (instantiate.cu.in), so that this one needs no kernel.
-template <typename Element, int kHeadDim>
-void launch_forward(const ForwardParams& params, void* stream);
-template <typename Element, int kHeadDim>
-void launch_backward(const BackwardParams& params, bool deterministic, void* stream);
+template <typename Element, int kHeadDim, int kKib>
+void launch_forward(const ForwardParams& params, int64_t l2_bytes, void* stream);
+template <typename Element, int kHeadDim, int kKib>
+void launch_backward(const BackwardParams& params, bool deterministic, int64_t l2_bytes, void* stream);
 
 namespace {
 
-// By padded head dimension: 64, 128, 256.
-template <typename Element>
-constexpr void (*kForward[])(const ForwardParams&, void*) = {launch_forward<Element, 64>, launch_forward<Element, 128>,
-                                                             launch_forward<Element, 256>};
-template <typename Element>
-constexpr void (*kBackward[])(const BackwardParams&, bool, void*) = {
-    launch_backward<Element, 64>, launch_backward<Element, 128>, launch_backward<Element, 256>};
-
-int index_of(int64_t head_dim) {
-  const int padded = padded_head_dim(static_cast<int>(head_dim));
-  return padded == 64 ? 0 : padded == 128 ? 1 : 2;
-}
-
 // Of the block, of all kernels of a direction, that needs most. An Element is two bytes.
-template <int kHeadDim>
-constexpr int kForwardBytes = sizeof(ForwardShared<uint16_t, kHeadDim>);
-template <int kHeadDim>
+template <int kHeadDim, int kKib>
+constexpr int kForwardBytes = sizeof(ForwardShared<uint16_t, kHeadDim, kKib>);
+template <int kHeadDim, int kKib>
 constexpr int kBackwardBytes =
-    std::max({sizeof(BackwardShared<uint16_t, kHeadDim>), sizeof(BackwardDqShared<uint16_t, kHeadDim>),
-              sizeof(PostprocessShared<uint16_t, kHeadDim>), sizeof(PreprocessShared<kHeadDim>),
-              sizeof(SinkGradientsShared<kHeadDim>)});
-// By padded head dimension, as above.
-constexpr int kForwardSharedBytes[] = {kForwardBytes<64>, kForwardBytes<128>, kForwardBytes<256>};
-constexpr int kBackwardSharedBytes[] = {kBackwardBytes<64>, kBackwardBytes<128>, kBackwardBytes<256>};
+    std::max({sizeof(BackwardShared<uint16_t, kHeadDim, kKib>), sizeof(BackwardDqShared<uint16_t, kHeadDim, kKib>),
+              sizeof(PostprocessShared<uint16_t, kHeadDim, kKib>), sizeof(PreprocessShared<kHeadDim, kKib>),
+              sizeof(SinkGradientsShared<kHeadDim, kKib>)});
 
-// Of the backward, in all heads and sequences.
-int64_t row_tiles(const Problem& problem) {
-  const int64_t rows = backward_tile(padded_head_dim(static_cast<int>(problem.head_dim))).rows;
-  return problem.batch * problem.heads * ((problem.seqlen + rows - 1) / rows);
+// The kernels of one padded head dimension for one class of GPU.
+struct Kernels {
+  int forward_bytes, backward_bytes;
+  void (*forward[2])(const ForwardParams&, int64_t, void*);  // bfloat16, float16
+  void (*backward[2])(const BackwardParams&, bool, int64_t, void*);
+};
+
+template <int kHeadDim, int kKib>
+constexpr Kernels kernels_of() {
+  using cutlass::bfloat16_t, cutlass::half_t;
+  constexpr int kForwardKib = forward_kib(kHeadDim, kKib);
+  static_assert(kForwardBytes<kHeadDim, kForwardKib> <= kKib * 1024 && kBackwardBytes<kHeadDim, kKib> <= kKib * 1024,
+                "a tile fits what its class of GPU offers");
+  return {kForwardBytes<kHeadDim, kForwardKib>,
+          kBackwardBytes<kHeadDim, kKib>,
+          {launch_forward<bfloat16_t, kHeadDim, kForwardKib>, launch_forward<half_t, kHeadDim, kForwardKib>},
+          {launch_backward<bfloat16_t, kHeadDim, kKib>, launch_backward<half_t, kHeadDim, kKib>}};
 }
 
-void check_device(const Problem& problem, bool backward) {
-  const std::string why = why_unsupported(-1, problem.head_dim, backward);
-  if (!why.empty()) throw std::runtime_error("s2attn: " + why);
+template <int kKib>
+constexpr Kernels kKernels[] = {kernels_of<64, kKib>(), kernels_of<128, kKib>(), kernels_of<256, kKib>()};
+
+int padded_head_dim_of(const Problem& problem) { return padded_head_dim(static_cast<int>(problem.head_dim)); }
+
+const Kernels& kernels_for(const Gpu& gpu, int64_t head_dim) {
+  const int padded = padded_head_dim(static_cast<int>(head_dim)), index = padded == 64 ? 0 : padded == 128 ? 1 : 2;
+  return (gpu.kib() == kLargeKib ? kKernels<kLargeKib> : kKernels<kSmallKib>)[index];
 }
 
-}  // namespace
-
-// Older GPUs lack the kernels' instructions. An A100, H100 or B200 offers a block 163 KiB of shared memory and more;
-// GPUs of compute capability 8.6, 8.9 and 12 offer 99. The attributes are read from memory, so nothing is gained by
-// keeping them, and no stream is touched.
-std::string why_unsupported(int device, int64_t head_dim, bool backward) {
-  if (device < 0) {
-    const std::string why = failure(cudaGetDevice(&device), "asking for the current GPU");
-    if (!why.empty()) return why;
-  }
-  int major = 0, minor = 0, offered = 0;
-  for (const auto& [value, attribute] :
-       {std::pair(&major, cudaDevAttrComputeCapabilityMajor), std::pair(&minor, cudaDevAttrComputeCapabilityMinor),
-        std::pair(&offered, cudaDevAttrMaxSharedMemoryPerBlockOptin)}) {
-    const std::string why = failure(cudaDeviceGetAttribute(value, attribute, device), "asking what the GPU can do");
-    if (!why.empty()) return why;
-  }
-  const std::string gpu = "GPU " + std::to_string(device);
-  if (major < 8)
-    return gpu + " has compute capability " + std::to_string(major) + "." + std::to_string(minor) +
+// Older GPUs lack the kernels' instructions.
+std::string why_unsupported(const Gpu& gpu, int64_t head_dim, bool backward) {
+  const std::string name = "GPU " + std::to_string(gpu.device);
+  if (gpu.major < 8)
+    return name + " has compute capability " + std::to_string(gpu.major) + "." + std::to_string(gpu.minor) +
            ", but the CUDA kernels need 8.0 or newer; use attn_implementation='sdpa'";
-  const int needed = (backward ? kBackwardSharedBytes : kForwardSharedBytes)[index_of(head_dim)];
-  if (needed > offered)
+  const Kernels& kernels = kernels_for(gpu, head_dim);
+  const int needed = backward ? kernels.backward_bytes : kernels.forward_bytes;
+  if (needed > gpu.shared_bytes)
     return std::string(backward ? "the backward" : "the forward") + " at head_dim " + std::to_string(head_dim) +
-           " needs " + std::to_string(needed) + " bytes of shared memory, but " + gpu + " offers " +
-           std::to_string(offered) + " to a block; use attn_implementation='sdpa'";
+           " needs " + std::to_string(needed) + " bytes of shared memory, but " + name + " offers " +
+           std::to_string(gpu.shared_bytes) + " to a block; use attn_implementation='sdpa'";
   return "";
 }
 
+void throw_if(const std::string& why) {
+  if (!why.empty()) throw std::runtime_error("s2attn: " + why);
+}
+
+Gpu gpu_of(int device) {
+  Gpu gpu;
+  throw_if(find_gpu(device, gpu));
+  return gpu;
+}
+
+// The current one, which must be able to run the kernels.
+Gpu gpu_for(const Problem& problem, bool backward) {
+  const Gpu gpu = gpu_of(-1);
+  throw_if(why_unsupported(gpu, problem.head_dim, backward));
+  return gpu;
+}
+
+// Rows of a tile of the backward, and such tiles in all heads and sequences.
+int rows_of_tile(const Problem& problem, int device) {
+  return backward_tile(padded_head_dim_of(problem), gpu_of(device).kib()).rows;
+}
+int64_t row_tiles(const Problem& problem, int64_t rows) {
+  return problem.batch * problem.heads * ((problem.seqlen + rows - 1) / rows);
+}
+
+int index_of(Dtype dtype) { return dtype == Dtype::kBFloat16 ? 0 : 1; }
+
+}  // namespace
+
+std::string why_unsupported(int device, int64_t head_dim, bool backward) {
+  Gpu gpu;
+  const std::string why = find_gpu(device, gpu);
+  return why.empty() ? why_unsupported(gpu, head_dim, backward) : why;
+}
+
 // dq is summed up in whole tiles.
-int64_t dq_scratch_floats(const Problem& problem, bool deterministic) {
-  const int head_dim = padded_head_dim(static_cast<int>(problem.head_dim));
-  return deterministic ? 0 : row_tiles(problem) * backward_tile(head_dim).rows * head_dim;
+int64_t dq_scratch_floats(const Problem& problem, bool deterministic, int device) {
+  if (deterministic) return 0;
+  const int rows = rows_of_tile(problem, device);
+  return row_tiles(problem, rows) * rows * padded_head_dim_of(problem);
 }
 
 // dk and dv of one sink for each tile of rows.
-int64_t sink_sums_floats(const Problem& problem) {
-  return problem.sink ? row_tiles(problem) * 2 * padded_head_dim(static_cast<int>(problem.head_dim)) : 0;
+int64_t sink_sums_floats(const Problem& problem, int device) {
+  if (!problem.sink) return 0;
+  return row_tiles(problem, rows_of_tile(problem, device)) * 2 * padded_head_dim_of(problem);
 }
 
 void forward(const ForwardParams& params, Dtype dtype, void* stream) {
-  check_device(params.problem, false);
+  const Gpu gpu = gpu_for(params.problem, false);
   if (params.problem.batch == 0) return;
-  const auto& launch = dtype == Dtype::kBFloat16 ? kForward<cutlass::bfloat16_t> : kForward<cutlass::half_t>;
-  launch[index_of(params.problem.head_dim)](params, stream);
+  kernels_for(gpu, params.problem.head_dim).forward[index_of(dtype)](params, gpu.l2_bytes, stream);
 }
 
 void backward(const BackwardParams& params, Dtype dtype, bool deterministic, void* stream) {
-  check_device(params.problem, true);
+  const Gpu gpu = gpu_for(params.problem, true);
   if (params.problem.batch == 0) return;
-  const auto& launch = dtype == Dtype::kBFloat16 ? kBackward<cutlass::bfloat16_t> : kBackward<cutlass::half_t>;
-  launch[index_of(params.problem.head_dim)](params, deterministic, stream);
+  kernels_for(gpu, params.problem.head_dim).backward[index_of(dtype)](params, deterministic, gpu.l2_bytes, stream);
 }
 
 }  // namespace longlora::cuda

@@ -5,7 +5,7 @@
 //   Shared                     what lies in its block's shared memory (shared_memory.h)
 //   kThreads                   of a block
 //   kLastFirst                 whether a group's last tiles are its longest (scheduler.h)
-//   schedule(problem)          its tiles, in the order in which blocks take them
+//   schedule(problem, l2)      its tiles, in the order in which blocks take them
 //   run(params, turn, shared)  what a block does, in all its threads
 #pragma once
 
@@ -29,8 +29,8 @@ __global__ void __launch_bounds__(Work::kThreads) run_work(const Scheduled<typen
 
 // Queues one Work after the other on `stream`: all, or where one cannot be, none.
 template <class... Works, typename Params>
-void launch_works(const Params& params, void* stream) {
-  const Scheduled<Params> scheduled[] = {{params, Works::schedule(params.problem)}...};
+void launch_works(const Params& params, int64_t l2_bytes, void* stream) {
+  const Scheduled<Params> scheduled[] = {{params, Works::schedule(params.problem, l2_bytes)}...};
   (allow_shared_memory<run_work<Works>>(kSharedBytes<Works>), ...);
   const Scheduled<Params>* next = scheduled;
   ((launch<run_work<Works>>(next->schedule.grid(), Works::kThreads, kSharedBytes<Works>, stream, *next), ++next), ...);

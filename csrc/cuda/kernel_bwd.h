@@ -9,21 +9,24 @@
 
 namespace longlora::cuda {
 
-template <typename Element, int kHeadDim, bool kSink, class... Last>
-void launch_backward_with(const BackwardParams& params, bool deterministic, void* stream) {
-  using First = Preprocess<Element, kHeadDim, kSink>;
+template <typename Element, int kHeadDim, int kKib, bool kSink, class... Last>
+void launch_backward_with(const BackwardParams& params, bool deterministic, int64_t l2_bytes, void* stream) {
+  using First = Preprocess<Element, kHeadDim, kKib, kSink>;
   if (deterministic)
-    launch_works<First, Backward<Element, kHeadDim, false>, BackwardDq<Element, kHeadDim>, Last...>(params, stream);
+    launch_works<First, Backward<Element, kHeadDim, kKib, false>, BackwardDq<Element, kHeadDim, kKib>, Last...>(
+        params, l2_bytes, stream);
   else
-    launch_works<First, Backward<Element, kHeadDim, true>, Postprocess<Element, kHeadDim>, Last...>(params, stream);
+    launch_works<First, Backward<Element, kHeadDim, kKib, true>, Postprocess<Element, kHeadDim, kKib>, Last...>(
+        params, l2_bytes, stream);
 }
 
-template <typename Element, int kHeadDim>
-void launch_backward(const BackwardParams& params, bool deterministic, void* stream) {
+template <typename Element, int kHeadDim, int kKib>
+void launch_backward(const BackwardParams& params, bool deterministic, int64_t l2_bytes, void* stream) {
   if (params.problem.sink)
-    launch_backward_with<Element, kHeadDim, true, SinkGradients<Element, kHeadDim>>(params, deterministic, stream);
+    launch_backward_with<Element, kHeadDim, kKib, true, SinkGradients<Element, kHeadDim, kKib>>(params, deterministic,
+                                                                                                l2_bytes, stream);
   else
-    launch_backward_with<Element, kHeadDim, false>(params, deterministic, stream);
+    launch_backward_with<Element, kHeadDim, kKib, false>(params, deterministic, l2_bytes, stream);
 }
 
 }  // namespace longlora::cuda

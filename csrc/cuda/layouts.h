@@ -10,12 +10,15 @@ namespace longlora::cuda {
 
 using namespace cute;
 
-// Rows of 64 elements are 128 bytes, all the banks. The swizzle exchanges their 16-byte pieces by row, so that eight
-// rows read at one column (ldmatrix) or eight columns of one row (cp.async) touch every bank once.
-using SwizzledRows = decltype(composition(Swizzle<3, 3, 3>{}, Layout<Shape<_8, _64>, Stride<_64, _1>>{}));
+// Rows of 64 elements are 128 bytes, all the banks; of 32 elements, two rows are. The swizzle exchanges their 16-byte
+// pieces by row, so that eight rows read at one column (ldmatrix) or eight pieces that follow each other (cp.async)
+// touch every bank once.
+template <int kColumns, int kWidth = kColumns == 32 ? 32 : 64>
+using SwizzledRows = decltype(composition(conditional_t<kWidth == 32, Swizzle<2, 3, 3>, Swizzle<3, 3, 3>>{},
+                                          Layout<Shape<_8, Int<kWidth>>, Stride<Int<kWidth>, _1>>{}));
 
 template <int kRows, int kColumns>
-using SharedTile = decltype(tile_to_shape(SwizzledRows{}, Shape<Int<kRows>, Int<kColumns>>{}));
+using SharedTile = decltype(tile_to_shape(SwizzledRows<kColumns>{}, Shape<Int<kRows>, Int<kColumns>>{}));
 
 // The same memory as the transposed matrix, [columns, rows].
 template <class Tensor>

@@ -54,19 +54,19 @@ struct QueryWalk {
   }
 };
 
-template <typename Element, int kHeadDim, bool kWithDq>
-struct Backward : BackwardTiles<Element, kHeadDim> {
-  using Tiles = BackwardTiles<Element, kHeadDim>;
+template <typename Element, int kHeadDim, int kKib, bool kWithDq>
+struct Backward : BackwardTiles<Element, kHeadDim, kKib> {
+  using Tiles = BackwardTiles<Element, kHeadDim, kKib>;
   using Tiles::kRows, Tiles::kKeys, Tiles::kThreads, Tiles::kRowsSize;
-  using Shared = BackwardShared<Element, kHeadDim>;
+  using Shared = BackwardShared<Element, kHeadDim, kKib>;
   using Statistics = RowStatistics<kRows>;
   static constexpr int kStages = Tiles::kTile.stages;
   static constexpr bool kLastFirst = false;
 
   // What tiles of keys share are q, dout and the sums of dq.
-  static Schedule schedule(const Problem& problem) {
+  static Schedule schedule(const Problem& problem, int64_t l2_bytes) {
     const int64_t heads_per_kv = problem.heads / problem.kv_heads;
-    return Schedule(problem, problem.seqlen_k, kKeys, problem.kv_heads,
+    return Schedule(problem, l2_bytes, problem.seqlen_k, kKeys, problem.kv_heads,
                     (problem.first_shifted_head + heads_per_kv - 1) / heads_per_kv,
                     4 * Tiles::kRowBytes * heads_per_kv);
   }

@@ -17,20 +17,20 @@
 
 namespace longlora::cuda {
 
-template <typename Element, int kHeadDim>
+template <typename Element, int kHeadDim, int kKib>
 struct Forward {
   using Params = ForwardParams;
-  using Shared = ForwardShared<Element, kHeadDim>;
-  static constexpr ForwardTile kTile = forward_tile(kHeadDim);
+  using Shared = ForwardShared<Element, kHeadDim, kKib>;
+  static constexpr ForwardTile kTile = forward_tile(kHeadDim, kKib);
   static constexpr int kRows = kTile.rows, kKeys = kTile.keys, kThreads = kTile.warps * 32;
   static constexpr bool kLastFirst = true;
   using QueryTile = SharedTile<kRows, kHeadDim>;
   using KeyTile = SharedTile<kKeys, kHeadDim>;
   using Mma = WarpMma<Element, kTile.warps, kTile.warps>;
 
-  static Schedule schedule(const Problem& problem) {
+  static Schedule schedule(const Problem& problem, int64_t l2_bytes) {
     const int64_t bytes_of_keys = 2 * sizeof(Element) * kHeadDim * problem.kv_heads / problem.heads;
-    return Schedule(problem, problem.seqlen, kRows, problem.heads, problem.first_shifted_head,
+    return Schedule(problem, l2_bytes, problem.seqlen, kRows, problem.heads, problem.first_shifted_head,
                     std::max<int64_t>(1, bytes_of_keys));
   }
 

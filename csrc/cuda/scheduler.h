@@ -13,7 +13,8 @@
 
 namespace longlora::cuda {
 
-// The groups of all heads are cut into sections that fit into half of an A100's L2, one section after the other. Inside
+// The groups of all heads are cut into sections that fit into half of L2, one section after the other; of an L2 larger
+// than an A100's, for which no other size was measured, into half of an A100's. Inside
 // of one the tiles go by their position in their group, from the longest down, across its groups. The last section has
 // some blocks for each multiprocessor, whatever fits: with one group in it, its longest blocks would begin when most
 // multiprocessors are about to end (a tenth of an H200's time went by so, with few KV heads).
@@ -33,8 +34,8 @@ struct Schedule {
 
   // Of `seqlen` rows, of queries or of keys, in tiles of `rows`. `bytes_per_row`: what the tiles of a group share of
   // each of its rows.
-  Schedule(const Problem& problem, int64_t seqlen, int rows, int64_t heads, int64_t first_shifted_head,
-           int64_t bytes_per_row)
+  Schedule(const Problem& problem, int64_t l2_bytes, int64_t seqlen, int rows, int64_t heads,
+           int64_t first_shifted_head, int64_t bytes_per_row)
       : tiles(static_cast<int>((seqlen + rows - 1) / rows)),
         tiles_per_group(std::min(tiles, static_cast<int>((problem.group_size + rows - 1) / rows))),
         groups((tiles + (first_shifted_head < heads ? tiles_per_group / 2 : 0) + tiles_per_group - 1) /
@@ -42,7 +43,7 @@ struct Schedule {
         heads(static_cast<int>(heads)),
         first_shifted_head(static_cast<int>(first_shifted_head)),
         pairs(problem.batch * heads * groups),
-        section(std::max<int64_t>(1, kSectionBytes / (bytes_per_row * rows * tiles_per_group))),
+        section(std::max<int64_t>(1, std::min(kSectionBytes, l2_bytes / 2) / (bytes_per_row * rows * tiles_per_group))),
         in_sections(std::max<int64_t>(0, pairs - kLastBlocks / tiles_per_group) / section * section) {
     if (blocks() > kMostBlocks)
       throw std::runtime_error("s2attn: batch * heads * seqlen is too much for one launch: a kernel needs " +

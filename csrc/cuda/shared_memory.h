@@ -6,9 +6,9 @@
 
 namespace longlora::cuda {
 
-template <typename Element, int kHeadDim>
+template <typename Element, int kHeadDim, int kKib>
 struct alignas(128) ForwardShared {
-  static constexpr ForwardTile kTile = forward_tile(kHeadDim);
+  static constexpr ForwardTile kTile = forward_tile(kHeadDim, kKib);
 
   Element q[kTile.rows * kHeadDim];  // in the end the output
   Element k[kTile.keys * kHeadDim];
@@ -16,9 +16,9 @@ struct alignas(128) ForwardShared {
   int first_keys[kTile.rows];
 };
 
-template <typename Element, int kHeadDim>
+template <typename Element, int kHeadDim, int kKib>
 struct alignas(128) BackwardShared {
-  static constexpr BackwardTile kTile = backward_tile(kHeadDim);
+  static constexpr BackwardTile kTile = backward_tile(kHeadDim, kKib);
 
   // Flat, not arrays of stages: nvcc works out where a stage begins in 32 bits.
   Element q[kTile.stages * kTile.rows * kHeadDim];
@@ -30,9 +30,9 @@ struct alignas(128) BackwardShared {
   float statistics[kTile.stages * 2 * kTile.rows];  // of a stage: lse of the rows, then delta
 };
 
-template <typename Element, int kHeadDim>
+template <typename Element, int kHeadDim, int kKib>
 struct alignas(128) BackwardDqShared {
-  static constexpr BackwardTile kTile = backward_tile(kHeadDim);
+  static constexpr BackwardTile kTile = backward_tile(kHeadDim, kKib);
 
   Element q[kTile.rows * kHeadDim];  // in the end dq
   Element dout[kTile.rows * kHeadDim];
@@ -42,9 +42,9 @@ struct alignas(128) BackwardDqShared {
   float statistics[2 * kTile.rows];  // lse, then delta
 };
 
-template <typename Element, int kHeadDim>
+template <typename Element, int kHeadDim, int kKib>
 struct alignas(128) PostprocessShared {
-  Element dq[backward_tile(kHeadDim).rows * kHeadDim];
+  Element dq[backward_tile(kHeadDim, kKib).rows * kHeadDim];
 };
 
 // Four numbers that are read and written at once.
@@ -53,17 +53,17 @@ struct alignas(16) Four {
 };
 
 // Sums of dk and dv of a sink, to be added up. SinkLines says how each lies there.
-template <int kHeadDim>
+template <int kHeadDim, int kKib>
 struct alignas(128) PreprocessShared {
-  Four parts[backward_tile(kHeadDim).warps][kHeadDim / 2];  // of each warp
+  Four parts[backward_tile(kHeadDim, kKib).warps][kHeadDim / 2];  // of each warp
 };
 
-template <int kHeadDim>
+template <int kHeadDim, int kKib>
 struct alignas(128) SinkGradientsShared {
   static constexpr int kThreads = 256;
 
   Four parts[kThreads / (kHeadDim / 8)][kHeadDim / 2];  // of each group of threads
-  int row_ends[backward_tile(kHeadDim).keys];
+  int row_ends[backward_tile(kHeadDim, kKib).keys];
 };
 
 struct NothingShared {};

@@ -44,19 +44,19 @@ struct SinkLines {
 };
 
 // Adds what the rows of a tile leave to dk and dv of the first tokens of documents that begin in a tile of keys.
-template <typename Element, int kHeadDim>
+template <typename Element, int kHeadDim, int kKib>
 struct SinkGradients {
   using Params = BackwardParams;
-  using Tiles = BackwardTiles<Element, kHeadDim>;
-  using Shared = SinkGradientsShared<kHeadDim>;
+  using Tiles = BackwardTiles<Element, kHeadDim, kKib>;
+  using Shared = SinkGradientsShared<kHeadDim, kKib>;
   using Lines = SinkLines<kHeadDim>;
   static constexpr int kRows = Tiles::kRows, kKeys = Tiles::kKeys, kThreads = Shared::kThreads;
   static constexpr int kPieces = Lines::kPieces, kGroups = kThreads / kPieces;  // of threads
   static constexpr bool kLastFirst = false;
   static_assert(kKeys <= kThreads && Lines::kFours <= kThreads);
 
-  static Schedule schedule(const Problem& problem) {
-    return Schedule(problem, problem.seqlen_k, kKeys, problem.kv_heads, problem.kv_heads, Tiles::kRowBytes);
+  static Schedule schedule(const Problem& problem, int64_t l2_bytes) {
+    return Schedule(problem, l2_bytes, problem.seqlen_k, kKeys, problem.kv_heads, problem.kv_heads, Tiles::kRowBytes);
   }
 
   DEVICE static void run(const BackwardParams& params, const Turn& turn, Shared& shared) {

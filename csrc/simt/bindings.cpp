@@ -9,7 +9,6 @@
 #include "../cuda/scheduler.h"
 #include "../groups.h"
 #include "python.h"
-#include "shadow.h"
 
 namespace longlora::simt {
 namespace {
@@ -20,7 +19,7 @@ T* pointer(uintptr_t address) {
 }
 
 int compute_capability_major = 8;
-int shared_memory_bytes = SharedMemory::kMostBytes;
+int l2_bytes = 40 << 20;
 int error_of_the_runtime = cudaSuccess;
 
 Dtype dtype_of(bool bfloat16) { return bfloat16 ? Dtype::kBFloat16 : Dtype::kFloat16; }
@@ -66,32 +65,35 @@ PYBIND11_MODULE(simt_kernels, module) {
       "problem"_a, "bfloat16"_a, "deterministic"_a, "dout"_a, "q"_a, "k"_a, "v"_a, "out"_a, "dq"_a, "dk"_a, "dv"_a,
       "lse"_a, "dlse"_a, "delta"_a, "sink_weight"_a, "sink_ds"_a, "dq_scratch"_a, "sink_sums"_a);
 
-  module.def("dq_scratch_floats", &cuda::dq_scratch_floats, "problem"_a, "deterministic"_a);
-  module.def("sink_sums_floats", &cuda::sink_sums_floats, "problem"_a);
+  module.def("dq_scratch_floats", &cuda::dq_scratch_floats, "problem"_a, "deterministic"_a, "device"_a = -1);
+  module.def("sink_sums_floats", &cuda::sink_sums_floats, "problem"_a, "device"_a = -1);
   module.def("first_key", &first_key<int>, "i"_a, "doc_start"_a, "group_size"_a, "shifted"_a, "window"_a);
   module.def("last_row_end", &last_row_end<int>, "j"_a, "doc_start"_a, "group_size"_a, "shifted"_a, "window"_a);
   module.def("sees_sink", &sees_sink<int>, "first_key"_a, "doc_start"_a);
   module.def(
       "pretend",
-      [](int major, int error, int shared_bytes) {
+      [](int major, int error, int shared_bytes, int l2) {
         compute_capability_major = major;
         error_of_the_runtime = error;
-        shared_memory_bytes = shared_bytes;
+        offer_shared_memory(shared_bytes);
+        l2_bytes = l2;
       },
-      "compute_capability_major"_a = 8, "error"_a = 0, "shared_memory_bytes"_a = int{SharedMemory::kMostBytes},
-      "What the host code finds from here on; at first all is well.");
+      "compute_capability_major"_a = 8, "error"_a = 0, "shared_memory_bytes"_a = 163 << 10, "l2_bytes"_a = 40 << 20,
+      "What the host code finds from here on; at first all is well, and the GPU an A100.");
   module.def("why_unsupported", &cuda::why_unsupported, "device"_a, "head_dim"_a, "backward"_a);
   module.def(
       "blocks",
       [](const Problem& problem, int rows) {
-        return cuda::Schedule(problem, problem.seqlen, rows, problem.heads, problem.first_shifted_head, 1).grid().x;
+        return cuda::Schedule(problem, l2_bytes, problem.seqlen, rows, problem.heads, problem.first_shifted_head, 1)
+            .grid()
+            .x;
       },
       "problem"_a, "rows"_a, "Blocks of a grid.");
   module.def(
       "turns",
       [](const Problem& problem, int rows, int64_t bytes_per_row) {
-        const cuda::Schedule schedule(problem, problem.seqlen, rows, problem.heads, problem.first_shifted_head,
-                                      bytes_per_row);
+        const cuda::Schedule schedule(problem, l2_bytes, problem.seqlen, rows, problem.heads,
+                                      problem.first_shifted_head, bytes_per_row);
         std::vector<std::tuple<int, int, int>> turns;
         for (unsigned block = 0; block < schedule.grid().x; ++block) {
           const cuda::Turn turn = cuda::turn_of<true>(schedule, block);
@@ -114,9 +116,14 @@ cudaError_t cudaGetDevice(int* device) {
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrComputeCapabilityMajor         ? longlora::simt::compute_capability_major
-           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? longlora::simt::shared_memory_bytes
+           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? longlora::simt::offered_shared_memory()
+           : attribute == cudaDevAttrL2CacheSize                  ? longlora::simt::l2_bytes
                                                                   : 0;
   return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  return longlora::simt::allow_shared_memory(kernel, bytes) ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 cudaError_t cudaDriverGetVersion(int* version) {

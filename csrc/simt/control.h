@@ -14,6 +14,10 @@ namespace longlora::simt {
 // hold, its commit makes no group, its wait waits for nothing. Empty: none is. Clears counters and sites.
 void configure(uint64_t seed, const std::string& drop);
 
+// Bytes of shared memory that a GPU offers a block; at first 163 KiB, as an A100 does.
+void offer_shared_memory(int bytes);
+int offered_shared_memory();
+
 const Counters& counters();
 
 // "mainloop_fwd.h:96 sync_block", for each barrier, commit and wait that a thread came to, dropped or not.

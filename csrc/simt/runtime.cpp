@@ -1,6 +1,7 @@
 // What simt.h and control.h promise, but for the collectives.
 #include <algorithm>
 #include <cstring>
+#include <map>
 #include <numeric>
 
 #include "block.h"
@@ -14,8 +15,11 @@ namespace longlora::simt {
 namespace {
 
 constexpr int kMostThreads = 1024;
+constexpr int kAlwaysAllowed = 48 * 1024;  // bytes of shared memory
 
 uint64_t seed = 0;
+int offered_bytes = 163 * 1024;
+std::map<const void*, int> allowed_bytes;  // by kernel
 Sites all_sites;
 
 // Notes that the running thread has come to a site; false: it is to ignore it.
@@ -33,6 +37,19 @@ void configure(uint64_t new_seed, const std::string& drop) {
   seed = new_seed;
   all_sites.reset(drop);
   statistics = Counters();
+}
+
+void offer_shared_memory(int bytes) {
+  offered_bytes = bytes;
+  allowed_bytes.clear();
+}
+
+int offered_shared_memory() { return offered_bytes; }
+
+bool allow_shared_memory(const void* kernel, int bytes) {
+  if (bytes > offered_bytes) return false;
+  allowed_bytes[kernel] = bytes;
+  return true;
 }
 
 const Counters& counters() { return statistics; }
@@ -82,11 +99,13 @@ void store_shared(void* target, const void* value, int bytes) {
   block->warp().accesses.record(AccessLog::kStore, block->running().lane(), offset, bytes);
 }
 
-void launch(Index grid, int threads, int shared_bytes, Block::Body body, const void* params) {
+void launch(Index grid, int threads, int shared_bytes, Block::Body body, const void* params, const void* kernel) {
   if (threads < kLanes || threads > kMostThreads || threads % kLanes)
     throw Error("a block has whole warps, up to 1024 threads, not " + std::to_string(threads));
-  if (shared_bytes < 0 || shared_bytes > SharedMemory::kMostBytes)
-    throw Error("a block has up to " + std::to_string(SharedMemory::kMostBytes) + " bytes of shared memory, not " +
+  const auto allowed = allowed_bytes.find(kernel);
+  const int most_bytes = allowed == allowed_bytes.end() ? std::min(kAlwaysAllowed, offered_bytes) : allowed->second;
+  if (shared_bytes < 0 || shared_bytes > most_bytes)
+    throw Error("a block of this kernel has up to " + std::to_string(most_bytes) + " bytes of shared memory, not " +
                 std::to_string(shared_bytes));
   if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
     throw Error("a grid's sides are 1 to 2^31 - 1, 65535 and 65535");

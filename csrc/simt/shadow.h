@@ -15,8 +15,6 @@ struct Accessor {
 
 class SharedMemory {
  public:
-  static constexpr int kMostBytes = 163 * 1024;  // sm_80's limit for a block
-
   SharedMemory();
   ~SharedMemory();
   SharedMemory(const SharedMemory&) = delete;

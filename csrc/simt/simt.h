@@ -40,8 +40,13 @@ bool is_shared(const void* address);  // also just outside the block's own bytes
 void load_shared(void* value, const void* source, int bytes);
 void store_shared(void* target, const void* value, int bytes);
 
-// Runs `body(params)` as every thread of the grid. Throws Error (error.h) when a thread does what it must not.
-void launch(Index grid, int threads, int shared_bytes, void (*body)(const void* params), const void* params);
+// Lets a kernel have more than the 48 KiB of shared memory that each has; false where a block has not so much.
+bool allow_shared_memory(const void* kernel, int bytes);
+
+// Runs `body(params)` as every thread of the grid. Throws Error (error.h) when a thread does what it must not. `kernel`
+// tells kernels apart.
+void launch(Index grid, int threads, int shared_bytes, void (*body)(const void* params), const void* params,
+            const void* kernel);
 
 }  // namespace longlora::simt
 

@@ -60,11 +60,15 @@ def copy_sources(to: Path) -> Path:
 
 
 def run_tests(tree: Path, expression: str, mutant: int = 0, *options: str) -> subprocess.CompletedProcess[str]:
-    """Of the emulated kernels, those that pytest's `-k expression` selects, until one fails."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", expression, *options]
+    """Of the emulated kernels, those of both tiers that pytest's `-k expression` selects, until one fails."""
+    command = [sys.executable, "-m", "pytest", "--full", "-x", "-q", "-p", "no:cacheprovider", "-k", expression]
     environment = {**os.environ, CHOSEN: str(mutant)}
     return subprocess.run(
-        [*command, "tests/kernels/test_cuda_emulated.py"], cwd=tree, env=environment, capture_output=True, text=True
+        [*command, *options, "tests/kernels/test_cuda_emulated.py"],
+        cwd=tree,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
 
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -159,15 +159,32 @@ class Kernel(NamedTuple):
     direction: str
     dtype: str
     head_dim: int
+    kib: int  # of shared memory that a GPU offers a block
 
 
-KERNELS = tuple(map(Kernel._make, product(("backward", "forward"), ("bf16", "fp16"), (256, 128, 64))))
+KERNELS = tuple(
+    Kernel(*kernel)
+    for kernel in product(("backward", "forward"), ("bf16", "fp16"), (256, 128, 64), (163, 99))
+    if (kernel[0], *kernel[2:]) != ("forward", 64, 99)  # its tile is that for 163 KiB
+)
 ELEMENTS = {"bf16": "cutlass::bfloat16_t", "fp16": "cutlass::half_t"}
 HEADERS = {"forward": "kernel_fwd.h", "backward": "kernel_bwd.h"}
+
+
+def kernels_for(configs: Iterable[tuple[str, int, int]]) -> list[Kernel]:
+    """What GPUs run, by dtype, head dim and shared memory: of each the backward and the forward kernel."""
+    wanted = set()
+    for config in configs:
+        forward = Kernel("forward", *config)
+        wanted |= {Kernel("backward", *config), forward if forward in KERNELS else forward._replace(kib=163)}
+    return sorted(wanted)
+
+
 ABSENT = {
-    "forward": "template <> void launch_forward<{element}, {head_dim}>(const ForwardParams&, void*) {{ absent(); }}",
-    "backward": "template <> void launch_backward<{element}, {head_dim}>"
-    "(const BackwardParams&, bool, void*) {{ absent(); }}",
+    "forward": "template <> void launch_forward<{element}, {head_dim}, {kib}>"
+    "(const ForwardParams&, int64_t, void*) {{ absent(); }}",
+    "backward": "template <> void launch_backward<{element}, {head_dim}, {kib}>"
+    "(const BackwardParams&, bool, int64_t, void*) {{ absent(); }}",
 }
 
 
@@ -185,6 +202,7 @@ def instantiation(kernel: Kernel) -> Path:
         ("HEADER", HEADERS[kernel.direction]),
         ("ELEMENT", ELEMENTS[kernel.dtype]),
         ("HEAD_DIM", str(kernel.head_dim)),
+        ("KIB", str(kernel.kib)),
     ):
         text = text.replace(f"@{key}@", value)
     return write(BUILD / "units" / f"{'_'.join(map(str, kernel))}.cu", text)
@@ -197,10 +215,12 @@ def absent_kernels(kernels: Sequence[Kernel]) -> Path:
         f'#include "{ROOT / "csrc" / "params.h"}"',
         "namespace cutlass { struct bfloat16_t; struct half_t; }",
         "namespace longlora::cuda {",
-        "template <typename Element, int kHeadDim> void launch_forward(const ForwardParams&, void*);",
-        "template <typename Element, int kHeadDim> void launch_backward(const BackwardParams&, bool, void*);",
+        "template <typename Element, int kHeadDim, int kKib>",
+        "void launch_forward(const ForwardParams&, int64_t, void*);",
+        "template <typename Element, int kHeadDim, int kKib>",
+        "void launch_backward(const BackwardParams&, bool, int64_t, void*);",
         '[[maybe_unused]] static void absent() { throw std::logic_error("not among the kernels of this build"); }',
-        *(ABSENT[direction].format(element=ELEMENTS[dtype], head_dim=size) for direction, dtype, size in kernels),
+        *(ABSENT[k.direction].format(element=ELEMENTS[k.dtype], head_dim=k.head_dim, kib=k.kib) for k in kernels),
         "}",
     ]
     return write(BUILD / "units" / f"absent_{digest(*lines)}.cpp", "\n".join(lines) + "\n")

@@ -1,7 +1,7 @@
 """The CUDA kernels, run on a CPU by the emulator of csrc/simt: every feature right against the definition, no race, no
 bank conflict, no access out of bounds, no product more than needed.
 
-Here the kernels of two dtypes and head dims stand for all twelve; `--full` compiles and runs every one.
+Here the kernels of two dtypes, head dims and classes of GPU stand for all; `--full` compiles and runs every one.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from op_checks import (
     assert_same,
     outputs_and_grads,
 )
-from simt_build import Kernel
 
 
 class Config(NamedTuple):
-    """The forward and the backward kernels of one dtype and padded head dim."""
+    """The forward and the backward kernels of one dtype and padded head dim, for GPUs with so much shared memory."""
 
     dtype: str
     head_dim: int
+    kib: int  # that a block may have
 
 
-FAST = (Config("bf16", 64), Config("fp16", 128))
+FAST = (Config("bf16", 64, 163), Config("fp16", 128, 99))
 CONFIGS = [
     pytest.param(config, id="-".join(map(str, config)), marks=[] if config in FAST else pytest.mark.full)
-    for config in map(Config._make, product(("bf16", "fp16"), (64, 128, 256)))
+    for config in map(Config._make, product(("bf16", "fp16"), (64, 128, 256), (163, 99)))
 ]
 TOKENS = {64: 400, 128: 400, 256: 200}  # by head dim: four tiles of keys in each kernel, or more
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -52,13 +52,18 @@ pytestmark = pytest.mark.parametrize("config", CONFIGS)
 
 
 @pytest.fixture
-def module(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
-    """All kernels that the selected tests are about, and no others: compiling one takes half a minute."""
+def module(request: pytest.FixtureRequest, config: Config) -> Iterator[ModuleType]:
+    """All kernels that the selected tests are about, and no others: compiling one takes half a minute.
+
+    They run on a GPU that offers a block as much shared memory as they are made for.
+    """
     parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
     configs = sorted({chosen["config"] for chosen in parameters if isinstance(chosen.get("config"), Config)})
-    module = simt_kernels.kernels(*(Kernel(way, *config) for way in ("backward", "forward") for config in configs))
+    module = simt_kernels.kernels(*simt_build.kernels_for(configs))
+    module.pretend(shared_memory_bytes=config.kib * 1024)
     yield module
     module.configure()  # whoever comes next finds nothing left out
+    module.pretend()
 
 
 class Attention(torch.autograd.Function):
@@ -420,25 +425,27 @@ def test_nothing_beside_the_tensors(module: ModuleType, config: Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], dict[str, int]]:
-    """The tile of a direction and head dim, from tile_config.h itself."""
+def tiles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Config], dict[str, int]]:
+    """The tile of a direction, from tile_config.h itself."""
     fields = {"forward": ["rows", "keys", "warps"]}
     fields["backward"] = [*fields["forward"], "score_warps", "dkv_warps", "dq_warps"]
     program = tmp_path_factory.mktemp("tiles") / "tiles.cpp"
     prints = "".join(
-        f'std::printf("%d ", longlora::cuda::{direction}_tile(head_dim).{name});'
+        f'std::printf("%d ", longlora::cuda::{direction}_tile(head_dim, kib).{name});'
         for direction, names in fields.items()
         for name in names
     )
     program.write_text(
         f'#include <cstdio>\n#include <cstdlib>\n#include "{simt_build.CUDA}/tile_config.h"\n'
-        f"int main(int, char** arguments) {{ const int head_dim = std::atoi(arguments[1]); {prints} }}\n"
+        "int main(int, char** arguments) {\n"
+        f"const int head_dim = std::atoi(arguments[1]), kib = std::atoi(arguments[2]); {prints} }}\n"
     )
     binary = program.with_suffix("")
     simt_build.run([*simt_build.CXX, "-std=c++17", program, "-o", binary])
 
-    def tile(direction: str, head_dim: int) -> dict[str, int]:
-        printed = subprocess.run([binary, str(head_dim)], capture_output=True, text=True, check=True).stdout.split()
+    def tile(direction: str, config: Config) -> dict[str, int]:
+        command = [binary, str(config.head_dim), str(config.kib)]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
         names = [(way, name) for way, of_way in fields.items() for name in of_way]
         values = {name: int(value) for (way, name), value in zip(names, printed, strict=True) if way == direction}
         return values | {"threads": 32 * values["warps"]}
@@ -477,7 +484,7 @@ def seen_tiles(problem: Problem, doc_start: Tensor | None, keys: int) -> int:
 def test_no_instruction_more_than_needed(
     module: ModuleType,
     config: Config,
-    tiles: Callable[[str, int], dict[str, int]],
+    tiles: Callable[[str, Config], dict[str, int]],
     documents: bool,
     pattern: dict[str, Any],
 ) -> None:
@@ -502,7 +509,7 @@ def test_no_instruction_more_than_needed(
     def tiles_of(length: int) -> int:
         return -(-problem.seqlen // length) * problem.batch
 
-    tile = tiles("forward", head_dim)
+    tile = tiles("forward", config)
     rows, keys, warps, threads = tile["rows"], tile["keys"], tile["warps"], tile["threads"]
     step = resources.product(rows, keys, head_dim, warps, warps)
     step += resources.product(rows, head_dim, keys, warps, warps, a_in_registers=True)
@@ -513,7 +520,7 @@ def test_no_instruction_more_than_needed(
     out, lse = simt_kernels.forward(module, q, k, v, problem.group_size, doc_start, **options)
     assert counted() == times(warps, expected)
 
-    tile = tiles("backward", head_dim)
+    tile = tiles("backward", config)
     rows, keys, warps, threads = tile["rows"], tile["keys"], tile["warps"], tile["threads"]
     scores = times(2, resources.product(rows, keys, head_dim, warps, tile["score_warps"]))
     dkv = times(2, resources.product(keys, head_dim, rows, warps, tile["dkv_warps"]))
@@ -537,13 +544,15 @@ def test_each_site_is_needed(module: ModuleType, config: Config) -> None:
     """Without any one barrier, commit or wait the kernels are stopped or wrong, for one of a few seeds at least."""
     problem = Problem(seqlen=TOKENS[config.head_dim], heads=2, kv_heads=1, head_dim=config.head_dim)
     q, k, v = (x.to(DTYPES[config.dtype]) for x in problem.tensors())
-    dout, packed = torch.randn_like(q), starts_of([55, problem.seqlen - 55])[None]
+    # A tile has 32 keys in one backward, and more in all others.
+    first, group_size = (15, 20) if (config.head_dim, config.kib) == (256, 99) else (55, 100)
+    dout, packed = torch.randn_like(q), starts_of([first, problem.seqlen - first])[None]
 
     def results(deterministic: bool) -> tuple[Tensor, ...]:
         """Of dense attention, and of groups with two sinks in a tile of keys."""
         runs = (
             Run(module, problem.seqlen, None, {}, deterministic),
-            Run(module, 100, packed, {"sink": True}, deterministic),
+            Run(module, group_size, packed, {"sink": True}, deterministic),
         )
         return sum((outputs_and_grads(run, q, k, v, dout) for run in runs), ())
 

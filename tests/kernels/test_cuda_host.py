@@ -3,6 +3,7 @@ what an unfit device is told."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from itertools import product
 
 import pytest
@@ -10,15 +11,14 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import simt_build
 import simt_kernels
 from longlora_ext.reference import s2attn_mask
-from simt_build import Kernel
 
 
 def module():
     # Those of the fast tests of the kernels: a process has one such module.
-    configs = (("bf16", 64), ("fp16", 128))
-    return simt_kernels.kernels(*(Kernel(way, *config) for way in ("backward", "forward") for config in configs))
+    return simt_kernels.kernels(*simt_build.kernels_for([("bf16", 64, 163), ("fp16", 128, 99)]))
 
 
 @settings(deadline=None)  # the first example builds the module
@@ -63,41 +63,88 @@ def test_an_old_gpu_is_told_what_to_use_instead() -> None:
     assert simt_kernels.forward(module(), q, q, q, 16)[0].isfinite().all()
 
 
-# KiB that a block takes; what a GPU offers one: 163 or more an A100 and newer, 99 an RTX 3090, 4090 or 5090.
-@pytest.mark.parametrize(
-    ("head_dim", "forward", "backward"), [(64, 48.5, 162.0), (128, 64.5, 161.0), (256, 128.5, 144.5)]
-)
-def test_a_gpu_with_too_little_shared_memory_is_told_so_before_anything_runs(
-    head_dim: int, forward: float, backward: float
+A100, RTX_3090 = 163 * 1024, 99 * 1024  # bytes of shared memory that it offers a block
+L2_OF_RTX_3090 = 6 << 20
+
+# KiB that a block takes, of the tiles for an A100 and for GPUs of 99 KiB.
+FORWARD = {64: (48.5, 48.5), 128: (64.5, 64.5), 256: (128.5, 96.5)}
+BACKWARD = {64: (162, 97), 128: (161, 96.25), 256: (144.5, 68.25)}
+
+
+@pytest.fixture
+def pretend() -> Iterator[Callable[..., None]]:
+    """What the host code finds, until the test ends."""
+    module().configure()
+    yield module().pretend
+    module().pretend()
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_both_classes_of_gpus_run_every_head_dim_in_both_directions(
+    head_dim: int, backward: bool, pretend: Callable[..., None]
 ) -> None:
-    try:
-        for is_backward, kib in ((False, forward), (True, backward)):
-            direction, needed = "backward" if is_backward else "forward", int(kib * 1024)
-            module().pretend(shared_memory_bytes=needed)
-            assert module().why_unsupported(-1, head_dim, is_backward) == ""
-            module().pretend(shared_memory_bytes=needed - 1)
-            assert module().why_unsupported(3, head_dim, is_backward) == (
-                f"the {direction} at head_dim {head_dim} needs {needed} bytes of shared memory, but GPU 3 offers "
-                f"{needed - 1} to a block; use attn_implementation='sdpa'"
-            )
-            assert module().why_unsupported(0, head_dim - 8, is_backward)  # goes into the same kernel
-    finally:
-        module().pretend()
+    for shared_memory_bytes in (A100, RTX_3090, 228 * 1024):
+        pretend(shared_memory_bytes=shared_memory_bytes)
+        for narrower in (head_dim, head_dim - 8):  # goes into the same kernel
+            assert module().why_unsupported(-1, narrower, backward) == ""
 
 
-def test_the_kernels_throw_what_is_answered_beforehand() -> None:
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_a_gpu_with_too_little_shared_memory_is_told_so_before_anything_runs(
+    head_dim: int, backward: bool, pretend: Callable[..., None]
+) -> None:
+    """There is none of compute capability 8.0 so far: the smaller tiles' limits are what this shows."""
+    direction, needed = (
+        "backward" if backward else "forward",
+        int((BACKWARD if backward else FORWARD)[head_dim][1] * 1024),
+    )
+    pretend(shared_memory_bytes=needed)
+    assert module().why_unsupported(-1, head_dim, backward) == ""
+    pretend(shared_memory_bytes=needed - 1)
+    assert module().why_unsupported(3, head_dim, backward) == (
+        f"the {direction} at head_dim {head_dim} needs {needed} bytes of shared memory, but GPU 3 offers "
+        f"{needed - 1} to a block; use attn_implementation='sdpa'"
+    )
+
+
+def test_the_kernels_throw_what_is_answered_beforehand(pretend: Callable[..., None]) -> None:
     q = torch.randn(1, 64, 2, 64, dtype=torch.bfloat16)
     out, lse = simt_kernels.forward(module(), q, q, q, 16)
-    module().pretend(shared_memory_bytes=99 * 1024)
-    try:
-        assert torch.equal(simt_kernels.forward(module(), q, q, q, 16)[0], out)  # the forward fits
-        module().configure()
-        with pytest.raises(RuntimeError) as caught:
-            simt_kernels.backward(module(), q, q, q, q, out, lse, 16)
-        assert str(caught.value) == "s2attn: " + module().why_unsupported(-1, 64, True)
-        assert module().counters()["blocks"] == 0
-    finally:
-        module().pretend()
+    pretend(shared_memory_bytes=64 * 1024)
+    assert torch.equal(simt_kernels.forward(module(), q, q, q, 16)[0], out)  # the forward fits
+    module().configure()
+    with pytest.raises(RuntimeError) as caught:
+        simt_kernels.backward(module(), q, q, q, q, out, lse, 16)
+    assert str(caught.value) == "s2attn: " + module().why_unsupported(-1, 64, True)
+    assert module().counters()["blocks"] == 0
+
+
+def test_a_gpu_takes_the_tiles_that_are_made_for_it(pretend: Callable[..., None]) -> None:
+    """Those for 163 KiB where they fit, and otherwise those for 99."""
+    for head_dim, made_for in ((64, 163), (128, 99)):  # what this module has
+        q = torch.randn(1, 64, 2, head_dim, dtype=torch.bfloat16 if head_dim == 64 else torch.float16)
+        for shared_memory_bytes, kib in ((A100, 163), (A100 - 1, 99), (RTX_3090, 99), (228 * 1024, 163)):
+            out, lse = torch.zeros_like(q), torch.full((1, 2, 64), 50.0)
+            pretend(shared_memory_bytes=shared_memory_bytes)
+            if kib == made_for:
+                assert simt_kernels.backward(module(), q, q, q, q, out, lse, 16)[0].isfinite().all()
+            else:
+                with pytest.raises(RuntimeError, match="not among the kernels of this build"):
+                    simt_kernels.backward(module(), q, q, q, q, out, lse, 16)
+
+
+@pytest.mark.parametrize(("head_dim", "rows"), [(64, (128, 64)), (128, (64, 32)), (256, (64, 32))])
+def test_scratch_is_that_of_the_tiles(head_dim: int, rows: tuple[int, int], pretend: Callable[..., None]) -> None:
+    q = torch.empty(2, 130, 4, head_dim)
+    described = simt_kernels.problem(module(), q, q, 16, None, None, None, True, None)
+    for shared_memory_bytes, rows_of_tile in zip((A100, RTX_3090), rows, strict=True):
+        pretend(shared_memory_bytes=shared_memory_bytes)
+        tiles = 2 * 4 * -(-130 // rows_of_tile)
+        assert module().dq_scratch_floats(described, False) == tiles * rows_of_tile * head_dim
+        assert module().dq_scratch_floats(described, True) == 0
+        assert module().sink_sums_floats(described) == tiles * 2 * head_dim
 
 
 def test_a_grid_has_a_largest_size() -> None:
@@ -157,13 +204,20 @@ def test_each_tile_has_one_block(
         assert len(turns) == batch * heads * -(-tiles // group) * group
 
 
-def test_blocks_go_by_section_then_from_the_longest() -> None:
-    """Neighbours share what fits into L2; but at the end, long blocks are not left to a few multiprocessors."""
+@pytest.mark.parametrize(
+    ("l2_bytes", "pairs_of_a_section"), [(40 << 20, 20), (L2_OF_RTX_3090, 3), (1 << 20, 1), (60 << 20, 20)]
+)
+def test_blocks_go_by_section_then_from_the_longest(
+    l2_bytes: int, pairs_of_a_section: int, pretend: Callable[..., None]
+) -> None:
+    """Neighbours share what fits into L2, of which no more than an A100's counts; but at the end, long blocks are not
+    left to a few multiprocessors."""
     batch, heads, group, rows = 100, 16, 4, 64
     q = torch.empty(batch, group * rows, heads, 8)
     described = simt_kernels.problem(module(), q, q, group * rows, None, heads, None, False, None)
-    pairs_of_a_section = 20  # in half of an A100's L2
-    turns = module().turns(described, rows, (20 << 20) // (group * rows * pairs_of_a_section))
+    bytes_per_row = (20 << 20) // (group * rows * 20)  # so that 20 pairs fit into half of an A100's L2
+    pretend(l2_bytes=l2_bytes)
+    turns = module().turns(described, rows, bytes_per_row)
     blocks = group * pairs_of_a_section
     for section in (turns[:blocks], turns[blocks : 2 * blocks]):
         assert len({turn[:2] for turn in section}) == pairs_of_a_section

@@ -13,7 +13,7 @@ import pytest
 from cuda_mutants import Mutant, copy_sources, plant, run_tests
 
 # The forward's tiles have more rows than keys, the backward's more keys than rows.
-CONFIG = "fp16-128"
+CONFIG = "fp16-128-163"
 
 SHAPES, DOCUMENTS, COUNTS = "test_shapes", "test_documents", "test_no_instruction_more_than_needed"
 GUARDS, LSE, GQA = "test_nothing_beside_the_tensors", "test_log_sum_exp", "GQA"
@@ -55,6 +55,8 @@ MUTANTS = {
     "diagonal unmasked": Mutant("cuda/mask.h", "key + keys - 1 > own_key", "key > own_key", SHAPES),
     "another document's sink": Mutant("cuda/mask.h", "d", "0", PATTERNS, "sees_sink_of(row, d) ? {} : -1"),
     "left border unmasked": Mutant("cuda/mask.h", "key < highest", "key < lowest", SHAPES),
+    # what the host asks for
+    "shared memory not asked for": Mutant("cuda/device.h", "bytes <= kAlwaysAllowed", "true", SHAPES),
     # which tiles
     "tile without a block": Mutant("cuda/scheduler.h", "tiles_per_group / 2", "0", SHAPES, "? {} : 0)"),
     "last section": Mutant(

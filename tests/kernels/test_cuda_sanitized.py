@@ -11,7 +11,6 @@ import pytest
 
 import simt_build
 from cuda_mutants import CHOSEN, Mutant, build_kernels, copy_sources, plant
-from simt_build import Kernel
 
 FOUND = {"address": "AddressSanitizer: heap-", "thread": "ThreadSanitizer: data race"}
 
@@ -47,7 +46,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def module_for(tree: Path) -> Callable[[str], Path]:
-    kernels = [Kernel(way, "fp16", 64) for way in ("backward", "forward")]
+    kernels = simt_build.kernels_for([("fp16", 64, 163)])
     return cache(lambda sanitizer: build_kernels(tree, kernels, sanitizer))
 
 

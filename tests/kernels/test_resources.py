@@ -26,12 +26,13 @@ def rows() -> list[dict[str, Any]]:
 
 
 def name(row: dict[str, Any]) -> str:
-    return f"{row['kernel']} {row['dtype']} {row['head_dim']}"
+    return f"{row['kernel']} {row['dtype']} {row['head_dim']} {row['kib']}"
 
 
 def test_every_instantiation_is_recorded() -> None:
-    there = {(row["kernel"], row["dtype"], row["head_dim"]) for row in rows()}
-    assert there == set(product(resources.EXPECTED, ("bf16", "fp16"), (64, 128, 256)))
+    there = {(row["kernel"], row["dtype"], row["head_dim"], row["kib"]) for row in rows()}
+    one_for_both = {("Forward", dtype, 64, 99) for dtype in ("bf16", "fp16")}
+    assert there == set(product(resources.EXPECTED, ("bf16", "fp16"), (64, 128, 256), (163, 99))) - one_for_both
     with_products = {row["kernel"] for row in recorded()["kernels"] if row["instructions"]["HMMA"]}
     assert with_products == resources.EXPECTED.keys() == resources.TILES.keys()
 
@@ -58,6 +59,16 @@ def test_instructions_are_those_of_the_tile() -> None:
 def test_kernels_fit_a_multiprocessor() -> None:
     for row in rows():
         assert row["blocks_per_multiprocessor"] >= 1, name(row)
+        assert row["tile"]["dynamic_shared"] + row["static_shared"] <= row["kib"] * 1024, name(row)
+
+
+def test_the_forward_for_all_gpus_has_two_blocks_on_the_smaller_ones() -> None:
+    """Of four warps each: one alone would leave the tensor cores waiting."""
+    for row in rows():
+        if (row["kernel"], row["head_dim"]) == ("Forward", 64):
+            tile = row["tile"]
+            counted = (tile["threads"], row["registers"], tile["dynamic_shared"] + row["static_shared"], 99)
+            assert resources.blocks_per_multiprocessor(*counted) == 2, name(row)
 
 
 def skip_another_nvcc() -> None:
@@ -72,22 +83,24 @@ def test_record_is_of_this_build() -> None:
     assert resources.measure() == recorded()
 
 
-# Of code for an H100, made of the same PTX: bytes of spill stores and loads that a kernel may have. At a head dim of 64
-# the backward keeps two values on the stack that it works out before its loop, while dk and dv fill the registers.
-H100_SPILLS = {"backward_bf16_64": (8, 12), "backward_fp16_64": (8, 12)}
+# Of code for newer GPUs, made of the same PTX: bytes of spill stores and loads that a kernel may have. At a head dim of
+# 64 the backward for an H100 keeps two values on the stack that it works out before its loop, while dk and dv fill the
+# registers.
+SPILLS = {("sm_90", "backward_bf16_64_163"): (8, 12), ("sm_90", "backward_fp16_64_163"): (8, 12)}
 
 
-def h100_logs() -> dict[str, dict[str, dict[str, int]]]:
+def logs(architecture: str) -> dict[str, dict[str, dict[str, int]]]:
     """By unit. A build for the GPUs that CUDAARCHS named may have none."""
     skip_another_nvcc()
-    return {unit: resources.ptxas_log(resources.build_log(unit), "sm_90") for unit in resources.built_units()}
+    return {unit: resources.ptxas_log(resources.build_log(unit), architecture) for unit in resources.built_units()}
 
 
 @built
-def test_code_for_an_h100_spills_no_more_than_its_ceilings() -> None:
-    for unit, log in h100_logs().items():
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_120"])
+def test_code_for_newer_gpus_spills_no_more_than_its_ceilings(architecture: str) -> None:
+    for unit, log in logs(architecture).items():
         for kernel, row in log.items():
-            stores, loads = H100_SPILLS.get(unit, (0, 0))
+            stores, loads = SPILLS.get((architecture, unit), (0, 0))
             assert row["spill_stores"] <= stores and row["spill_loads"] <= loads, f"{unit}: {kernel}"
             assert row["stack"] <= stores, f"{unit}: {kernel}"
 
@@ -95,7 +108,7 @@ def test_code_for_an_h100_spills_no_more_than_its_ceilings() -> None:
 @built
 @pytest.mark.skipif(not find_cuobjdump(), reason="no cuobjdump")
 def test_loops_for_an_h100_do_not_spill() -> None:
-    for unit in filter(h100_logs().get, resources.built_units()):
+    for unit in filter(logs("sm_90").get, resources.built_units()):
         for kernel, code in disassemble(resources.OBJECTS / f"{unit}.cu.o", "sm_90").items():
             in_loops = code.count(code.product_loops)
             assert in_loops["LDL"] == in_loops["STL"] == 0, f"{unit}: {kernel}"
@@ -158,17 +171,21 @@ ptxas info    : Compile time = 20.463 ms
 
 
 @pytest.mark.parametrize(
-    ("threads", "registers", "shared", "blocks"),
+    ("threads", "registers", "shared", "kib", "blocks"),
     [
-        (128, 255, 0, 2),  # 256 registers a thread
-        (128, 168, 0, 3),
-        (128, 169, 0, 2),  # registers come in eights
-        (32, 80, 0, 24),  # six warps in each quarter, though the whole would hold 25
-        (256, 32, 81 * 1024, 2),  # 1 KiB a block is the system's
-        (256, 32, 81 * 1024 + 1, 1),
-        (1024, 32, 0, 2),
-        (32, 16, 0, 32),
+        (128, 255, 0, 163, 2),  # 256 registers a thread
+        (128, 168, 0, 163, 3),
+        (128, 169, 0, 163, 2),  # registers come in eights
+        (32, 80, 0, 163, 24),  # six warps in each quarter, though the whole would hold 25
+        (256, 32, 81 * 1024, 163, 2),  # 1 KiB a block is the system's
+        (256, 32, 81 * 1024 + 1, 163, 1),
+        (256, 32, 49 * 1024, 99, 2),
+        (256, 32, 49 * 1024 + 1, 99, 1),
+        (1024, 32, 0, 163, 2),
+        (1024, 32, 0, 99, 1),
+        (32, 16, 0, 163, 32),
+        (32, 16, 0, 99, 16),
     ],
 )
-def test_blocks_per_multiprocessor(threads: int, registers: int, shared: int, blocks: int) -> None:
-    assert resources.blocks_per_multiprocessor(threads, registers, shared) == blocks
+def test_blocks_per_multiprocessor(threads: int, registers: int, shared: int, kib: int, blocks: int) -> None:
+    assert resources.blocks_per_multiprocessor(threads, registers, shared, kib) == blocks

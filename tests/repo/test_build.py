@@ -35,6 +35,13 @@ def load_backend() -> ModuleType:
 NVCC = load_backend().find_nvcc()
 
 
+def nvcc_release() -> tuple[int, ...]:
+    says = subprocess.run([str(NVCC), "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release (\d+)\.(\d+)", says)
+    assert found, says
+    return tuple(map(int, found.groups()))
+
+
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Looking around without an environment variable to tell it where, and without nvcc."""
@@ -159,16 +166,21 @@ def test_configure_says_what_is_missing(tmp_path: Path) -> None:
 @needs_cmake
 @pytest.mark.skipif(not NVCC, reason="no nvcc")
 @pytest.mark.parametrize(
-    ("asked", "made"),
+    ("asked", "unit", "made"),
     [
-        (None, {"80 compute_80", "80 sm_80", "80 sm_90"}),  # sm_90's from the same PTX
-        ("80;90", {"80 compute_80", "80 sm_80", "90 compute_90", "90 sm_90"}),
-        ("80-real", {"80 sm_80"}),
+        # An H100's, and that of the newest GPUs of 99 KiB, from the same PTX.
+        (None, "forward_bf16_128_163", {"80 compute_80", "80 sm_80", "80 sm_90"}),
+        (None, "forward_bf16_128_99", {"80 compute_80", "80 sm_80", "80 sm_120"}),
+        (None, "forward_bf16_64_163", {"80 compute_80", "80 sm_80", "80 sm_90", "80 sm_120"}),
+        ("80;90", "backward_fp16_64_99", {"80 compute_80", "80 sm_80", "90 compute_90", "90 sm_90"}),
+        ("80-real", "backward_fp16_64_163", {"80 sm_80"}),
     ],
 )
-def test_code_is_for_an_a100_and_an_h100_or_what_is_asked_for(
-    asked: str | None, made: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_code_is_for_common_gpus_or_what_is_asked_for(
+    asked: str | None, unit: str, made: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if "80 sm_120" in made and nvcc_release() < (12, 8):
+        made = made - {"80 sm_120"}  # which it does not know
     monkeypatch.delenv("CUDAARCHS", raising=False)
     if asked:
         monkeypatch.setenv("CUDAARCHS", asked)
@@ -178,7 +190,7 @@ def test_code_is_for_an_a100_and_an_h100_or_what_is_asked_for(
     (command,) = {
         entry["command"]
         for entry in json.loads((tmp_path / "build" / "compile_commands.json").read_text())
-        if entry["file"].endswith("forward_bf16_64.cu")
+        if entry["file"].endswith(f"/{unit}.cu")
     }
     found = re.findall(r"arch=compute_(\d+),code=\[?([\w,]+)", command)
     assert {f"{virtual} {code}" for virtual, codes in found for code in codes.split(",")} == made
