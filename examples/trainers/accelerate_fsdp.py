@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
@@ -30,7 +30,9 @@ def main(folder: str = "fsdp_adapter") -> None:
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
     )
-    accelerator = Accelerator(fsdp_plugin=plugin, cpu=not torch.cuda.is_available())
+    if not torch.cuda.is_available():  # accelerate takes no notice of FSDP where its processes have no GPUs
+        PartialState(cpu=True, backend="gloo").distributed_type = DistributedType.MULTI_GPU
+    accelerator = Accelerator(fsdp_plugin=plugin)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     config = extend_config(AutoConfig.from_pretrained(MODEL), CONTEXT_LENGTH)
     base = AutoModelForCausalLM.from_pretrained(MODEL, config=config, attn_implementation="s2attn")

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -264,6 +265,15 @@ def test_dynamic_rope_does_not_remember_the_text_before(model: Path, books: Path
     assert task.compute("length-128-document-1-tokens-0-51", lambda tokens: None) == first
 
 
+def rounded(value: Any) -> Any:
+    """Numbers to five places: sums of other numbers of threads differ in the last digits of float32."""
+    if isinstance(value, dict):
+        return {name: rounded(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [rounded(entry) for entry in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
 @pytest.mark.parametrize(
     ("task", "launcher"),
     [
@@ -288,7 +298,7 @@ def test_two_processes_compute_what_one_computes(
     one = run(task, *given, output="one")
     assert two["made"]["processes"] == 2 and list(two["cells"]) == list(one["cells"])
     if task == "passkey":  # its answers too, word by word
-        assert two["cells"] == one["cells"] and two["summary"] == one["summary"]
+        assert rounded(two["cells"]) == rounded(one["cells"]) and rounded(two["summary"]) == rounded(one["summary"])
     else:
         assert two["summary"]["perplexity"] == pytest.approx(one["summary"]["perplexity"], rel=1e-6)
     assert done.stdout.count(table) == 1 and "100%" in done.stderr

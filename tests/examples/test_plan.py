@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -330,19 +331,23 @@ def test_mistakes_end_in_one_line(options: list[str], message: str, capsys) -> N
     assert message in capsys.readouterr().err
 
 
-def test_hours_follow_from_one_measured_rate(capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["--model", "examples/tiny_llama", "--context", "1024", "--gpus", "2", "--zero", "0", "--calibrate"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(Path(__file__).parents[2])
-        patch.setattr(calibration.measure_rate, "__defaults__", (0.0,))  # the first step is long enough
-        command.main([*argv, "--json"])
-    found = json.loads(capsys.readouterr().out)
-    rate, flops = found["rate"], found["flops_of_a_sequence"]["s2"]["all"]
-    assert (rate["tokens"], rate["layers"], rate["dtype"]) == (128, 2, "float32")
+def test_hours_follow_from_one_measured_rate() -> None:
+    run = Run(zero=0, gpus=2)
+    plan = Plan(small(2), 512, run)
+    rate = calibration.measure_rate(plan, enough=0.0)  # the first step is long enough
+    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    assert (rate.tokens, rate.layers, rate.dtype) == (128, 2, dtype)
+        128,
+        2,
+        "float32" if not torch.cuda.is_available() else "bfloat16",
+    )
+    flops = {"s2": plan.flops(), "dense": plan.flops(dense=True)}
+    found = {"rate": asdict(rate), "run": asdict(run), "context": 512, "flops_of_a_sequence": flops}
     lines = {line[:32].strip(): line[32:].split() for line in calibration.rate_lines(found)}
-    speed = 2 * rate["flops_a_second"]
-    assert lines["tokens a second"][0] == f"{speed / flops * 1024:,.4g}"
-    assert lines["hours of 1,000 steps"][0] == f"{1000 * 64 * flops / speed / 3600:,.4g}"
+    for column, name in enumerate(flops):
+        speed, of_a_sequence = 2 * rate.flops_a_second, flops[name]["all"]
+        assert lines["tokens a second"][column] == f"{speed / of_a_sequence * 512:,.4g}"
+        assert lines["hours of 1,000 steps"][column] == f"{1000 * 64 * of_a_sequence / speed / 3600:,.4g}"
 
 
 def test_the_rate_is_of_the_operations_that_run() -> None:

@@ -51,7 +51,7 @@ def test_each_step_is_logged_with_its_numbers(arguments: list[str]) -> None:
     for entry in entries.values():
         assert entry["tokens_per_second"] > 0
         if not torch.cuda.is_available():
-            assert 0.1 < entry["peak_memory_gb"] <= most
+            assert 0.1 < entry["peak_memory_gb"] <= most + 0.001  # it is rounded
 
 
 def test_a_line_for_several_steps_counts_them_all(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

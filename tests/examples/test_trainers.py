@@ -59,7 +59,9 @@ def test_accelerate_with_fsdp(tmp_path: Path) -> None:
     """Two processes: what is saved is all of it, and the same as what one process trains on the same rows."""
     code = (
         "import sys; from pathlib import Path; import accelerate_fsdp as example; example.STEPS = 2; "
-        f"example.TEXT = [Path(name) for name in {list(map(str, TEXT))!r}]; example.main(sys.argv[1])"
+        f"example.TEXT = [Path(name) for name in {list(map(str, TEXT))!r}]; save = example.save_adapter; "
+        "example.save_adapter = lambda model, *a: print(type(next(model.parameters())).__name__) or save(model, *a); "
+        "example.main(sys.argv[1])"
     )
     command = [*torchrun(2), "--no-python", sys.executable, "-c", code, str(tmp_path / "adapter")]
     done = subprocess.run(
@@ -70,7 +72,9 @@ def test_accelerate_with_fsdp(tmp_path: Path) -> None:
         timeout=patience(),
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    assert [line.split(":")[0] for line in done.stdout.splitlines() if line.startswith("step")] == ["step 1", "step 2"]
+    lines = done.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines if line.startswith("step")] == ["step 1", "step 2"]
+    assert lines.count("DTensor") == 2  # each process holds its shard
     model = check_adapter(tmp_path / "adapter")
     embedding = model.get_base_model().get_input_embeddings().modules_to_save["default"].weight
     assert embedding.shape == (model.config.vocab_size, model.config.hidden_size)

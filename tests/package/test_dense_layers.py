@@ -19,6 +19,7 @@ from app.planning.layers import kinds
 from app.planning.planner import Plan, Run, Way
 from app.training.dense_layers import asked_layers
 from finetune_runs import losses, make_model, make_text, small_run
+from longlora_ext import _dense
 from longlora_ext._flops import attended_pairs
 from longlora_ext._pattern import in_words
 from longlora_ext.config import config_for, extend_config
@@ -31,7 +32,7 @@ def groups_seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The group size of each call of the operator, from here on."""
     seen: list[int] = []
     monkeypatch.setattr(
-        attention, "s2attn", lambda q, k, v, size, *a, **kw: seen.append(size) or s2attn(q, k, v, size, *a, **kw)
+        _dense, "s2attn", lambda q, k, v, size, *a, **kw: seen.append(size) or s2attn(q, k, v, size, *a, **kw)
     )
     return seen
 
