@@ -337,10 +337,6 @@ def test_hours_follow_from_one_measured_rate() -> None:
     rate = calibration.measure_rate(plan, enough=0.0)  # the first step is long enough
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     assert (rate.tokens, rate.layers, rate.dtype) == (128, 2, dtype)
-        128,
-        2,
-        "float32" if not torch.cuda.is_available() else "bfloat16",
-    )
     flops = {"s2": plan.flops(), "dense": plan.flops(dense=True)}
     found = {"rate": asdict(rate), "run": asdict(run), "context": 512, "flops_of_a_sequence": flops}
     lines = {line[:32].strip(): line[32:].split() for line in calibration.rate_lines(found)}
