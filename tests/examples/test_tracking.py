@@ -112,6 +112,7 @@ def test_tensorboard_gets_the_numbers(arguments: list[str]) -> None:
         assert written == pytest.approx({step: entry[name] for step, entry in entries.items()}, rel=1e-6)
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not find_spec("trackio"), reason="the extra tracking is not installed")
 def test_trackio_gets_the_numbers(arguments: list[str], tmp_path: Path) -> None:
     """In a process of its own, as trackio takes its folder from the environment when it is imported."""

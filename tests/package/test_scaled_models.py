@@ -101,6 +101,7 @@ def test_every_program_asks(program, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "present_context_length must be 512 or 128" in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_the_programs_go_on_from_the_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     vicuna(tmp_path)
     plan.main(["--model", str(tmp_path), "--context", "1024", "--present_context_length", "512", "--json"])

@@ -133,6 +133,7 @@ def test_adapters_of_before_the_weights_were_asked(base: Path, tmp_path: Path) -
     merge(adapter, tmp_path / "merged")
 
 
+@pytest.mark.full
 def test_a_run_of_all_weights_goes_on(tmp_path: Path) -> None:
     base, text = give_output(make_model(tmp_path / "base"), -1.0), make_text(tmp_path / "text.jsonl")
     arguments = [*small_run(base, text, tmp_path / "run", steps=2), "--eval_tokens", "0", "--full_finetune"]
