@@ -30,7 +30,9 @@ def told(group: dist.ProcessGroup) -> Iterator[None]:
         yield
     except RuntimeError as error:
         rank, ranks, absent = dist.get_rank(group), dist.get_world_size(group), _absent(group)
-        who = f"rank{'s' * (len(absent) > 1)} {', '.join(map(str, absent))}" if absent else "another one"
+        who = f"rank {absent[0]}" if len(absent) == 1 else "another one"
+        if len(absent) > 1:  # a rank that waits for the one that failed cannot answer
+            who = f"one of ranks {', '.join(map(str, absent))} (others of these may wait for it too)"
         raise RuntimeError(
             f"rank {rank} of the {ranks} that share a sequence waited in vain for {who}, which failed, or took longer "
             f"than the process group's timeout. The backend says: {error}"

@@ -37,7 +37,7 @@ def main() -> None:
 
     dist.all_to_all_single = counting
     found = {name: compared(case, halo_s2attn) for name, case in CASES.items()}
-    divide = {name: case for name, case in CASES.items() if not case.heads % dist.get_world_size()}
+    divide = {name: case for name, case in CASES.items() if divides(case, dist.get_world_size())}
     found |= {f"ulysses {name}": compared(case, ulysses_s2attn) for name, case in divide.items()}
     found |= {"errors": errors(), "again": again(), "bf16": bf16()}
     ranks: list[Any] = [None] * dist.get_world_size()
@@ -49,6 +49,11 @@ def main() -> None:
         ranks[0]["dead"] = said
         Path(sys.argv[1]).write_text(json.dumps(ranks))
     os._exit(0)  # the group is of no use any more
+
+
+def divides(case: Case, ranks: int) -> bool:
+    """Whether Ulysses can share the heads: key and value heads are divided, or each is on several ranks."""
+    return case.heads % ranks == 0 and (case.kv_heads % ranks == 0 or ranks % case.kv_heads == 0)
 
 
 def without_the_last() -> str:
@@ -89,7 +94,8 @@ def compared(case: Case, attend: Callable[..., Tensor]) -> dict[str, Any]:
 def errors() -> dict[str, str]:
     """What each rank is told where the last one, or all, call it wrongly."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    last, x, places = rank == ranks - 1, torch.zeros(1, 8, 4, HEAD_DIM), torch.arange(8)[None] + 8 * rank
+    last, places = rank == ranks - 1, torch.arange(8)[None] + 8 * rank
+    x = torch.zeros(1, 8, 24, HEAD_DIM)  # heads that any number of ranks here divides
     short = slice(0, 6 if last else 8)
     calls: dict[str, tuple[Any, ...]] = {
         "length": (x[:, short], x[:, short], x[:, short], 8, places[:, short]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -89,7 +90,7 @@ def test_bf16_goes_over_the_wire_and_sums_are_exact(found: list[dict[str, Any]])
     ranks = len(found)
     rows = sum(rows_seen(case, ranks, rank) for rank in range(ranks))
     assert sum(rank["bf16"]["sent"] for rank in found) == 2 * 2 * 2 * HEAD_DIM * rows  # bf16, forward and back
-    assert max(rank["bf16"]["ours"] for rank in found) <= 1.5 * max(rank["bf16"]["plain"] for rank in found)
+    assert max(rank["bf16"]["ours"] for rank in found) <= 2 * max(rank["bf16"]["plain"] for rank in found)
 
 
 def test_what_ranks_have_to_know_is_asked_once(found: list[dict[str, Any]]) -> None:
@@ -103,7 +104,7 @@ MESSAGES = {
     "group": "group_size must be the same on all ranks, but is 8 on rank 0 and 10 on rank {last}",
     "odd": "rank {last} of {ranks}: group_size must be a positive even integer, but is 7",
     "shape": "rank {last} of {ranks}: position_ids must be [1, 8] or [1, 8], but are [1, 7]",
-    "dtype": "rank {last} of {ranks}: v must be like k, [1, 8, 4, 8] of q's dtype torch.float32, but is",
+    "dtype": "rank {last} of {ranks}: v must be like k, [1, 8, 24, 8] of q's dtype torch.float32, but is",
     "before": "position_ids of rank 0 begin with 1 in sequence 0, but only 0 tokens precede them",
     "gap": "rank 0 of {ranks}: position_ids must count each document from 0, but go from 2 to 7 at its token 3",
     "negative": "rank 0 of {ranks}: position_ids must not be negative, but begin with -1",
@@ -142,9 +143,17 @@ os._exit(0)
 
 
 def test_a_rank_that_died_is_named(found: list[dict[str, Any]]) -> None:
+    """Alone with two ranks; of more, those that wait for it cannot be told from it."""
     last = len(found) - 1
-    said = f"rank 0 of the {len(found)} that share a sequence waited in vain for rank {last}, which failed, or took"
-    assert found[0]["dead"].startswith(said)
+    said = re.match(
+        rf"rank 0 of the {len(found)} that share a sequence waited in vain for (?:rank|one of ranks) ([\d, ]+)"
+        r"( \(others of these may wait for it too\))?, which failed, or took",
+        found[0]["dead"],
+    )
+    assert said, found[0]["dead"]
+    named = [int(rank) for rank in said[1].split(", ")]
+    assert last in named and 0 not in named and (len(named) > 1) == bool(said[2])
+    assert named == [1] or last > 1
 
 
 @pytest.mark.full
