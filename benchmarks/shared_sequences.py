@@ -23,22 +23,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from attention import environment
+from bytes_sent import count_sent
 from longlora_ext import s2attn
 from longlora_ext.parallel import halo_s2attn, ulysses_s2attn
-
-sent: list[int] = []  # bytes, by call
-
-
-def count_sent() -> None:
-    """Have `all_to_all_single` note the bytes that it sends to other ranks."""
-    exchange = dist.all_to_all_single
-
-    def counting(output: Tensor, tensor: Tensor, out: Any = None, to: Any = None, **options: Any) -> Any:
-        kept = tensor.nbytes // dist.get_world_size() if to is None else to[dist.get_rank()] * tensor.element_size()
-        sent.append(tensor.nbytes - kept)
-        return exchange(output, tensor, out, to, **options)
-
-    dist.all_to_all_single = counting  # type: ignore[assignment]
 
 
 def peak_memory(work: Callable[[], Any]) -> int:
@@ -74,7 +61,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
     torch.set_num_threads(options.threads)
-    count_sent()
+    sent = count_sent()
     group_size, length = options.group_size or options.seqlen // 4, options.seqlen // ranks
     torch.manual_seed(rank)
     dtype = getattr(torch, options.dtype)

@@ -21,6 +21,8 @@ from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where installed, says that it found no GPU
 
+from transformers import PreTrainedConfig
+
 from app.models.source import GGUF_HELP
 from app.models.suitable import check_attention, check_context
 from app.planning.calibration import measure_rate
@@ -129,6 +131,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+def base_config(options: argparse.Namespace) -> PreTrainedConfig:
+    """The config of the model, which says how many tokens it reads now."""
+    return settle_context(read_config(options.model, options.gguf_file), options.present_context_length)
+
+
 def run_of(options: argparse.Namespace) -> Run:
     """How the model is trained."""
     return Run(
@@ -150,7 +157,7 @@ def run_of(options: argparse.Namespace) -> Run:
 
 def figures(options: argparse.Namespace) -> dict[str, Any]:
     """All that is printed, in bytes, operations and tokens."""
-    config = settle_context(read_config(options.model, options.gguf_file), options.present_context_length)
+    config = base_config(options)
     check_attention(config, options.context)
     own = context_length(config)
     context = options.context or 4 * own
@@ -181,7 +188,7 @@ def figures(options: argparse.Namespace) -> dict[str, Any]:
 
 def contexts(options: argparse.Namespace) -> str:
     """The table of `--contexts`."""
-    config = settle_context(read_config(options.model, options.gguf_file), options.present_context_length)
+    config = base_config(options)
     check_sequence_parallel(config, options.sequence_parallel_size, options.sequence_parallel)
     link, memory = options.link * 1e9, options.gpu_memory * 1e9
     return context_table(config, run_of(options), options.contexts, link, memory)

@@ -18,24 +18,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bytes_sent import count_sent
 from halo_cases import CASES, HEAD_DIM, Case
 from longlora_ext.parallel import _exchange, halo_s2attn, ulysses_s2attn
 from longlora_ext.reference import s2attn_reference
 
 #: Bytes that this rank sent to others, by `all_to_all_single`.
-sent: list[int] = []
+sent = count_sent()
 
 
 def main() -> None:
     dist.init_process_group("gloo")
-    exchange = dist.all_to_all_single
-
-    def counting(output: Tensor, tensor: Tensor, out: Any = None, to: Any = None, **options: Any) -> Any:
-        kept = tensor.nbytes // dist.get_world_size() if to is None else to[dist.get_rank()] * tensor.element_size()
-        sent.append(tensor.nbytes - kept)
-        return exchange(output, tensor, out, to, **options)
-
-    dist.all_to_all_single = counting
     found = {name: compared(case, halo_s2attn) for name, case in CASES.items()}
     divide = {name: case for name, case in CASES.items() if divides(case, dist.get_world_size())}
     found |= {f"ulysses {name}": compared(case, ulysses_s2attn) for name, case in divide.items()}

@@ -1,5 +1,7 @@
 """The op against its definition, by an error bound: shapes, dtypes, heads, documents, strides."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -121,6 +123,20 @@ def test_what_is_not_finite_shows(value: float, dtype: torch.dtype) -> None:
     assert expected[:, 5:].isnan().all() and torch.equal(out.isnan(), expected.isnan())
 
 
+def not_finite(attend: Callable[..., Tensor], inputs: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Which rows of the result and the gradients are not finite, by head; other rows of the batch and KV heads are."""
+    out, *gradients = outputs_and_grads(attend, *inputs.values())
+    broken = {"out": out, **dict(zip(("dq", "dk", "dv"), gradients, strict=True))}
+    broken = {name: ~x.isfinite().all(dim=-1) for name, x in broken.items()}
+
+    for name, there in broken.items():
+        of_the_kv_head = 1 if name in ("dk", "dv") else 2
+        assert not there[1].any() and not there[:, :, of_the_kv_head:].any(), name
+    assert where != "dout" or not broken["out"].any()
+    assert where != "v" or not broken["dv"].any()
+    return broken
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["q", "k", "v", "dout"])
@@ -132,15 +148,7 @@ def test_what_is_not_finite_shows_where_it_is_seen(where: str, value: float, dty
     inputs = dict(zip("qkv", problem.tensors(), strict=True)) | {"dout": problem.tensors()[0]}
     token, batch, head = 150, 0, 0
     inputs[where][batch, token, head] = value
-    out, *gradients = outputs_and_grads(lambda *qkv: s2attn(*qkv, 64, doc_start), *inputs.values())
-    broken = {"out": out, **dict(zip(("dq", "dk", "dv"), gradients, strict=True))}
-    broken = {name: ~x.isfinite().all(dim=-1) for name, x in broken.items()}
-
-    for name, there in broken.items():
-        of_the_kv_head = 1 if name in ("dk", "dv") else 2
-        assert not there[1].any() and not there[:, :, of_the_kv_head:].any(), name
-    assert where != "dout" or not broken["out"].any()
-    assert where != "v" or not broken["dv"].any()
+    broken = not_finite(lambda *qkv: s2attn(*qkv, 64, doc_start), inputs, where)
     for query_head in (0, 1):  # those of the first KV head; neither is shifted
         sees = s2attn_mask(300, 64, False, doc_start)[batch]  # [rows, keys]
         rows = sees[:, token] if where in "kv" else torch.arange(300) == token
@@ -167,15 +175,7 @@ def test_what_is_not_finite_shows_by_way_of_the_sink(where: str, value: float, d
         inputs["k"].abs_()  # an infinite score of the sink that is minus infinity weighs nothing
     row = first if where in "kv" else 390  # whose group begins far behind the sink
     inputs[where][0, row, 0] = value
-    out, *gradients = outputs_and_grads(lambda *qkv: s2attn(*qkv, 32, doc_start, sink=True, window=9), *inputs.values())
-    broken = {"out": out, **dict(zip(("dq", "dk", "dv"), gradients, strict=True))}
-    broken = {name: ~x.isfinite().all(dim=-1) for name, x in broken.items()}
-
-    for name, there in broken.items():
-        of_the_kv_head = 1 if name in ("dk", "dv") else 2
-        assert not there[1].any() and not there[:, :, of_the_kv_head:].any(), name
-    assert where != "dout" or not broken["out"].any()
-    assert where != "v" or not broken["dv"].any()
+    broken = not_finite(lambda *qkv: s2attn(*qkv, 32, doc_start, sink=True, window=9), inputs, where)
     rows = slice(first, None) if where in "kv" else row
     keys = slice(first, None) if where in "kv" else [first, *range(384, 391)]
     assert where == "dout" or broken["out"][0, rows, 0].all()

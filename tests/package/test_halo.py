@@ -18,7 +18,8 @@ from longlora_ext.parallel._layout import Layout, rows_before
 from longlora_ext.reference import s2attn_mask
 from patience import patience
 
-HELPERS = Path(__file__).resolve().parents[1] / "helpers"
+ROOT = Path(__file__).resolve().parents[2]
+HELPERS = ROOT / "tests" / "helpers"
 RANKS = [2, *(pytest.param(ranks, marks=pytest.mark.full) for ranks in (3, 4, 8))]
 
 
@@ -27,7 +28,7 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """What each rank found."""
     result = tmp_path_factory.mktemp("halo") / "result.json"
     environment_here = environment()
-    path = f"{HELPERS}:{environment_here['PYTHONPATH']}"
+    path = f"{HELPERS}:{ROOT / 'benchmarks'}:{environment_here['PYTHONPATH']}"
     command = [*torchrun(request.param), str(HELPERS / "halo_worker.py"), str(result)]
     done = subprocess.run(
         command, env={**environment_here, "PYTHONPATH": path}, capture_output=True, text=True, timeout=patience()
