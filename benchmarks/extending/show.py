@@ -28,9 +28,10 @@ def table(content: dict[str, Any]) -> str:
     ]
     head += [*(f"copy {_k(distance)}" for distance in far), "s a step"]
     lines = [
-        f"{setting['model']} to {context:,} tokens, one sequence of it a step, learning rate {setting['learning_rate']:g}, "
-        f"{setting['text']}; dense attention. Perplexity of held-out documents by "
-        "position; pass keys and copied tokens: nats per token of what is right, and how many keys are found.",
+        f"{setting['model']} to {context:,} tokens, one sequence of it a step, "
+        f"learning rate {setting['learning_rate']:g}, {setting['text']}; dense attention. Perplexity of held-out "
+        "documents by position; pass keys and copied tokens: nats per token of what is right, and how many keys are "
+        "found.",
         "",
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),

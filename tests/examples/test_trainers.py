@@ -60,7 +60,8 @@ def test_accelerate_with_fsdp(tmp_path: Path) -> None:
     code = (
         "import os, sys; from pathlib import Path; import accelerate_fsdp as example; example.STEPS = 2; "
         f"example.TEXT = [Path(name) for name in {list(map(str, TEXT))!r}]; save = example.save_adapter; "
-        "example.save_adapter = lambda model, *a: os.write(1, f'{type(next(model.parameters())).__name__};'.encode()) and save(model, *a); "
+        "kind = lambda model: type(next(model.parameters())).__name__.encode(); "
+        "example.save_adapter = lambda model, *a: os.write(1, kind(model) + b';') and save(model, *a); "
         "example.main(sys.argv[1])"
     )
     command = [*torchrun(2), "--no-python", sys.executable, "-c", code, str(tmp_path / "adapter")]
