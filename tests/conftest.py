@@ -22,6 +22,8 @@ from longlora_ext.ops import has_cuda_kernels
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
+if not torch.cuda.is_available():  # the programs compute in fp32, whether or not the processor multiplies bf16
+    os.environ.setdefault("ACCELERATE_MIXED_PRECISION", "no")
 HAS_CUDA = torch.cuda.is_available() and has_cuda_kernels()
 
 

@@ -315,6 +315,30 @@ def test_one_dtype_for_the_weights_and_the_banner() -> None:
         assert arguments.compute_dtype(parsed("--use_cpu", *given, *defaults)[2]) == dtype
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the processor does not matter")
+@pytest.mark.parametrize(
+    ("capabilities", "environment", "given", "bf16"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": False}, None, (), True),
+        ({"avx512_bf16": False, "amx_bf16": True}, None, (), True),
+        ({"avx512_bf16": False, "amx_bf16": False}, None, (), False),
+        ({}, None, (), False),
+        ({"avx512_bf16": True}, "no", (), False),
+        ({"avx512_bf16": True}, None, ("--bf16", "false"), False),
+        ({"avx512_bf16": True}, None, ("--fp16",), False),
+        ({}, None, ("--bf16",), True),
+    ],
+)
+def test_a_processor_that_multiplies_bf16_computes_in_it(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict, environment: str | None, given: tuple[str, ...], bf16: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if environment:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", environment)
+    assert parsed(*given)[2].bf16 == bf16
+
+
 def settings_of(*words: str) -> dict:
     model, _, args = parsed(*words)
     return json.loads(json.dumps(settings(model, args)))

@@ -133,3 +133,19 @@ def test_fsdp_in_bf16_and_of_all_weights(arguments: Callable[[Path], list[str]],
     assert "going on from checkpoint-4" in runs[-1].stdout
     close = 3e-3 if option == "--bf16" else 1e-3
     assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "alone"), abs=close)
+
+
+@FULL
+@pytest.mark.parametrize("config", CONFIGS)
+def test_zero_in_bf16(arguments: Callable[[Path], list[str]], tmp_path: Path, config: str) -> None:
+    """As is the default on a CPU that multiplies it; also from a checkpoint on."""
+    given = [*arguments(tmp_path / "out"), *under(config), "--bf16", "--resume_from_checkpoint", "latest"]
+    runs = [
+        run(*arguments(tmp_path / "alone"), "--bf16"),
+        run(*given, "--max_steps", "4", launcher=launcher(config)),
+        run(*given, launcher=launcher(config)),
+    ]
+    for done in runs:
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "going on from checkpoint-4" in runs[-1].stdout
+    assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "alone"), abs=3e-3)

@@ -17,6 +17,7 @@ import torch
 
 from app.planning.dry_run import cpu_scratch
 from app.planning.planner import Plan, Way
+from app.runs.precision import computes_in_bf16
 from app.runs.wording import counted
 from app.training.recipe import RECIPE, accumulation
 
@@ -38,7 +39,7 @@ class Rate:
 
 
 def measure_rate(plan: Plan, enough: float = ENOUGH) -> Rate:
-    """Time steps of the first layers of a plan's model on the GPU, in bf16, or else on the CPU, in fp32.
+    """Time steps of the first layers of a plan's model on the GPU, in bf16, or else on the CPU, in what it trains in.
 
     Tokens are doubled until a step takes `enough` seconds or has the planned context. The median of three counts.
 
@@ -48,7 +49,7 @@ def measure_rate(plan: Plan, enough: float = ENOUGH) -> Rate:
     on_gpu = torch.cuda.is_available()
     run = replace(plan.run, batch=1, sequence_parallel_size=1, load_in_4bit=False)
     if not on_gpu:
-        run = replace(run, dtype=torch.float32, scratch=cpu_scratch)
+        run = replace(run, dtype=torch.bfloat16 if computes_in_bf16() else torch.float32, scratch=cpu_scratch)
     layers = [plan.kinds[0].first] * min(2, plan.config.num_hidden_layers)
     model = Plan(plan.base, plan.tokens, run, plan.kinds).model(Way(), layers, device="cuda" if on_gpu else "cpu")
 

@@ -19,6 +19,7 @@ from app.models.source import find_model
 from app.runs.command_line import EXAMPLES, HelpFormatter, Parser, is_given
 from app.runs.errors import one_clear_error
 from app.runs.launch import USE_CONFIGURED_STATE, WORLD_SIZE, by_deepspeed, fail, prepare_deepspeed, prepare_fsdp
+from app.runs.precision import computes_in_bf16
 from app.training.fsdp import FIELDS, compute_in, fsdp_config
 from app.training.options import DataOptions, ModelOptions, TrainingOptions
 from app.training.recipe import (
@@ -55,6 +56,7 @@ HELP = {
     "program with torchrun.",
     "fsdp_config": f"More about that, a JSON file or object with {', '.join(FIELDS)}. docs/gpus.md tells of them.",
     "use_cpu": "Train on the CPU. Default: only if there is no GPU.",
+    "bf16": "Compute in bfloat16. Default: on a GPU that has it, and on a CPU that multiplies it (AVX512_BF16, AMX).",
     "do_train": argparse.SUPPRESS,  # these three are for scripts that look at them
     "do_eval": argparse.SUPPRESS,
     "do_predict": argparse.SUPPRESS,
@@ -154,8 +156,9 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingArgum
         parser.set_defaults(gradient_accumulation_steps=accumulation(batch))
     if options.fp16 and not is_given(argv, "bf16"):
         parser.set_defaults(bf16=False)
-    if not options.deepspeed and not torch.accelerator.is_available():
-        # Or accelerate brings no process group up, and each of several processes takes itself for the only one.
+    if (options.bf16 or not options.deepspeed) and not torch.accelerator.is_available():
+        # Without it transformers refuses bf16, and without DeepSpeed accelerate brings no process group up: each of
+        # several processes takes itself for the only one.
         parser.set_defaults(use_cpu=True)
     if options.output_dir is None:
         parser.set_defaults(output_dir="")  # named after model and context, later
@@ -230,7 +233,7 @@ def _machine_defaults() -> dict[str, Any]:
     """Defaults that depend on what the program runs on and how it was started."""
     gpu = torch.cuda.is_available()
     defaults = {
-        "bf16": gpu and torch.cuda.is_bf16_supported(),
+        "bf16": computes_in_bf16(),
         "dataloader_pin_memory": gpu,
         "ddp_find_unused_parameters": False,  # all that is trained is used in every step
         "ddp_timeout": 6 * 3600,  # seconds that the others wait while the first process tokenises a large text
