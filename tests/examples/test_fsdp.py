@@ -19,10 +19,13 @@ from patience import patience
 from tiny_models import tiny_model
 from tiny_training import save_base
 
+FULL = pytest.mark.full
 WORKER = Path(__file__).resolve().parents[1] / "helpers" / "fsdp_worker.py"
 
 
-@pytest.mark.parametrize("check", ["gradients", "saving", pytest.param("first_version", marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "check", [pytest.param("gradients", marks=FULL), "saving", pytest.param("first_version", marks=FULL)]
+)
 def test_two_processes_share_a_model(check: str, tmp_path: Path) -> None:
     """What is checked is told by the functions of fsdp_worker.py."""
     for name in ("tied", "untied"):

@@ -173,6 +173,7 @@ def _share(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.full
 def test_processes_share_the_work_and_agree(tmp_path: Path) -> None:
     """An odd number of batches for two processes: one of them has to go along with the last without counting it."""
     assert len(_batches(list(windows([37, 8, 9], 8, 4)), 2)) % 2 == 1

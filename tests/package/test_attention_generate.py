@@ -92,7 +92,7 @@ def test_eval_is_sdpa_even_at_padding(batch: int, side: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:s2attn runs by torch")
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_documents_where_the_op_has_no_kernel(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in fp32 on CUDA, or on an old GPU. Compiled code always asks."""
     (several, _), (one, _) = packed([7, 20, 5]), packed([32])

@@ -192,6 +192,7 @@ def test_masks_of_other_values_are_refused(what: str, training: bool) -> None:
         model.eval().generate(tokens(1, 4), attention_mask=mask, max_new_tokens=2)
 
 
+@pytest.mark.full
 @pytest.mark.only("cpu", "on a GPU a device-side assertion says so, which ends the process")
 def test_masks_of_other_values_are_refused_when_compiled() -> None:
     model = torch.compile(tiny_model(), backend="aot_eager", fullgraph=True)
