@@ -11,11 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, TrainingArguments
 
 import finetune_llama
 from app.models import suitable
 from app.training import arguments
+from app.training.context import new_context
 from app.training.options import DataOptions, ModelOptions
 from app.training.recipe import CHECKPOINTING, TINY_RECIPE
 from app.training.run_settings import settings
@@ -337,6 +338,33 @@ def test_a_processor_that_multiplies_bf16_computes_in_it(
     if environment:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", environment)
     assert parsed(*given)[2].bf16 == bf16
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "rope_type", "sink"),
+    [
+        ({}, (), "yarn", True),
+        ({}, ("--rope_type", "linear", "--sink", "false"), "linear", False),
+        ({}, ("--recipe", "paper"), "linear", False),
+        ({}, ("--context_length", "64"), "default", True),
+        (
+            {
+                "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+                "original_max_position_embeddings": 32,
+            },
+            (),
+            "linear",
+            True,
+        ),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, (), "dynamic", True),
+    ],
+)
+def test_a_model_of_ones_own_is_scaled_by_yarn_or_as_it_is(
+    model: dict, given: tuple[str, ...], rope_type: str, sink: bool
+) -> None:
+    options, _, _ = parsed("--model_name_or_path", "some/model", *given)
+    config = new_context(LlamaConfig(max_position_embeddings=64, **model), options)
+    assert config.rope_parameters["rope_type"] == rope_type and bool(getattr(config, "s2attn_sink", False)) == sink
 
 
 def settings_of(*words: str) -> dict:

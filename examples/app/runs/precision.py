@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ def cpu_multiplies_bf16() -> bool:
 
     Others widen each number to fp32 first, and are slower than in fp32. torch before 2.13 may not tell.
     """
-    found = getattr(torch.cpu, "get_capabilities", dict)()
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 

@@ -232,7 +232,7 @@ def _take_both_names(parser: Parser) -> None:
 def _machine_defaults() -> dict[str, Any]:
     """Defaults that depend on what the program runs on and how it was started."""
     gpu = torch.cuda.is_available()
-    defaults = {
+    defaults: dict[str, Any] = {
         "bf16": computes_in_bf16(),
         "dataloader_pin_memory": gpu,
         "ddp_find_unused_parameters": False,  # all that is trained is used in every step

@@ -14,6 +14,7 @@ from app.runs.launch import say
 from app.training.arguments import compute_dtype
 from app.training.dense_layers import asked_layers
 from app.training.options import ModelOptions
+from app.training.recipe import ROPE_TYPE
 from app.training.shared_sequences import check_sharing
 from longlora_ext.config import DEFAULT_GROUP_RATIO, config_for, context_length, rope_type_of, settle_context
 
@@ -54,17 +55,18 @@ def new_context(base_config: PreTrainedConfig, options: ModelOptions) -> PreTrai
     """The config for the new context. The model's own leaves RoPE alone, and a shorter one is an error."""
     old = context_length(base_config)
     new = options.context_length or 4 * old
-    if options.context_length is None and rope_type_of(base_config) != "default":
+    is_scaled = rope_type_of(base_config) != "default"
+    if options.context_length is None and is_scaled:
         say(f"note: the model's RoPE is scaled already, to {old:,} tokens; --context_length {old} leaves it at that")
     check_context("--context_length", new, old)
-    if new == old and (options.rope_parameters or options.rope_type != "linear"):
+    if new == old and (options.rope_parameters or options.rope_type not in (None, "linear")):
         raise ValueError(f"--context_length {new} is the model's own: RoPE is not scaled for it")
     if new == old and (options.group_size or 0) > 2 * new:
         raise ValueError(f"--group_size {options.group_size} is more than twice the context of {new}")
     return config_for(
         base_config,
         new,
-        rope_type=options.rope_type,
+        rope_type=options.rope_type or (None if is_scaled or new == old else ROPE_TYPE),
         rope_parameters=json.loads(options.rope_parameters or "{}"),
         group_ratio=options.group_ratio or DEFAULT_GROUP_RATIO,
         group_size=options.group_size,

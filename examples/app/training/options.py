@@ -34,11 +34,11 @@ class ModelOptions:
             "error: RoPE is scaled linearly, and max_position_embeddings may be the length before or after scaling."
         },
     )
-    rope_type: str = field(
-        default="linear",
+    rope_type: str | None = field(
+        default=None,
         metadata={
             "help": f"How positions are scaled to the new context: {', '.join(ROPE_TYPES)}. ntk is a larger rope_theta "
-            "and no scaling."
+            "and no scaling. Default: as the model's are already, or else yarn; linear with --recipe paper."
         },
     )
     rope_parameters: str | None = field(
@@ -58,7 +58,10 @@ class ModelOptions:
     )
     sink: bool = field(
         default=False,
-        metadata={"help": "Let each token see the first one of its document too, on which pretrained models rest."},
+        metadata={
+            "help": "Let each token see the first one of its document too, on which pretrained models rest "
+            "(--sink false: do not)."
+        },
     )
     window: int | None = field(
         default=None, metadata={"help": "The tokens of its group that a token sees at most. Default: all before it."}
@@ -81,7 +84,7 @@ class ModelOptions:
         default=None,
         metadata={
             "help": "paper: the settings of the LongLoRA paper for all that is not given, whatever the model. Default: "
-            "these for a model of your own, a smaller recipe for the tiny Llama."
+            "for a model of your own these, but for --sink and --rope_type yarn; a smaller recipe for the tiny Llama."
         },
     )
     check_retrieval: bool = field(

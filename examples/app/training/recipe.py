@@ -1,4 +1,4 @@
-"""The paper's recipe, which `finetune_llama.py` follows where nothing is asked, and a small one for the tiny Llama."""
+"""The recipes of `finetune_llama.py`: for a model of one's own, the paper's, and for the tiny Llama."""
 
 from __future__ import annotations
 
@@ -10,8 +10,14 @@ from transformers import TrainingArguments
 CHECKPOINTING_NAMES = ("activation_checkpointing", "gradient_checkpointing")
 CHECKPOINTING = next(name for name in CHECKPOINTING_NAMES if hasattr(TrainingArguments, name))
 
-#: The recipe of the LongLoRA paper. Its global batch of 64 sequences is made up by accumulation.
+#: How RoPE is scaled where nothing else is asked and the model's is not scaled yet. It leaves high frequencies as they
+#: are, so that few steps are enough; linear scaling, the paper's, changes all.
+ROPE_TYPE = "yarn"
+
+#: For a model of one's own: steps and learning rate of the LongLoRA paper, and what was found to keep retrieval
+#: (docs/extend.md). The global batch of 64 sequences is made up by accumulation.
 RECIPE: dict[str, Any] = {
+    "sink": True,
     "max_steps": 1000,
     "learning_rate": 2e-5,
     "lr_scheduler_type": "constant_with_warmup",
@@ -52,6 +58,8 @@ PAPER_RECIPE: dict[str, Any] = RECIPE | {
 
 #: What is different for the tiny Llama, so that it is done in minutes on two CPU cores.
 TINY_RECIPE: dict[str, Any] = RECIPE | {
+    "rope_type": "linear",
+    "sink": False,
     "max_steps": 200,
     "learning_rate": 2e-3,
     "lr_scheduler_type": "linear",
