@@ -51,6 +51,32 @@ def table(content: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def summary(content: dict[str, Any]) -> str:
+    """The few columns of it that tell the most, for `README.md`."""
+    first = content["arms"][0]
+    begin, end = first["by_position"]["edges"][-2:]
+    far = first["copying"]["distances"][-2]
+    own, new = (first[f"pass_key_{which}"]["length"] for which in ("own", "new"))
+    head = [
+        "SmolLM2-135M",
+        f"perplexity of tokens {_k(begin)} to {_k(end)}",
+        f"pass keys found at {own:,}, nats of a token of them",
+        f"at {new:,}",
+        f"nats of what is copied over {_k(far)}",
+    ]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for result in content["arms"]:
+        steps = f", {result['training']['steps']} steps" if result["training"] else ""
+        cells = [result["says"] + steps]
+        cells.append(f"{math.exp(min(mean([part[-1] for part in result['by_position']['nats'].values()]), 99)):.2f}")
+        for which in ("own", "new"):
+            keys = result[f"pass_key_{which}"]
+            cells.append(f"{sum(keys['found'])} of {len(keys['found'])}, {mean(keys['nats']):.2f}")
+        cells.append(f"{result['copying']['nats'][-2]:.2f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def draw(content: dict[str, Any], path: Path) -> None:
     """Perplexity over position, copying over distance, pass keys over depth, and what was gained over time spent."""
     import matplotlib

@@ -34,7 +34,7 @@ def main(folder: str = "fsdp_adapter") -> None:
         PartialState(cpu=True, backend="gloo").distributed_type = DistributedType.MULTI_GPU
     accelerator = Accelerator(fsdp_plugin=plugin)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    config = extend_config(AutoConfig.from_pretrained(MODEL), CONTEXT_LENGTH)
+    config = extend_config(AutoConfig.from_pretrained(MODEL), CONTEXT_LENGTH, rope_type="yarn", sink=True)
     base = AutoModelForCausalLM.from_pretrained(MODEL, config=config, attn_implementation="s2attn")
     model = prepare_model(base, lora_config(base))
     tile_loss(model)

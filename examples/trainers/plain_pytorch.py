@@ -27,7 +27,7 @@ def main(folder: str = "plain_adapter") -> list[float]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    config = extend_config(AutoConfig.from_pretrained(MODEL), CONTEXT_LENGTH)
+    config = extend_config(AutoConfig.from_pretrained(MODEL), CONTEXT_LENGTH, rope_type="yarn", sink=True)
     base = AutoModelForCausalLM.from_pretrained(
         MODEL, config=config, dtype=dtype, attn_implementation="s2attn", device_map=device
     )

@@ -26,7 +26,7 @@ STEPS = 20
 def train(folder: str, dataset: Dataset, tokenizer: Any, **options: Any) -> SFTTrainer:
     """Train an adapter on a dataset of TRL's, and save it. `options` are those of `SFTConfig`."""
     set_seed(0)
-    config = extend_config(AutoConfig.from_pretrained(MODEL), CONTEXT_LENGTH)
+    config = extend_config(AutoConfig.from_pretrained(MODEL), CONTEXT_LENGTH, rope_type="yarn", sink=True)
     base = AutoModelForCausalLM.from_pretrained(MODEL, config=config, attn_implementation="s2attn")
     model = prepare_model(base, lora_config(base))  # not TRL's peft_config: embedding and norms are to train in fp32
     tile_loss(model)
