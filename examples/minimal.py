@@ -32,7 +32,7 @@ STEPS = 20
 def train(folder: str) -> None:
     """Extend the model's context, train an adapter for it, and save that."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    # Position embeddings are scaled in the config, before the model is built. In training a token sees its group and the
+    # Positions are scaled in the config, before the model is built. In training a token sees its group and the
     # first token of its document, on which pretrained models rest.
     config = extend_config(AutoConfig.from_pretrained(MODEL), CONTEXT_LENGTH, rope_type="yarn", sink=True)
     base = AutoModelForCausalLM.from_pretrained(MODEL, config=config, attn_implementation="s2attn")
