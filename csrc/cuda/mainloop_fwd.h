@@ -106,7 +106,8 @@ struct Forward {
       auto scores = zeros<kRows, kKeys>(mma);
       multiply(scores, mma, q, k);
       auto score_matrix = as_matrix(scores);
-      if constexpr (masked) apply_mask(score_matrix, where, first_keys, rows.own_key, n * kKeys);
+      if (masked && rows.masks_last(n * kKeys, kKeys)) mask_last(score_matrix, where, rows.own_key, n * kKeys);
+      if (masked && rows.masks_first(n * kKeys)) mask_first(score_matrix, where, first_keys, n * kKeys);
       softmax.add(score_matrix, as_matrix(out));
       auto weights = operand_from<Element>(scores);
       wait_copies<0>();

@@ -28,6 +28,7 @@ struct alignas(128) BackwardShared {
   Element weights[kTile.rows * kTile.keys];
   Element ds[kTile.rows * kTile.keys];
   float statistics[kTile.stages * 2 * kTile.rows];  // of a stage: lse of the rows, then delta
+  int first_keys[kTile.rows];                       // where a tile has a left border
 };
 
 template <typename Element, int kHeadDim, int kKib>
@@ -40,6 +41,7 @@ struct alignas(128) BackwardDqShared {
   Element v[kTile.keys * kHeadDim];
   Element ds[kTile.rows * kTile.keys];
   float statistics[2 * kTile.rows];  // lse, then delta
+  int first_keys[kTile.rows];
 };
 
 template <typename Element, int kHeadDim, int kKib>
