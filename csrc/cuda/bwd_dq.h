@@ -66,8 +66,8 @@ struct BackwardDq : BackwardTiles<Element, kHeadDim, kKib> {
       auto scores = zeros<kRows, kKeys>(scores_mma);
       multiply(scores, scores_mma, q, k);
       auto score_matrix = as_matrix(scores);
-      if (rows.masks_last(n * kKeys, kKeys)) mask_last(score_matrix, where, rows.own_key, n * kKeys);
-      if (rows.masks_first(n * kKeys)) mask_first(score_matrix, where, first_keys, n * kKeys);
+      if (rows.masks_last(n * kKeys, kKeys)) mask_later_keys(score_matrix, where, rows.own_key, n * kKeys);
+      if (rows.masks_first(n * kKeys)) mask_earlier_keys(score_matrix, where, first_keys, n * kKeys);
       statistics.normalize(score_matrix, where, scale_log2);
       auto dweights = zeros<kRows, kKeys>(scores_mma);
       multiply(dweights, scores_mma, dout, v);

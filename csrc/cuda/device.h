@@ -54,8 +54,8 @@ DEVICE int anew(int value) {
   return value;
 }
 
-// Keeps what follows behind the branch that it is in: of some selects ptxas would rather make part of every way. An event
-// for profilers, of one instruction.
+// Keeps what follows behind the branch that it is in: a few dozen selects ptxas would rather do in any case. It is an
+// event that profilers can count, one instruction that nothing waits for.
 DEVICE void keep_branch() { asm volatile("pmevent 0;\n"); }
 
 DEVICE float shuffle_xor(float x, int lane_mask) { return __shfl_xor_sync(0xffffffffu, x, lane_mask); }

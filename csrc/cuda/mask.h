@@ -94,32 +94,33 @@ struct FirstKeys {
   }
 };
 
-// Writes -inf over the scores of keys past a thread's rows' own. `own_key` is that of the tile's first row. Nearly all
-// tiles that have a border have one alone, so there is a mask for each.
+// Writes -inf over the scores of keys past a row's own. `own_key` is that of the tile's first row. Nearly all tiles
+// that have a border have one alone, so there is a mask for each. How far the scores of a thread lie from its first one,
+// the compiler knows: all are compared with one number.
 template <class Scores, class Where>
-DEVICE void mask_last(Scores& scores, const Where& where, int own_key, int key) {
-  const int column = get<1>(where(0, 0));
+DEVICE void mask_later_keys(Scores& scores, const Where& where, int own_key, int key) {
+  const int i = get<0>(where(0, 0)), j = get<1>(where(0, 0));
+  const int own = anew(own_key + i - key - j);
   keep_branch();
   CUTE_UNROLL
   for (int m = 0; m < size<0>(scores); ++m) {
-    const int last = own_key + get<0>(where(m, 0)) - key - column;
     CUTE_UNROLL
     for (int n = 0; n < size<1>(scores); ++n)
-      if (get<1>(where(m, n)) - column > last) scores(m, n) = -INFINITY;
+      if (get<1>(where(m, n)) - j - (get<0>(where(m, n)) - i) > own) scores(m, n) = -INFINITY;
   }
 }
 
-// The same over those of keys before the first that a row sees.
+// The same over those of keys before a row's first.
 template <class Scores, class Where, int kRows>
-DEVICE void mask_first(Scores& scores, const Where& where, const FirstKeys<kRows>& first_keys, int key) {
-  const int column = get<1>(where(0, 0));
+DEVICE void mask_earlier_keys(Scores& scores, const Where& where, const FirstKeys<kRows>& first_keys, int key) {
+  const int j = get<1>(where(0, 0));
   keep_branch();
   CUTE_UNROLL
   for (int m = 0; m < size<0>(scores); ++m) {
-    const int first = anew(first_keys(get<0>(where(m, 0))) - key - column);
+    const int first = anew(first_keys(get<0>(where(m, 0))) - key - j);
     CUTE_UNROLL
     for (int n = 0; n < size<1>(scores); ++n)
-      if (get<1>(where(m, n)) - column < first) scores(m, n) = -INFINITY;
+      if (get<1>(where(m, n)) - j < first) scores(m, n) = -INFINITY;
   }
 }
 

@@ -11,7 +11,7 @@ struct alignas(128) ForwardShared {
   static constexpr ForwardTile kTile = forward_tile(kHeadDim, kKib);
 
   Element q[kTile.rows * kHeadDim];  // in the end the output
-  Element k[kTile.keys * kHeadDim];
+  Element k[kTile.key_buffers * kTile.keys * kHeadDim];
   Element v[kTile.keys * kHeadDim];
   int first_keys[kTile.rows];
 };

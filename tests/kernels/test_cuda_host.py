@@ -67,8 +67,8 @@ A100, RTX_3090 = 163 * 1024, 99 * 1024  # bytes of shared memory that it offers 
 L2_OF_RTX_3090 = 6 << 20
 
 # KiB that a block takes, of the tiles for an A100 and for GPUs of 99 KiB.
-FORWARD = {64: (48.5, 48.5), 128: (64.5, 64.5), 256: (128.5, 96.5)}
-BACKWARD = {64: (162, 97), 128: (161, 96.25), 256: (144.5, 68.25)}
+FORWARD = {64: (48.5, 48.5), 128: (80.5, 80.5), 256: (160.5, 96.5)}
+BACKWARD = {64: (162.5, 97.25), 128: (161.25, 96.375), 256: (144.75, 68.375)}
 
 
 @pytest.fixture
