@@ -115,7 +115,6 @@ struct Preprocess : BackwardTiles<Element, kHeadDim, kKib> {
       Move<uint128_t>::copy(reinterpret_cast<const uint128_t&>(four), reinterpret_cast<uint128_t&>(part));
     }
     sync_block();  // all warps' sums have come, and the gradients of the sinks' scores
-    static_assert(Lines::kFours <= kThreads, "every four has a thread");
     if (thread >= Lines::kFours) return;
     alignas(16) float total[4] = {};
     Lines::template sum<kThreads / 32>(shared.parts[0], thread, total);

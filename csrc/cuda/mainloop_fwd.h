@@ -99,7 +99,7 @@ struct Forward {
     const RowTile rows(visible, row, kRows);
     const int first_tile = rows.lowest / kKeys, last_tile = (cute::min(rows.own_key + kRows, seqlen_k) - 1) / kKeys;
 
-    // K and V of a step are never needed at once: each is on its way while the other is multiplied. With two buffers, a K
+    // K and V of a step are never needed at once: each is on its way while the other is multiplied. With two buffers, K
     // comes a step earlier. V is waited for after the softmax: its fragments, fetched among the exponentials, would be
     // too much for the registers, and so would K's loads at the start of a step.
     const auto step = [&](int n, auto masked) ALWAYS_INLINE {

@@ -95,7 +95,7 @@ struct FirstKeys {
 };
 
 // Writes -inf over the scores of keys past a row's own. `own_key` is that of the tile's first row. Nearly all tiles
-// that have a border have one alone, so there is a mask for each. How far the scores of a thread lie from its first one,
+// that have a border have one alone, so there is a mask for each. How far the scores of a thread lie from its first,
 // the compiler knows: all are compared with one number.
 template <class Scores, class Where>
 DEVICE void mask_later_keys(Scores& scores, const Where& where, int own_key, int key) {
