@@ -74,8 +74,8 @@ def forward_counts(tile: dict[str, int], head_dim: int) -> Counter[str]:
     step = product(rows, keys, head_dim, warps, warps)
     step += product(rows, head_dim, keys, warps, warps, a_in_registers=True)
     step += load(keys, head_dim, threads) + load(keys, head_dim, threads)  # this V, the next K
-    # The code has the step twice, masked and unmasked.
-    return load(rows, head_dim, threads) + load(keys, head_dim, threads) + step + step
+    # The code has the step twice, masked and unmasked. Before come q and as many K as there are buffers.
+    return load(rows + tile["key_buffers"] * keys, head_dim, threads) + step + step
 
 
 def backward_counts(tile: dict[str, int], head_dim: int, with_dq: bool) -> Counter[str]:
@@ -160,7 +160,7 @@ def tiles(variants: set[tuple[int, int]]) -> dict[tuple[str, int, int], dict[str
         #include "kernel_fwd.h"
         using namespace longlora::cuda;
         void print(const ForwardTile& tile) {{
-          std::printf("rows %d keys %d warps %d", tile.rows, tile.keys, tile.warps);
+          std::printf("rows %d keys %d warps %d key_buffers %d", tile.rows, tile.keys, tile.warps, tile.key_buffers);
         }}
         void print(const BackwardTile& tile) {{
           std::printf("rows %d keys %d warps %d score_warps %d dkv_warps %d dq_warps %d stages %d", tile.rows,

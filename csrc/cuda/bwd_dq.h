@@ -26,6 +26,7 @@ struct BackwardDq : BackwardTiles<Element, kHeadDim, kKib> {
     auto v_tile = make_tensor(make_smem_ptr(shared.v), typename Tiles::KeysTile{});
     auto ds_tile = make_tensor(make_smem_ptr(shared.ds), typename Tiles::ScoresTile{});
     const RowStatistics<kRows> statistics{shared.statistics};
+    const FirstKeys<kRows> first_keys{shared.first_keys};
 
     const typename Tiles::ScoresMma scores_mma;
     const typename Tiles::DqMma dq_mma;
@@ -49,6 +50,7 @@ struct BackwardDq : BackwardTiles<Element, kHeadDim, kKib> {
     const Visibility visible(problem, batch, head);
     const RowTile rows(visible, row, kRows);
     const int first_tile = rows.lowest / kKeys, last_tile = (cute::min(rows.own_key + kRows, seqlen_k) - 1) / kKeys;
+    first_keys.template fill<kThreads>(visible, row, thread);
     load_rows(params.q, q_tile);
     load_rows(params.dout, dout_tile);
     statistics.template load<kThreads>(params, batch, head, row, thread);
@@ -64,8 +66,8 @@ struct BackwardDq : BackwardTiles<Element, kHeadDim, kKib> {
       auto scores = zeros<kRows, kKeys>(scores_mma);
       multiply(scores, scores_mma, q, k);
       auto score_matrix = as_matrix(scores);
-      if (rows.masks(n * kKeys, kKeys))
-        apply_mask(score_matrix, where, [&](int i) { return visible.first_key(row + i); }, rows.own_key, n * kKeys);
+      if (rows.masks_last(n * kKeys, kKeys)) mask_later_keys(score_matrix, where, rows.own_key, n * kKeys);
+      if (rows.masks_first(n * kKeys)) mask_earlier_keys(score_matrix, where, first_keys, n * kKeys);
       statistics.normalize(score_matrix, where, scale_log2);
       auto dweights = zeros<kRows, kKeys>(scores_mma);
       multiply(dweights, scores_mma, dout, v);

@@ -142,11 +142,13 @@ struct Backward : BackwardTiles<Element, kHeadDim, kKib> {
     auto dk = zeros<kKeys, kHeadDim>(dkv_mma);
     auto dv = zeros<kKeys, kHeadDim>(dkv_mma);
     const auto where = coordinates<kRows, kKeys>(scores_mma, thread);
+    const FirstKeys<kRows> first_keys{shared.first_keys};
     Stage stage(shared);
     while (!walk.ended()) {
-      const int head = walk.head, row = walk.tile * kRows, own_key = row + seqlen_k - seqlen;
-      const int row_tile = Tiles::row_tile(problem, batch, head, walk.tile);
       const bool masks_first = walk.masks_first();
+      if (masks_first) first_keys.template fill<kThreads>(walk.visible(), walk.tile * kRows, thread);
+      const int own_key = walk.tile * kRows + seqlen_k - seqlen;
+      const int row_tile = Tiles::row_tile(problem, batch, walk.head, walk.tile);
       walk.next();
       wait_copies<0>();
       sync_block();  // q and dout have come, and nobody reads the other stage, the weights or ds any more
@@ -155,11 +157,8 @@ struct Backward : BackwardTiles<Element, kHeadDim, kKib> {
       auto scores = zeros<kRows, kKeys>(scores_mma);
       multiply(scores, scores_mma, q, k);
       auto score_matrix = as_matrix(scores);
-      if (masks_first || key + kKeys - 1 > own_key) {
-        const Visibility visible(problem, batch, head);
-        const auto first_key = [&](int i) { return masks_first ? visible.first_key(row + i) : key; };
-        apply_mask(score_matrix, where, first_key, own_key, key);
-      }
+      if (key + kKeys - 1 > own_key) mask_later_keys(score_matrix, where, own_key, key);
+      if (masks_first) mask_earlier_keys(score_matrix, where, first_keys, key);
       stage.statistics.normalize(score_matrix, where, scale_log2);
       share(scores, scores_mma, weights_tile, thread);
 

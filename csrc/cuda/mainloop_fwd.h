@@ -23,6 +23,7 @@ struct Forward {
   using Shared = ForwardShared<Element, kHeadDim, kKib>;
   static constexpr ForwardTile kTile = forward_tile(kHeadDim, kKib);
   static constexpr int kRows = kTile.rows, kKeys = kTile.keys, kThreads = kTile.warps * 32;
+  static constexpr int kKeyBuffers = kTile.key_buffers;
   static constexpr bool kLastFirst = true;
   using QueryTile = SharedTile<kRows, kHeadDim>;
   using KeyTile = SharedTile<kKeys, kHeadDim>;
@@ -80,14 +81,15 @@ struct Forward {
 
     const Mma mma;
     auto q_tile = make_tensor(make_smem_ptr(shared.q), QueryTile{});
-    auto k_tile = make_tensor(make_smem_ptr(shared.k), KeyTile{});
     auto v_tile = make_tensor(make_smem_ptr(shared.v), KeyTile{});
     FirstKeys<kRows> first_keys{shared.first_keys};
     auto q = operand_a<Ldmatrix4>(mma, q_tile, thread);
-    auto k = operand_b<Ldmatrix4>(mma, k_tile, thread);
     auto v = operand_b<Ldmatrix4T>(mma, transposed(v_tile), thread);
 
-    const auto load_keys = [&](const TensorView& from, auto& tile, int n) ALWAYS_INLINE {
+    const auto k_tile = [&](int n) ALWAYS_INLINE {
+      return make_tensor(make_smem_ptr(shared.k + n % kKeyBuffers * kKeys * kHeadDim), KeyTile{});
+    };
+    const auto load_keys = [&](const TensorView& from, auto&& tile, int n) ALWAYS_INLINE {
       load_tile<kThreads>(global_tile<Element, kKeys, kHeadDim>(from, batch, kv_head, n * kKeys), tile,
                           seqlen_k - n * kKeys, head_dim, thread);
       commit_copies();
@@ -97,28 +99,35 @@ struct Forward {
     const RowTile rows(visible, row, kRows);
     const int first_tile = rows.lowest / kKeys, last_tile = (cute::min(rows.own_key + kRows, seqlen_k) - 1) / kKeys;
 
-    // K and V of a step are never needed at once: each is on its way while the other is multiplied. V is waited for
-    // after the softmax: its fragments, fetched among the exponentials, would be too much for the registers.
+    // K and V of a step are never needed at once: each is on its way while the other is multiplied. With two buffers, K
+    // comes a step earlier. V is waited for after the softmax: its fragments, fetched among the exponentials, would be
+    // too much for the registers, and so would K's loads at the start of a step.
     const auto step = [&](int n, auto masked) ALWAYS_INLINE {
-      wait_copies<0>();
+      wait_copies<kKeyBuffers - 1>();
       sync_block();  // K has come, and nobody reads the last V any more
       load_keys(params.v, v_tile, n);
       auto scores = zeros<kRows, kKeys>(mma);
+      auto k = operand_b<Ldmatrix4>(mma, k_tile(n), thread);
       multiply(scores, mma, q, k);
       auto score_matrix = as_matrix(scores);
-      if constexpr (masked) apply_mask(score_matrix, where, first_keys, rows.own_key, n * kKeys);
+      if (masked && rows.masks_last(n * kKeys, kKeys)) mask_later_keys(score_matrix, where, rows.own_key, n * kKeys);
+      if (masked && rows.masks_first(n * kKeys)) mask_earlier_keys(score_matrix, where, first_keys, n * kKeys);
       softmax.add(score_matrix, as_matrix(out));
       auto weights = operand_from<Element>(scores);
       wait_copies<0>();
       sync_block();  // V has come, and nobody reads this K any more
-      if (n > first_tile) load_keys(params.k, k_tile, n - 1);
+      if (n - kKeyBuffers >= first_tile) load_keys(params.k, k_tile(n), n - kKeyBuffers);
       multiply(out, mma, weights, v);
     };
 
     first_keys.template fill<kThreads>(visible, row, thread);
     load_tile<kThreads>(global_tile<Element, kRows, kHeadDim>(params.q, batch, head, row), q_tile, visible.seqlen - row,
                         head_dim, thread);
-    load_keys(params.k, k_tile, last_tile);
+    load_keys(params.k, k_tile(last_tile), last_tile);
+    if (kKeyBuffers == 2 && last_tile > first_tile)
+      load_keys(params.k, k_tile(last_tile - 1), last_tile - 1);
+    else if (kKeyBuffers == 2)
+      commit_copies();  // of nothing: the first step waits for all groups but the last
     for (int n = last_tile; n >= first_tile;) {
       for (; n >= first_tile && rows.masks(n * kKeys, kKeys); --n) step(n, std::true_type{});
       for (; n >= first_tile && !rows.masks(n * kKeys, kKeys); --n) step(n, std::false_type{});

@@ -69,8 +69,10 @@ struct RowTile {
         lowest(visible.first_key(row)),
         highest(visible.first_key(row + rows - 1)) {}
 
-  // Whether some row does not see some of the keys.
-  DEVICE bool masks(int key, int keys) const { return key + keys - 1 > own_key || key < highest; }
+  // Whether some row does not see the last of the keys; the first of them; some of them.
+  DEVICE bool masks_last(int key, int keys) const { return key + keys - 1 > own_key; }
+  DEVICE bool masks_first(int key) const { return key < highest; }
+  DEVICE bool masks(int key, int keys) const { return masks_last(key, keys) || masks_first(key); }
 };
 
 // The first keys of a tile's rows, in shared memory: only the few tiles that are masked read them, and registers that
@@ -81,7 +83,7 @@ struct FirstKeys {
 
   // To be followed by a barrier.
   template <int kThreads>
-  DEVICE void fill(const Visibility& visible, int row, int thread) {
+  DEVICE void fill(const Visibility& visible, int row, int thread) const {
     static_assert(kRows <= kThreads);
     if (thread < kRows) Move<int>::copy(visible.first_key(row + thread), shared[thread]);
   }
@@ -92,20 +94,33 @@ struct FirstKeys {
   }
 };
 
-// Writes -inf over what a thread's rows do not see of a tile of scores. `first_key_of` takes a row of the tile;
-// `own_key` is that of the first row.
-template <class Scores, class Where, class FirstKeyOf>
-DEVICE void apply_mask(Scores& scores, const Where& where, const FirstKeyOf& first_key_of, int own_key, int key) {
-  const int column = get<1>(where(0, 0));
+// Writes -inf over the scores of keys past a row's own. `own_key` is that of the tile's first row. Nearly all tiles
+// that have a border have one alone, so there is a mask for each. How far the scores of a thread lie from its first,
+// the compiler knows: all are compared with one number.
+template <class Scores, class Where>
+DEVICE void mask_later_keys(Scores& scores, const Where& where, int own_key, int key) {
+  const int i = get<0>(where(0, 0)), j = get<1>(where(0, 0));
+  const int own = anew(own_key + i - key - j);
+  keep_branch();
   CUTE_UNROLL
   for (int m = 0; m < size<0>(scores); ++m) {
-    const int i = get<0>(where(m, 0));
-    const int first = first_key_of(i) - key - column, last = own_key + i - key - column;
     CUTE_UNROLL
-    for (int n = 0; n < size<1>(scores); ++n) {
-      const int j = get<1>(where(m, n)) - column;
-      if (j < first || j > last) scores(m, n) = -INFINITY;
-    }
+    for (int n = 0; n < size<1>(scores); ++n)
+      if (get<1>(where(m, n)) - j - (get<0>(where(m, n)) - i) > own) scores(m, n) = -INFINITY;
+  }
+}
+
+// The same over those of keys before a row's first.
+template <class Scores, class Where, int kRows>
+DEVICE void mask_earlier_keys(Scores& scores, const Where& where, const FirstKeys<kRows>& first_keys, int key) {
+  const int j = get<1>(where(0, 0));
+  keep_branch();
+  CUTE_UNROLL
+  for (int m = 0; m < size<0>(scores); ++m) {
+    const int first = anew(first_keys(get<0>(where(m, 0))) - key - j);
+    CUTE_UNROLL
+    for (int n = 0; n < size<1>(scores); ++n)
+      if (get<1>(where(m, n)) - j < first) scores(m, n) = -INFINITY;
   }
 }
 

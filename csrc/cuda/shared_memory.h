@@ -11,7 +11,7 @@ struct alignas(128) ForwardShared {
   static constexpr ForwardTile kTile = forward_tile(kHeadDim, kKib);
 
   Element q[kTile.rows * kHeadDim];  // in the end the output
-  Element k[kTile.keys * kHeadDim];
+  Element k[kTile.key_buffers * kTile.keys * kHeadDim];
   Element v[kTile.keys * kHeadDim];
   int first_keys[kTile.rows];
 };
@@ -28,6 +28,7 @@ struct alignas(128) BackwardShared {
   Element weights[kTile.rows * kTile.keys];
   Element ds[kTile.rows * kTile.keys];
   float statistics[kTile.stages * 2 * kTile.rows];  // of a stage: lse of the rows, then delta
+  int first_keys[kTile.rows];                       // where a tile has a left border
 };
 
 template <typename Element, int kHeadDim, int kKib>
@@ -40,6 +41,7 @@ struct alignas(128) BackwardDqShared {
   Element v[kTile.keys * kHeadDim];
   Element ds[kTile.rows * kTile.keys];
   float statistics[2 * kTile.rows];  // lse, then delta
+  int first_keys[kTile.rows];
 };
 
 template <typename Element, int kHeadDim, int kKib>
@@ -55,15 +57,20 @@ struct alignas(16) Four {
 // Sums of dk and dv of a sink, to be added up. SinkLines says how each lies there.
 template <int kHeadDim, int kKib>
 struct alignas(128) PreprocessShared {
-  Four parts[backward_tile(kHeadDim, kKib).warps][kHeadDim / 2];  // of each warp
+  static constexpr int kWarps = backward_tile(kHeadDim, kKib).warps;
+  static_assert(kHeadDim / 2 <= kWarps * 32, "a thread adds up one four of the parts");
+
+  Four parts[kWarps][kHeadDim / 2];  // of each warp
 };
 
 template <int kHeadDim, int kKib>
 struct alignas(128) SinkGradientsShared {
-  static constexpr int kThreads = 256;
+  static constexpr int kThreads = 256, kKeys = backward_tile(kHeadDim, kKib).keys;
+  static_assert(kThreads % (kHeadDim / 8) == 0, "every thread is in a group");
+  static_assert(kHeadDim / 2 <= kThreads && kKeys <= kThreads, "a thread has one four of the parts, and one key");
 
   Four parts[kThreads / (kHeadDim / 8)][kHeadDim / 2];  // of each group of threads
-  int row_ends[backward_tile(kHeadDim, kKib).keys];
+  int row_ends[kKeys];
 };
 
 struct NothingShared {};

@@ -53,7 +53,6 @@ struct SinkGradients {
   static constexpr int kRows = Tiles::kRows, kKeys = Tiles::kKeys, kThreads = Shared::kThreads;
   static constexpr int kPieces = Lines::kPieces, kGroups = kThreads / kPieces;  // of threads
   static constexpr bool kLastFirst = false;
-  static_assert(kKeys <= kThreads && Lines::kFours <= kThreads);
 
   static Schedule schedule(const Problem& problem, int64_t l2_bytes) {
     return Schedule(problem, l2_bytes, problem.seqlen_k, kKeys, problem.kv_heads, problem.kv_heads, Tiles::kRowBytes);

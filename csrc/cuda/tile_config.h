@@ -13,26 +13,28 @@ constexpr int kLargeKib = 163, kSmallKib = 99;
 constexpr int padded_head_dim(int head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256; }
 
 struct ForwardTile {
-  int rows;   // of queries
-  int keys;   // of one step
-  int warps;  // each has every warps-th stripe of 16 rows
+  int rows;         // of queries
+  int keys;         // of one step
+  int warps;        // each has every warps-th stripe of 16 rows
+  int key_buffers;  // with two, a tile of K has a step's time to come
 };
 
 // A warp with 32 rows reads each fragment of K and V for two products, one with 16 rows for one: at 16 an A100's shared
 // memory is slower than its tensor cores (head_dim 256 has no registers for more). Tensor cores of the GPUs with 99 KiB
 // have half the rate or less, and such a multiprocessor has room for one block alone beyond a head_dim of 64: it needs
-// eight warps.
+// eight warps. There are two buffers of K where the blocks of a multiprocessor stay as many.
 constexpr ForwardTile forward_tile(int head_dim, int kib) {
   ForwardTile tile{};
   switch (head_dim) {
     case 64:
-      tile.rows = 128, tile.keys = 128, tile.warps = 4;
+      tile.rows = 128, tile.keys = 128, tile.warps = 4, tile.key_buffers = 1;
       break;
     case 128:
-      tile.rows = 128, tile.keys = 64, tile.warps = kib == kLargeKib ? 4 : 8;
+      tile.rows = 128, tile.keys = 64, tile.warps = kib == kLargeKib ? 4 : 8, tile.key_buffers = 2;
       break;
     default:
       tile.rows = 128, tile.keys = kib == kLargeKib ? 64 : 32, tile.warps = 8;
+      tile.key_buffers = kib == kLargeKib ? 2 : 1;
   }
   return tile;
 }

@@ -555,12 +555,11 @@ def test_each_site_is_needed(module: ModuleType, config: Config) -> None:
     dout, packed = torch.randn_like(q), starts_of([first, problem.seqlen - first])[None]
 
     def results(deterministic: bool) -> tuple[Tensor, ...]:
-        """Of dense attention, and of groups with two sinks in a tile of keys."""
-        runs = (
-            Run(module, problem.seqlen, None, {}, deterministic),
-            Run(module, group_size, packed, {"sink": True}, deterministic),
-        )
-        return sum((outputs_and_grads(run, q, k, v, dout) for run in runs), ())
+        """Of dense attention, of groups with two sinks in a tile of keys, and of rows whose keys are one tile."""
+        dense = Run(module, problem.seqlen, None, {}, deterministic)
+        sinks = Run(module, group_size, packed, {"sink": True}, deterministic)
+        of_all = (outputs_and_grads(run, q, k, v, dout) for run in (dense, sinks))
+        return sum(of_all, outputs_and_grads(dense, *(x[:, :9].contiguous() for x in (q, k, v, dout))))
 
     module.configure()
     right = {deterministic: results(deterministic) for deterministic in (False, True)}

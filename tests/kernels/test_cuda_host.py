@@ -3,8 +3,11 @@ what an unfit device is told."""
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,8 +70,8 @@ A100, RTX_3090 = 163 * 1024, 99 * 1024  # bytes of shared memory that it offers 
 L2_OF_RTX_3090 = 6 << 20
 
 # KiB that a block takes, of the tiles for an A100 and for GPUs of 99 KiB.
-FORWARD = {64: (48.5, 48.5), 128: (64.5, 64.5), 256: (128.5, 96.5)}
-BACKWARD = {64: (162, 97), 128: (161, 96.25), 256: (144.5, 68.25)}
+FORWARD = {64: (48.5, 48.5), 128: (80.5, 80.5), 256: (160.5, 96.5)}
+BACKWARD = {64: (162.5, 97.25), 128: (161.25, 96.375), 256: (144.75, 68.375)}
 
 
 @pytest.fixture
@@ -145,6 +148,27 @@ def test_scratch_is_that_of_the_tiles(head_dim: int, rows: tuple[int, int], pret
         assert module().dq_scratch_floats(described, False) == tiles * rows_of_tile * head_dim
         assert module().dq_scratch_floats(described, True) == 0
         assert module().sink_sums_floats(described) == tiles * 2 * head_dim
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "says"),
+    [
+        ("tile.warps = 4, tile.stages", "tile.warps = 4, tile.stages", ""),
+        ("tile.warps = 4, tile.stages", "tile.warps = 2, tile.stages", "a thread adds up one four of the parts"),
+        ("tile.keys = 128, tile.stages = 2", "tile.keys = 512, tile.stages = 2", "one four of the parts, and one key"),
+        ("tile.rows = large ? 64 : 32", "tile.rows = 64", "a tile fits what its class of GPU offers"),
+    ],
+    ids=["right", "warps", "keys", "rows"],
+)
+def test_a_tile_that_cannot_be_does_not_compile(right: str, wrong: str, says: str, tmp_path: Path) -> None:
+    csrc = shutil.copytree(simt_build.ROOT / "csrc", tmp_path / "csrc")
+    tiles = csrc / "cuda" / "tile_config.h"
+    assert tiles.read_text().count(right) == 1
+    tiles.write_text(tiles.read_text().replace(right, wrong))
+    flags = [*simt_build.COMMON_FLAGS, *simt_build.include_flags(), "-x", "c++", "-fsyntax-only"]
+    command = [*simt_build.CXX, *flags, str(csrc / "cuda" / "dispatch.cu")]
+    errors = subprocess.run(command, capture_output=True, text=True).stderr
+    assert (says in errors and "static assertion failed" in errors) if says else not errors
 
 
 def test_a_grid_has_a_largest_size() -> None:

@@ -26,6 +26,7 @@ KV_HEAD = "head / (problem.heads / problem.kv_heads)"
 STATISTICS = "shared.statistics + i * Statistics::kSize"
 BATCH, ROWS = "batch * view.batch_stride", "first_row * view.row_stride"
 TILE = "cute::max(key - visible().offset, 0) / kRows"
+SCORE, BELOW = "get<1>(where(m, n)) - j", "(get<0>(where(m, n)) - i)"
 ROW, COLUMN = "get<0>(where(0, m, k))", "get<1>(where(0, m, k))"
 
 MUTANTS = {
@@ -50,8 +51,10 @@ MUTANTS = {
     "doc_start unclamped": Mutant(
         "cuda/mask.h", "cute::max(+kFarthest, cute::min(doc_start[row], row + offset))", "doc_start[row]", GUARDS
     ),
-    "left mask": Mutant("cuda/mask.h", "j < first", "j + 1 < first", SHAPES),
-    "causal mask": Mutant("cuda/mask.h", "j > last", "j > last + 1", SHAPES),
+    "left mask": Mutant("cuda/mask.h", f"{SCORE} < first", f"{SCORE} + 1 < first", SHAPES),
+    "causal mask": Mutant("cuda/mask.h", f"{SCORE} - {BELOW} > own", f"{SCORE} - {BELOW} > own + 1", SHAPES),
+    "causal mask of a thread's first row": Mutant("cuda/mask.h", f"{SCORE} - {BELOW} > own", f"{SCORE} > own", SHAPES),
+    "causal mask of a warp's first row": Mutant("cuda/mask.h", "own_key + i - key - j", "own_key - key - j", SHAPES),
     "diagonal unmasked": Mutant("cuda/mask.h", "key + keys - 1 > own_key", "key > own_key", SHAPES),
     "another document's sink": Mutant("cuda/mask.h", "d", "0", PATTERNS, "sees_sink_of(row, d) ? {} : -1"),
     "left border unmasked": Mutant("cuda/mask.h", "key < highest", "key < lowest", SHAPES),
@@ -79,6 +82,24 @@ MUTANTS = {
     "backward: rows of later documents": Mutant(
         "cuda/mainloop_bwd.h", "visible().document(row) <= last_key", "true", COUNTS
     ),
+    "forward: diagonal unmasked": Mutant("cuda/mainloop_fwd.h", "rows.masks_last(n * kKeys, kKeys)", "false", SHAPES),
+    "forward: group's border unmasked": Mutant("cuda/mainloop_fwd.h", "rows.masks_first(n * kKeys)", "false", SHAPES),
+    "forward: buffer of keys": Mutant("cuda/mainloop_fwd.h", "n % kKeyBuffers", "0", SHAPES),
+    "forward: second tile of keys": Mutant(
+        "cuda/mainloop_fwd.h", "last_tile > first_tile", "false", SHAPES, "kKeyBuffers == 2 && {}"
+    ),
+    "forward: tiles of keys before the first": Mutant(
+        "cuda/mainloop_fwd.h", "n - kKeyBuffers >= first_tile", "n > first_tile", COUNTS
+    ),
+    "backward: first keys not there": Mutant(
+        "cuda/mainloop_bwd.h", "masks_first", "false", SHAPES, "if ({}) first_keys"
+    ),
+    "backward: first keys of other rows": Mutant(
+        "cuda/mainloop_bwd.h", "walk.tile * kRows", "0", SHAPES, "fill<kThreads>(walk.visible(), {}, thread)"
+    ),
+    "backward: first keys without a mask": Mutant(
+        "cuda/mainloop_bwd.h", "masks_first", "false", SHAPES, "if ({}) mask_earlier_keys"
+    ),
     "backward: diagonal unmasked": Mutant("cuda/mainloop_bwd.h", "key + kKeys - 1 > own_key", "key > own_key", SHAPES),
     "backward: group's border unmasked": Mutant("cuda/mainloop_bwd.h", "last_row >= first_end", "false", SHAPES),
     "backward: first row past the group unmasked": Mutant(
@@ -91,6 +112,8 @@ MUTANTS = {
     "dq: last tile of keys": Mutant(
         "cuda/bwd_dq.h", "cute::min(rows.own_key + kRows, seqlen_k) - 1", "rows.own_key - 1", SHAPES
     ),
+    "dq: diagonal unmasked": Mutant("cuda/bwd_dq.h", "rows.masks_last(n * kKeys, kKeys)", "false", SHAPES),
+    "dq: group's border unmasked": Mutant("cuda/bwd_dq.h", "rows.masks_first(n * kKeys)", "false", SHAPES),
     "stage": Mutant("cuda/mainloop_bwd.h", "index() ^ 1", "index()", SHAPES),
     # GQA
     "forward: KV head": Mutant("cuda/mainloop_fwd.h", KV_HEAD, "head % problem.kv_heads", GQA),
