@@ -59,10 +59,10 @@ def summary(content: dict[str, Any]) -> str:
     own, new = (first[f"pass_key_{which}"]["length"] for which in ("own", "new"))
     head = [
         "SmolLM2-135M",
-        f"perplexity of tokens {_k(begin)} to {_k(end)}",
-        f"pass keys found at {own:,}, nats of a token of them",
-        f"at {new:,}",
-        f"nats of what is copied over {_k(far)}",
+        f"perplexity, tokens {_k(begin)} to {_k(end)}",
+        f"pass keys found at {own:,} tokens (nats)",
+        f"at {new:,} (nats)",
+        f"copying over {_k(far)} (nats)",
     ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for result in content["arms"]:
@@ -71,7 +71,7 @@ def summary(content: dict[str, Any]) -> str:
         cells.append(f"{math.exp(min(mean([part[-1] for part in result['by_position']['nats'].values()]), 99)):.2f}")
         for which in ("own", "new"):
             keys = result[f"pass_key_{which}"]
-            cells.append(f"{sum(keys['found'])} of {len(keys['found'])}, {mean(keys['nats']):.2f}")
+            cells.append(f"{sum(keys['found'])} of {len(keys['found'])} ({mean(keys['nats']):.2f})")
         cells.append(f"{result['copying']['nats'][-2]:.2f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

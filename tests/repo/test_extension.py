@@ -204,7 +204,7 @@ def test_results_are_shown(text: Text, tmp_path: Path) -> None:
     assert "ppl 0-128" in shown[2] and "copy 896" in shown[2]
     assert matplotlib.image.imread(tmp_path / "r.png").ndim == 3
     made = json.loads((tmp_path / "r.json").read_text())["arms"][0]["made"]
-    assert made["torch"] == torch.__version__ and made["date"] and made["commit"]
+    assert made["torch"] == torch.__version__ and made["date"] and made["commit"] and made["device"]
     with pytest.raises(ValueError, match="holds another experiment"):
         add(tmp_path / "r.json", result, {"model": "other"})
 

@@ -1,7 +1,10 @@
 """The README keeps its word: its code runs, its paths exist, its numbers have a source."""
 
+import json
 import re
 from pathlib import Path
+
+from extending.show import summary
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -44,6 +47,12 @@ def test_paths_exist() -> None:
 def test_the_table_has_a_source() -> None:
     (table,) = re.findall(r"^perplexity of [^`]*", README, flags=re.MULTILINE)
     assert "after" in table and table in (ROOT / "benchmarks" / "results" / "demo_cpu.txt").read_text()
+
+
+def test_what_it_does_to_a_real_model_is_what_was_measured() -> None:
+    found = json.loads((ROOT / "benchmarks" / "results" / "extension_cpu.json").read_text())
+    guide = (ROOT / "docs" / "extend.md").read_text()
+    assert summary(found) in README and summary(found) in guide
 
 
 def test_two_commands_do_the_set_up() -> None:
