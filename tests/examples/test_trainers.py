@@ -136,7 +136,7 @@ def test_a_folder_that_names_its_attention(tmp_path: Path, monkeypatch: pytest.M
     prepare, merge = (block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "from_pretrained(" in block)
     shutil.copytree(ROOT / "examples" / "tiny_llama", tmp_path / "llama-32768")
     monkeypatch.chdir(tmp_path)
-    exec(prepare.replace(" 32768)", " 1024)"), {})
+    exec(prepare.replace(" 32768,", " 1024,"), {})
     config = AutoConfig.from_pretrained("llama-32768")
     model: Any = AutoModelForCausalLM.from_pretrained("llama-32768", config=config)  # as LLaMA-Factory does
     assert model.config._attn_implementation == "s2attn" and model.config.s2attn_group_size == 256
