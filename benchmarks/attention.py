@@ -19,7 +19,6 @@ import datetime
 import json
 import os
 import platform
-import re
 import shlex
 import statistics
 import subprocess
@@ -37,6 +36,7 @@ import torch
 from torch import Tensor
 
 from draw import draw
+from longlora_ext.env import processor
 from providers import PROVIDERS, Attention, NotHere, Pattern, Point, Provider
 from table import tables
 
@@ -232,9 +232,8 @@ def environment(device: str, note: str | None) -> dict[str, Any]:
             "cudnn": torch.backends.cudnn.version(),
         }
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    name = re.search(r"model name\s*: (.*)", cpuinfo)
     return found | {
-        "device": name[1] if name else platform.processor(),
+        "device": processor(),
         "instructions": sorted({flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in cpuinfo}),
         "threads": torch.get_num_threads(),
     }

@@ -90,12 +90,13 @@ def run(name: str, seed: int, options: argparse.Namespace, folder: str, tokenize
     """Train and measure one arm, or what is left of that."""
     arm = ARMS[name]
     recipe = Recipe(options.context, options.steps, options.learning_rate, seed, options.save_steps, options.device)
-    folders = [f"{name}-{options.context}", f"{recipe.learning_rate:g}-{seed}", f"steps-{recipe.steps}"]
-    if not arm.trained:
-        work = training = options.work / folders[0]
-    else:  # an arm whose last steps differ is another one with other steps
-        training = options.work / "-".join(folders if arm.dense_steps else folders[:2])
-        work = training / folders[2]
+    work = training = options.work / f"{name}-{options.context}"
+    if arm.trained:
+        steps = f"steps-{recipe.steps}"
+        training = work.with_name(f"{work.name}-{recipe.learning_rate:g}-{seed}")
+        if arm.dense_steps:  # other steps are another arm, since the last ones differ
+            training = training.with_name(f"{training.name}-{steps}")
+        work = training / steps
     work.mkdir(parents=True, exist_ok=True)
     done = work / "result.json"
     if done.exists():

@@ -1,10 +1,10 @@
-"""Tables of what `attention.py` measured, on the terminal or in README.md beside this file.
+"""Tables of what `attention.py` measured, on the terminal; and in the pages that show what was measured.
 
     python benchmarks/table.py benchmarks/results/attention_cpu.json   prints all of it
-    python benchmarks/table.py --readme                                brings README.md's tables up to date
+    python benchmarks/table.py --readme                                brings the pages' tables up to date
 
-In README.md a table stands between two comments, of which the first names its file and which points it shows:
-`<!-- table of FILE [head_dim=128 ...] -->` and `<!-- end of table -->`.
+In a page a table stands between two comments, of which the first names its file and, of `attention.py`, which points
+it shows: `<!-- table of FILE [head_dim=128 ...] -->` and `<!-- end of table -->`. Of `extension.py` it is the summary.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from extending.show import summary
 from providers import PROVIDERS
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / name for name in ("README.md", "benchmarks/README.md", "docs/extend.md")]
 MARKED = re.compile(r"(<!-- table of (\S+)((?: \w+=\S+)*) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 SHAPE = ("dtype", "head_dim", "heads", "kv_heads")
 
@@ -105,7 +107,8 @@ def with_tables(text: str) -> str:
     def fill(match: re.Match[str]) -> str:
         run = json.loads((ROOT / match[2]).read_text())
         only = dict(pair.split("=") for pair in match[3].split())
-        return f"{match[1]}{tables(run, **only)}\n{match[4]}"
+        made = summary(run) if "arms" in run else tables(run, **only) + "\n"
+        return f"{match[1]}{made}{match[4]}"
 
     return MARKED.sub(fill, text)
 
@@ -114,11 +117,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("file", nargs="?", type=Path, help="a JSON file of attention.py")
-    what.add_argument("--readme", action="store_true", help="write the tables of README.md anew")
+    what.add_argument("--readme", action="store_true", help="write the tables of the pages anew")
     options = parser.parse_args()
     if options.readme:
-        readme = ROOT / "benchmarks" / "README.md"
-        readme.write_text(with_tables(readme.read_text()))
+        for page in PAGES:
+            page.write_text(with_tables(page.read_text()))
     else:
         print(tables(json.loads(options.file.read_text())))
 

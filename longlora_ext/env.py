@@ -67,14 +67,15 @@ def _machine() -> dict[str, str]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "platform": platform.platform(),
-        "CPU": f"{_cpu()} ({torch.backends.cpu.get_cpu_capability()})",
+        "CPU": f"{processor()} ({torch.backends.cpu.get_cpu_capability()})",
         "cores": f"{os.cpu_count()}, of which {len(os.sched_getaffinity(0))} may be used",
         "torch's threads": str(torch.get_num_threads()),
         "memory": f"{memory / 1e9:.1f} GB",
     }
 
 
-def _cpu() -> str:
+def processor() -> str:
+    """The name of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

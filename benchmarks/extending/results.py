@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,12 @@ import transformers
 
 from app.runs.provenance import commit
 from extending.arms import ARMS
+from longlora_ext.env import processor
 
 
 def made(kind: str) -> dict[str, Any]:
     """What an arm was measured on."""
-    device = torch.cuda.get_device_name() if kind == "cuda" else _processor()
+    device = torch.cuda.get_device_name() if kind == "cuda" else processor()
     return {
         "device": device,
         "threads": torch.get_num_threads(),
@@ -27,12 +26,6 @@ def made(kind: str) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit(),
     }
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return found[1] if found else platform.processor() or "CPU"
 
 
 def add(path: Path, result: dict[str, Any], setting: dict[str, Any]) -> None:

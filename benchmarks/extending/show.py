@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
-
-from extending.measures import mean
 
 
 def table(content: dict[str, Any]) -> str:
@@ -27,28 +27,24 @@ def table(content: dict[str, Any]) -> str:
         f"key at {new:,}",
     ]
     head += [*(f"copy {_k(distance)}" for distance in far), "s a step"]
-    lines = [
+    said = (
         f"{setting['model']} to {context:,} tokens, one sequence of it a step, "
         f"learning rate {setting['learning_rate']:g}, {setting['text']}; dense attention. Perplexity of held-out "
         "documents by position; pass keys and copied tokens: nats per token of what is right, and how many keys are "
-        "found.",
-        "",
-        "| " + " | ".join(head) + " |",
-        "|" + "---|" * len(head),
-    ]
-    for result in arms:
-        positions = zip(*result["by_position"]["nats"].values(), strict=True)
-        cells = [f"{result['says']}" + (f" (seed {result['seed']})" if result["seed"] else "")]
-        cells.append(f"{result['training']['steps']}" if result["training"] else "")
-        cells += [f"{math.exp(min(mean(part), 99)):.2f}" for part in positions]
-        cells.append(f"{math.exp(result['short']['nats']):.2f}")
+        "found."
+    )
+
+    def cells(result: dict[str, Any]) -> Iterable[str]:
+        yield _name(result)
+        yield str(result["training"]["steps"]) if result["training"] else ""
+        yield from map(_perplexity, [*_by_position(result), result["short"]["nats"]])
         for which in ("own", "new"):
             keys = result[f"pass_key_{which}"]
-            cells.append(f"{mean(keys['nats']):.3f} ({sum(keys['found'])} of {len(keys['found'])})")
-        cells += [f"{nats:.2f}" for nats in result["copying"]["nats"]]
-        cells.append(f"{result['training']['seconds_a_step']:.3g}" if result["training"] else "")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+            yield f"{fmean(keys['nats']):.3f} ({_found(keys)})"
+        yield from (f"{nats:.2f}" for nats in result["copying"]["nats"])
+        yield f"{result['training']['seconds_a_step']:.3g}" if result["training"] else ""
+
+    return f"{said}\n\n{_rows(head, map(cells, arms))}"
 
 
 def summary(content: dict[str, Any]) -> str:
@@ -64,17 +60,16 @@ def summary(content: dict[str, Any]) -> str:
         f"at {new:,} (nats)",
         f"copying over {_k(far)} (nats)",
     ]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for result in content["arms"]:
-        steps = f", {result['training']['steps']} steps" if result["training"] else ""
-        cells = [result["says"] + steps]
-        cells.append(f"{math.exp(min(mean([part[-1] for part in result['by_position']['nats'].values()]), 99)):.2f}")
+
+    def cells(result: dict[str, Any]) -> Iterable[str]:
+        yield _name_and_steps(result)
+        yield _perplexity(_by_position(result)[-1])
         for which in ("own", "new"):
             keys = result[f"pass_key_{which}"]
-            cells.append(f"{sum(keys['found'])} of {len(keys['found'])} ({mean(keys['nats']):.2f})")
-        cells.append(f"{result['copying']['nats'][-2]:.2f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+            yield f"{_found(keys)} ({fmean(keys['nats']):.2f})"
+        yield f"{result['copying']['nats'][-2]:.2f}"
+
+    return _rows(head, map(cells, content["arms"]))
 
 
 def draw(content: dict[str, Any], path: Path) -> None:
@@ -89,14 +84,12 @@ def draw(content: dict[str, Any], path: Path) -> None:
         style = {"color": f"C{index % 10}", "ls": "-" if result["training"] else ":", "marker": "o", "ms": 4}
         bounds = result["by_position"]["edges"]
         middles = [(begin + end) / 2 for begin, end in pairwise(bounds)]
-        positions = [mean(part) for part in zip(*result["by_position"]["nats"].values(), strict=True)]
-        steps = f", {result['training']['steps']} steps" if result["training"] else ""
-        text.plot(middles, positions, label=result["says"] + steps, **style)
+        text.plot(middles, _by_position(result), label=_name_and_steps(result), **style)
         copies.plot(result["copying"]["distances"], result["copying"]["nats"], **style)
         keys.plot(result["pass_key_new"]["depths"], result["pass_key_new"]["nats"], **style)
         if result["training"]:
             spent = result["training"]["processor_seconds_a_step"] * result["training"]["steps"] / 60
-            costs.plot(spent, mean(result["pass_key_own"]["nats"]), **style)
+            costs.plot(spent, fmean(result["pass_key_own"]["nats"]), **style)
     new = content["arms"][0]["pass_key_new"]["length"]
     text.set(title="text by position", xlabel="position (tokens)", ylabel="nats per token", ylim=(0, 6))
     copies.set(title="copying", xlabel="distance (tokens)", ylabel="nats per token of the repetition", xscale="log")
@@ -107,6 +100,32 @@ def draw(content: dict[str, Any], path: Path) -> None:
     figure.legend(*text.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path.with_suffix(".png"), dpi=110)
     pyplot.close(figure)
+
+
+def _rows(head: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]]) + "\n"
+
+
+def _name(result: dict[str, Any]) -> str:
+    return f"{result['says']} (seed {result['seed']})" if result["seed"] else f"{result['says']}"
+
+
+def _name_and_steps(result: dict[str, Any]) -> str:
+    return _name(result) + (f", {result['training']['steps']} steps" if result["training"] else "")
+
+
+def _by_position(result: dict[str, Any]) -> list[float]:
+    """Nats per token by position, the mean over the documents."""
+    return list(map(fmean, zip(*result["by_position"]["nats"].values(), strict=True)))
+
+
+def _perplexity(nats: float) -> str:
+    return f"{math.exp(min(nats, 99)):.2f}"
+
+
+def _found(keys: dict[str, Any]) -> str:
+    return f"{sum(keys['found'])} of {len(keys['found'])}"
 
 
 def _k(tokens: int) -> str:

@@ -20,6 +20,7 @@ from patience import wait_until
 from same_run import assert_same_run
 
 CONFIGS = sorted(path.stem for path in (ROOT / "examples" / "ds_configs").glob("*.json"))
+EVERY = [*CONFIGS, "fsdp"]
 FULL = pytest.mark.full
 
 
@@ -96,7 +97,7 @@ def test_two_processes_without_deepspeed(alone: Path, together: Callable[[str], 
 
 
 @FULL
-@pytest.mark.parametrize("config", [*CONFIGS, "fsdp"])
+@pytest.mark.parametrize("config", EVERY)
 def test_a_killed_run_goes_on(
     arguments: Callable[[Path], list[str]], together: Callable[[str], Path], tmp_path: Path, config: str
 ) -> None:
@@ -119,33 +120,19 @@ def test_a_killed_run_goes_on(
 
 
 @FULL
-@pytest.mark.parametrize("option", ["--bf16", "--full_finetune"])
-def test_fsdp_in_bf16_and_of_all_weights(arguments: Callable[[Path], list[str]], tmp_path: Path, option: str) -> None:
+@pytest.mark.parametrize(("config", "option"), [("fsdp", "--full_finetune"), *((config, "--bf16") for config in EVERY)])
+def test_in_bf16_and_of_all_weights(
+    arguments: Callable[[Path], list[str]], tmp_path: Path, config: str, option: str
+) -> None:
     """The losses are those of one process, also from a checkpoint on. bf16 rounds weights, but no count of tokens."""
-    given = [*arguments(tmp_path / "out"), *under("fsdp"), option, "--resume_from_checkpoint", "latest"]
+    given = [*arguments(tmp_path / "out"), *under(config), option, "--resume_from_checkpoint", "latest"]
     runs = [
         run(*arguments(tmp_path / "alone"), option),
-        run(*given, "--max_steps", "4", launcher=launcher("fsdp")),
-        run(*given, launcher=launcher("fsdp")),
-    ]
-    for done in runs:
-        assert done.returncode == 0, done.stdout + done.stderr
-    assert "going on from checkpoint-4" in runs[-1].stdout
-    close = 3e-3 if option == "--bf16" else 1e-3
-    assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "alone"), abs=close)
-
-
-@FULL
-@pytest.mark.parametrize("config", CONFIGS)
-def test_zero_in_bf16(arguments: Callable[[Path], list[str]], tmp_path: Path, config: str) -> None:
-    """As is the default on a CPU that multiplies it; also from a checkpoint on."""
-    given = [*arguments(tmp_path / "out"), *under(config), "--bf16", "--resume_from_checkpoint", "latest"]
-    runs = [
-        run(*arguments(tmp_path / "alone"), "--bf16"),
         run(*given, "--max_steps", "4", launcher=launcher(config)),
         run(*given, launcher=launcher(config)),
     ]
     for done in runs:
         assert done.returncode == 0, done.stdout + done.stderr
     assert "going on from checkpoint-4" in runs[-1].stdout
-    assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "alone"), abs=3e-3)
+    close = 3e-3 if option == "--bf16" else 1e-3
+    assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "alone"), abs=close)

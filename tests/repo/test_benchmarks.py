@@ -23,7 +23,7 @@ from finetune_runs import torchrun
 from longlora_ext import s2attn
 from longlora_ext.reference import s2attn_mask
 from providers import PROVIDERS, Attention, NotHere, Pattern, Point, original, s2_pattern
-from table import ROOT, tables, with_tables
+from table import MARKED, PAGES, ROOT, tables, with_tables
 
 POINT = Point("cpu", "float32", head_dim=16, heads=4, kv_heads=2, seqlen=96, batch=2, group_size=24)
 RAGGED = replace(POINT, seqlen=101)
@@ -209,9 +209,10 @@ def test_marked_tables_are_made_anew(tmp_path: Path) -> None:
     assert fresh.startswith("before\n") and fresh.endswith("\nafter") and with_tables(fresh) == fresh
 
 
-def test_readme_shows_the_results_that_are_checked_in() -> None:
-    readme = (ROOT / "benchmarks" / "README.md").read_text()
-    assert with_tables(readme) == readme, "run `python benchmarks/table.py --readme`"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_pages_show_the_results_that_are_checked_in(page: Path) -> None:
+    text = page.read_text()
+    assert MARKED.search(text) and with_tables(text) == text, "run `python benchmarks/table.py --readme`"
 
 
 def test_profile_takes_the_slowest_point(tmp_path: Path) -> None:

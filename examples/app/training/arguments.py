@@ -156,6 +156,7 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingArgum
         parser.set_defaults(gradient_accumulation_steps=accumulation(batch))
     if options.fp16 and not is_given(argv, "bf16"):
         parser.set_defaults(bf16=False)
+        options.bf16 = False
     if (options.bf16 or not options.deepspeed) and not torch.accelerator.is_available():
         # Without it transformers refuses bf16, and without DeepSpeed accelerate brings no process group up: each of
         # several processes takes itself for the only one.
