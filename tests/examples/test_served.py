@@ -58,9 +58,9 @@ def merged(base: Path, folder: Path, context: int, rope: str = "linear", by: flo
     return folder / "merged"
 
 
-def text_of(file: Path, characters: int, source: str = "examples/evaluate.py") -> Path:
-    """The beginning of a file of this repository, in a file of its own."""
-    file.write_text((ROOT / source).read_text()[:characters])
+def text_of(file: Path, characters: int) -> Path:
+    """The beginning of the license, in a file of its own: the one text of this repository that never changes."""
+    file.write_text((ROOT / "LICENSE").read_text()[:characters])
     return file
 
 
@@ -148,7 +148,7 @@ def by_llama_cpp(tools: tuple[Path, Path], model: Path, text: Path, context: int
 
 @pytest.mark.parametrize("rope", ROPE)
 def test_llama_cpp(rope: str, llama_cpp: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    model, text = merged(TINY_LLAMA, tmp_path, 1024, rope), text_of(tmp_path / "text.py", 2500)
+    model, text = merged(TINY_LLAMA, tmp_path, 1024, rope), text_of(tmp_path / "text.txt", 2500)
     want = by_generate(model, text, capsys)
     assert 256 < want[1] < 1024 - NEW_TOKENS and len(set(want[0].split())) >= 3, want
     assert by_llama_cpp(llama_cpp, model, text, 1024, ROPE[rope][1]) == want
@@ -164,7 +164,7 @@ def test_llama_cpp_with_a_real_model(
     base = Path(convert_gguf(str(weights.parent), weights.name, tmp_path / "base", torch.float32))
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
-    model, text = merged(base, tmp_path, 1024, "yarn", by=0.005), text_of(tmp_path / "text.md", 2700, "README.md")
+    model, text = merged(base, tmp_path, 1024, "yarn", by=0.005), text_of(tmp_path / "text.txt", 3500)
     want = by_generate(model, text, capsys)
     assert 512 < want[1] < 1024 - NEW_TOKENS and len(set(want[0].split())) >= 3, want
     assert by_llama_cpp(llama_cpp, model, text, 1024, []) == want
@@ -172,7 +172,7 @@ def test_llama_cpp_with_a_real_model(
 
 def test_transformers_serve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     python, port = make_venv(tmp_path / "venv", "transformers[serving]"), free_port()
-    model, text = merged(TINY_LLAMA, tmp_path, 1024), text_of(tmp_path / "text.py", 2500)
+    model, text = merged(TINY_LLAMA, tmp_path, 1024), text_of(tmp_path / "text.txt", 2500)
     command = [python, "-m", "transformers.cli.transformers", "serve", model, "--host", "127.0.0.1", "--port", port]
     want = by_generate(model, text, capsys)
     with served(command, port) as address:
