@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import evaluate
 import finetune_llama
@@ -17,6 +18,7 @@ import generate
 import merge_adapter
 import plan
 from app.models.convert_gguf import convert_gguf
+from app.models.tokenizer import read_tokenizer
 from app.models.use_model import open_model
 from app.runs.command_line import TINY_LLAMA
 from finetune_runs import make_text
@@ -71,6 +73,32 @@ def test_what_is_opened_is_the_model(way: int, files: Path) -> None:
     assert found.description["model"] == str(files / "tiny.gguf") and found.description["kind"] == "model"
     ids = found.tokenizer("def main():\n    return 1\n")["input_ids"]
     assert found.tokenizer.decode(ids) == "def main():\n    return 1\n"
+
+
+def test_digits_are_put_by_themselves_where_the_model_has_learned_it(tmp_path: Path, capsys) -> None:
+    """Spaces before a digit stay together, as in SmolLM2. The tokens are those of the pieces, one after the other."""
+    save_gguf(TINY_LLAMA, tmp_path / "model.gguf", pre="smollm")
+    text = "if x:\n    1 + 23  # 4\n\n        5.67\tand ٣ ½ 8"
+    plain = AutoTokenizer.from_pretrained(TINY_LLAMA)
+    pieces = [piece for piece in re.split(r"([\d½])", text) if piece]
+    expected = [token for piece in pieces for token in plain(piece, add_special_tokens=False)["input_ids"]]
+    assert expected != plain(text, add_special_tokens=False)["input_ids"]
+    convert_gguf(str(tmp_path), "model.gguf", tmp_path / "folder", torch.float32)
+    for model in ("model.gguf", "folder"):
+        tokenizer = opened("--model", tmp_path / model).tokenizer
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] == expected
+        assert tokenizer.decode(expected) == text
+    assert "note" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("way, notes", [("gpt-2", 0), ("llama-bpe", 0), ("of-tomorrow", 1), ("default", 1)])
+def test_a_way_to_split_that_nobody_knows_is_said_once(way: str, notes: int, tmp_path: Path, capsys) -> None:
+    save_gguf(TINY_LLAMA, tmp_path / f"{way}.gguf", pre=way)
+    for _ in range(2):
+        read_tokenizer(str(tmp_path), f"{way}.gguf")
+    said = capsys.readouterr().out
+    assert said.count("text is split as for GPT-2") == said.count(f"note: {way}.gguf") == notes
+    assert (repr(way) in said) == (way == "of-tomorrow")
 
 
 def test_quantised_weights_are_expanded(files: Path) -> None:

@@ -18,7 +18,9 @@ TENSORS = {
 OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
-def save_gguf(model: Path, file: Path, leave_out: str | None = None, quantised: bool = False) -> Path:
+def save_gguf(
+    model: Path, file: Path, leave_out: str | None = None, quantised: bool = False, pre: str = "gpt-2"
+) -> Path:
     """Write the model of a folder.
 
     Args:
@@ -26,6 +28,7 @@ def save_gguf(model: Path, file: Path, leave_out: str | None = None, quantised: 
         file: The file to write.
         leave_out: A tensor's name in the file, for one that is broken.
         quantised: Keep matrices in 8 bits (Q8_0), otherwise all is float32.
+        pre: What the file calls the way in which text is split.
     """
     loaded, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     config = loaded.config
@@ -44,7 +47,7 @@ def save_gguf(model: Path, file: Path, leave_out: str | None = None, quantised: 
     tokens = tokenizer.convert_ids_to_tokens(range(config.vocab_size))
     special = set(tokenizer.all_special_tokens)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types([TokenType.CONTROL if token in special else TokenType.NORMAL for token in tokens])
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]

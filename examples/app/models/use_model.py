@@ -18,7 +18,6 @@ import torch
 from peft import PeftModel
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
@@ -28,6 +27,7 @@ from app.models.folders import check_run_folder, is_adapter
 from app.models.four_bits import check_bitsandbytes, four_bits
 from app.models.source import GGUF_HELP, check_config, find_model
 from app.models.suitable import check_attention, check_kernels, check_tokenizer
+from app.models.tokenizer import read_tokenizer
 from app.runs.command_line import TINY_LLAMA, Parser
 from app.runs.errors import one_clear_error
 from app.runs.launch import WORLD_SIZE
@@ -230,7 +230,7 @@ def open_model(options: argparse.Namespace, attention: str = "dense", groups: in
             described["dense_layers"] = layers
     named = _tokenizer_source(path, options.base_model)
     with naming(f"the tokenizer of {named}"):
-        tokenizer = AutoTokenizer.from_pretrained(named, **source)
+        tokenizer = read_tokenizer(named, gguf_file)
         check_tokenizer(tokenizer)
     model = (model if options.load_in_4bit or options.device_map else model.to(device)).eval()
     description = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, TrainingArguments
 
@@ -19,11 +18,6 @@ from app.training.shared_sequences import check_sharing
 from longlora_ext.config import DEFAULT_GROUP_RATIO, config_for, context_length, rope_type_of, settle_context
 
 
-def gguf_source(options: ModelOptions) -> dict[str, Any]:
-    """What `from_pretrained` takes besides the model's name."""
-    return {"gguf_file": options.gguf_file} if options.gguf_file else {}
-
-
 def read_base_config(options: ModelOptions) -> PreTrainedConfig:
     """The model's config, in which its present context is settled.
 
@@ -32,7 +26,8 @@ def read_base_config(options: ModelOptions) -> PreTrainedConfig:
     """
     check_model_folder(options.model_name_or_path)
     check_config(options.model_name_or_path, options.gguf_file)
-    config = AutoConfig.from_pretrained(options.model_name_or_path, **gguf_source(options))
+    source = {"gguf_file": options.gguf_file} if options.gguf_file else {}
+    config = AutoConfig.from_pretrained(options.model_name_or_path, **source)
     config = settle_context(config, options.present_context_length)
     check_attention(config, options.context_length)
     return config

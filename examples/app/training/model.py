@@ -6,7 +6,6 @@ from typing import Any
 
 from peft import PeftModel
 from transformers import (
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -19,10 +18,10 @@ from app.inputs.chat import give_template
 from app.models.convert_gguf import convert_gguf
 from app.models.four_bits import four_bits
 from app.models.suitable import check_tokenizer
+from app.models.tokenizer import read_tokenizer
 from app.runs.launch import say
 from app.runs.run import Run
 from app.training.arguments import compute_dtype
-from app.training.context import gguf_source
 from app.training.fsdp import choose_layers
 from app.training.options import ModelOptions
 from longlora_ext.adapter import is_tied, load_base, lora_config, prepare_model, stop_at
@@ -32,7 +31,7 @@ from longlora_ext.loss import tile_loss, why_not_tiled
 
 def load_tokenizer(options: ModelOptions, task: str) -> PreTrainedTokenizerBase:
     """The model's tokenizer, for `--task sft` with a chat template."""
-    tokenizer = AutoTokenizer.from_pretrained(options.model_name_or_path, **gguf_source(options))
+    tokenizer = read_tokenizer(options.model_name_or_path, options.gguf_file)
     check_tokenizer(tokenizer)
     if task == "sft":
         give_template(tokenizer)

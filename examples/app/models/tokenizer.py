@@ -1,0 +1,63 @@
+"""A model's tokenizer. Out of a GGUF file it splits text as the file says, which transformers does not always do."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from tokenizers import pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from app.runs.launch import say
+
+#: Names in `tokenizer.ggml.pre` of GPT-2's way to split text. It is what transformers does with names it does not know.
+AS_GPT2 = {"exaone4", "gpt-2", "granite-docling", "jais", "mpt", "olmo", "phi-2", "trillion"}
+#: And of GPT-2's way after each digit was put by itself, whereby all spaces before a digit stay together.
+DIGITS_FIRST = {"codeshell", "command-r", "exaone", "minerva-7b", "refact", "smollm", "starcoder"}
+
+
+def read_tokenizer(source: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
+    """
+    The tokenizer of a model folder, of a name on a hub, or of a GGUF file.
+
+    Text that is split otherwise than in the model's training becomes other tokens, without an error. A GGUF file names
+    its way; llama.cpp knows all names (src/llama-vocab.cpp), transformers some of them. With one that neither
+    transformers nor this function knows, text is split as for GPT-2, and that is said.
+
+    Args:
+        source: The folder or name.
+        gguf_file: The file's name in it.
+    """
+    if gguf_file is None:
+        return AutoTokenizer.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
+    backend = tokenizer.backend_tokenizer
+    if not isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
+        return tokenizer
+    way = _way_to_split(str(cached_file(source, gguf_file)))
+    if way in DIGITS_FIRST:
+        digits, gpt2 = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, gpt2])
+    elif way not in AS_GPT2:
+        _say_unknown(gguf_file, way)
+    return tokenizer
+
+
+# A run reads a tokenizer twice: for its text, and to write the model folder.
+@cache
+def _say_unknown(gguf_file: str, way: str | None) -> None:
+    named = f"calls its way to split text {way!r}, which is not known here" if way else "has no tokenizer.ggml.pre"
+    say(
+        f"note: {gguf_file} {named}: text is split as for GPT-2, which may give other tokens than those that the model "
+        "has learned. The model's own folder, where there is one, has its tokenizer"
+    )
+
+
+@cache
+def _way_to_split(file: str) -> str | None:
+    """What the file says of it; "default" says nothing."""
+    from gguf import GGUFReader  # an extra, without which transformers has refused the file
+
+    field = GGUFReader(file).fields.get("tokenizer.ggml.pre")
+    way = bytes(field.parts[field.data[0]]).decode() if field else None
+    return None if way == "default" else way
