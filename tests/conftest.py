@@ -4,7 +4,9 @@ LONGLORA_TEST_PATIENCE=3 multiplies all limits of time (patience.py), on a machi
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 # Nothing here may reach for a hub, and two test processes must not fight over the cores.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -65,6 +67,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if full:
         config.hook.pytest_deselected(items=full)
         items[:] = [item for item in items if not item.get_closest_marker("full")]
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """After the slow tier: the files in which its time went."""
+    if not config.getoption("--full"):
+        return
+    reports = [
+        report
+        for kind in ("passed", "failed", "error", "skipped", "")
+        for report in terminalreporter.stats.get(kind, [])
+    ]
+    seconds: Counter[str] = Counter()
+    for report in reports:
+        seconds[report.nodeid.partition("::")[0]] += report.duration
+    terminalreporter.section("seconds by file")
+    for file, spent in seconds.most_common(20):
+        terminalreporter.write_line(f"{spent:7.0f}  {file}")
 
 
 @pytest.fixture(autouse=True)
