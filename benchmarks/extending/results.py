@@ -28,21 +28,31 @@ def made(kind: str) -> dict[str, Any]:
     }
 
 
-def add(path: Path, result: dict[str, Any], setting: dict[str, Any]) -> None:
-    """Put the result of an arm into the file of results, in place of an earlier one of the same arm, seed and steps."""
-    there: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"setting": setting, "arms": []}
+def add(path: Path, kind: str, result: dict[str, Any], setting: dict[str, Any]) -> None:
+    """Put a result into the file of results, in place of an earlier one of the same arm, rate, seed and steps.
+
+    Args:
+        path: The file.
+        kind: "arms" for what was trained and measured, "search" for what was trained to choose a learning rate.
+        result: As `extension.run` and `extension.search` make it.
+        setting: What all results of the file have in common.
+
+    Raises:
+        ValueError: The file holds results of another setting.
+    """
+    there: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"setting": setting}
     if there["setting"] != setting:
         raise ValueError(f"{path} holds another experiment: {there['setting']}; give another --results")
-    others = [r for r in there["arms"] if _place(r) != _place(result)]
-    there["arms"] = sorted([*others, result], key=_place)
+    others = [r for r in there.get(kind, []) if _place(r) != _place(result)]
+    there[kind] = sorted([*others, result], key=_place)
     path.parent.mkdir(parents=True, exist_ok=True)
     write(path, there)
 
 
-def _place(result: dict[str, Any]) -> tuple[int, int, int]:
+def _place(result: dict[str, Any]) -> tuple[int, int, float, int]:
     """Where a result stands among the others, of which each has a place of its own."""
-    steps = result["training"]["steps"] if result["training"] else 0
-    return list(ARMS).index(result["arm"]), steps, result["seed"]
+    training = result["training"] or {"steps": 0, "learning_rate": 0.0}
+    return list(ARMS).index(result["arm"]), training["steps"], training["learning_rate"], result["seed"]
 
 
 def write(path: Path, content: Any) -> None:

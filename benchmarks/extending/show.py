@@ -21,6 +21,7 @@ def table(content: dict[str, Any]) -> str:
     head = [
         "arm",
         "steps",
+        "rate",
         *(f"ppl {span}" for span in spans),
         f"ppl of {_k(arms[0]['short']['window'])} alone",
         f"key at {own:,}",
@@ -29,14 +30,16 @@ def table(content: dict[str, Any]) -> str:
     head += [*(f"copy {_k(distance)}" for distance in far), "s a step"]
     said = (
         f"{setting['model']} to {context:,} tokens, one sequence of it a step, "
-        f"learning rate {setting['learning_rate']:g}, {setting['text']}; dense attention. Perplexity of held-out "
+        f"{setting['text']}; dense attention. Perplexity of held-out "
         "documents by position; pass keys and copied tokens: nats per token of what is right, and how many keys are "
         "found."
     )
 
     def cells(result: dict[str, Any]) -> Iterable[str]:
         yield _name(result)
-        yield str(result["training"]["steps"]) if result["training"] else ""
+        yield from (
+            f"{result['training'][what]:g}" if result["training"] else "" for what in ("steps", "learning_rate")
+        )
         yield from map(_perplexity, [*_by_position(result), result["short"]["nats"]])
         for which in ("own", "new"):
             keys = result[f"pass_key_{which}"]
@@ -112,7 +115,8 @@ def _name(result: dict[str, Any]) -> str:
 
 
 def _name_and_steps(result: dict[str, Any]) -> str:
-    return _name(result) + (f", {result['training']['steps']} steps" if result["training"] else "")
+    training = result["training"]
+    return _name(result) + (f", {training['steps']} steps at {training['learning_rate']:g}" if training else "")
 
 
 def _by_position(result: dict[str, Any]) -> list[float]:
