@@ -5,12 +5,13 @@ Compiling the kernels takes a minute, and what a mistake changes in them is seld
 
 from __future__ import annotations
 
-import os
+import json
 import shutil
 import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,17 +60,24 @@ def copy_sources(to: Path) -> Path:
     return to
 
 
+@cache
+def forked_pytest() -> subprocess.Popen[str]:
+    """The process that runs pytest in forks of itself; it ends with this one, whose end closes its input."""
+    command = [sys.executable, str(Path(__file__).with_name("forked_pytest.py"))]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
 def run_tests(tree: Path, expression: str, mutant: int = 0, *options: str) -> subprocess.CompletedProcess[str]:
     """Of the emulated kernels, those of both tiers that pytest's `-k expression` selects, until one fails."""
-    command = [sys.executable, "-m", "pytest", "--full", "-x", "-q", "-p", "no:cacheprovider", "-k", expression]
-    environment = {**os.environ, CHOSEN: str(mutant)}
-    return subprocess.run(
-        [*command, *options, "tests/kernels/test_cuda_emulated.py"],
-        cwd=tree,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    arguments = ["--full", "-x", "-q", "-p", "no:cacheprovider", "-k", expression, *options]
+    arguments += map(str, sorted((tree / "tests" / "kernels").glob("test_cuda_emulated_*.py")))
+    out, err = tree / "out.txt", tree / "err.txt"
+    environment = {CHOSEN: str(mutant)}
+    run = {"arguments": arguments, "folder": tree, "environment": environment, "out": out, "err": err}
+    runner = forked_pytest()
+    assert runner.stdin and runner.stdout
+    print(json.dumps(run, default=str), file=runner.stdin, flush=True)
+    return subprocess.CompletedProcess(arguments, int(runner.stdout.readline()), out.read_text(), err.read_text())
 
 
 def build_kernels(tree: Path, kernels: Sequence[Kernel], sanitizer: str) -> Path:

@@ -242,7 +242,8 @@ def test_each_mutant_has_its_place_and_its_test(tree: Path) -> None:
     """Nothing is compiled: what a change of the sources or the tests has moved shows within seconds."""
     found = run_tests(tree, CONFIG, 0, "--collect-only").stdout
     for mutant in MUTANTS.values():
-        assert re.search(rf"test_cuda_emulated.py::(?=.*{mutant.found_by}).*{CONFIG}", found), mutant.found_by + found
+        test = rf"test_cuda_emulated_\w+.py::(?=.*{mutant.found_by}).*{CONFIG}"
+        assert re.search(test, found), mutant.found_by + found
 
 
 @pytest.mark.full
@@ -257,7 +258,7 @@ def test_no_mutant_no_failure(tree: Path) -> None:
 def test_mutants_are_found(tree: Path, number: int, name: str) -> None:
     test = MUTANTS[name].found_by
     result = run_tests(tree, f"{CONFIG} and {test}", number)
-    failed = re.search(f"FAILED tests/kernels/test_cuda_emulated.py::.*{test}", result.stdout)
+    failed = re.search(rf"FAILED tests/kernels/test_cuda_emulated_\w+.py::.*{test}", result.stdout)
     crashed = re.search(rf"Fatal Python error: [\s\S]* in {test}", result.stderr)
     assert failed or crashed, result.stdout + result.stderr
 
@@ -271,5 +272,5 @@ def test_other_swizzle_is_found(tmp_path: Path) -> None:
     assert text.count("Swizzle<3, 3, 3>") == 1
     layouts.write_text(text.replace("Swizzle<3, 3, 3>", "Swizzle<2, 3, 3>"))
     result = run_tests(tree, f"{CONFIG} and {SHAPES}")
-    assert "FAILED tests/kernels/test_cuda_emulated.py" in result.stdout
+    assert "FAILED tests/kernels/test_cuda_emulated_numerics.py" in result.stdout
     assert re.search(r"assert \[[\d, ]*[1-9]", result.stdout), result.stdout
