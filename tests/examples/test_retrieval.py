@@ -40,12 +40,10 @@ class Stub:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, answer) -> None:
         self.tokenizer, self.answer = tokenizer, answer
         self.prompts: list[str] = []
-        self.read: list[tuple[int, int]] = []
 
     def __call__(self, input_ids: torch.Tensor, use_cache: bool, logits_to_keep: int) -> SimpleNamespace:
         """To each token the next one is half as likely as all others together."""
         ids = torch.cat([input_ids, input_ids[:, :1]], dim=1)  # what comes behind the last is not known
-        self.read.append((input_ids.shape[1], logits_to_keep))
         logits = torch.zeros(1, logits_to_keep, 257)
         wanted = ids[:, -logits_to_keep:]
         return SimpleNamespace(logits=logits.scatter(-1, wanted[..., None], float(np.log(256 / 2))))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedTokenizerBase
 
 from app.inputs.prompt import prompt_ids
 
@@ -31,7 +31,11 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> 
 
 @torch.no_grad()
 def answer_losses(
-    model: Any, prompt: Sequence[int], answer: Sequence[int], device: torch.device | None = None
+    model: Any,
+    prompt: Sequence[int],
+    answer: Sequence[int],
+    device: torch.device | None = None,
+    cache: Cache | None = None,
 ) -> tuple[torch.Tensor, bool]:
     """The negative log-likelihood of each of an answer's tokens behind a prompt.
 
@@ -40,12 +44,14 @@ def answer_losses(
         prompt: Token ids, one or more.
         answer: Token ids, one or more.
         device: Where the model takes its inputs; default: what it says itself, which a wrapped one may not.
+        cache: Of what stands before the prompt; it is changed.
 
     Returns:
         Nats, float32 `[tokens of the answer]`, and whether each token was the likeliest one, as greedy decoding asks.
     """
     ids = torch.tensor([[*prompt, *answer]], device=device or model.device)
-    logits = model(input_ids=ids[:, :-1], use_cache=False, logits_to_keep=len(answer)).logits[0, -len(answer) :].float()
+    kept: dict[str, Any] = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
+    logits = model(input_ids=ids[:, :-1], logits_to_keep=len(answer), **kept).logits[0, -len(answer) :].float()
     wanted = ids[0, -len(answer) :].to(logits.device)
     losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
     return losses, bool((logits.argmax(-1) == wanted).all())

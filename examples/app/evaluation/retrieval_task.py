@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import GenerationConfig
 
-from app.evaluation.answer_nats import answer_ids, answer_losses
+from app.evaluation.answer_nats import answer_ids
 from app.evaluation.heat_map import heat_map
+from app.evaluation.one_reading import answer_and_losses
 from app.evaluation.prompts import ADJECTIVES, FILLER, NOUNS, Retrieval, needles, passkey
 from app.inputs.prompt import prompt_ids
 from app.models.suitable import check_largest_token
@@ -158,25 +158,19 @@ class RetrievalTask:
         )
         prompt = self._prompt(length, depth, trial, fillers - 1)
         wanted = self._retrieval(length, depth, trial).answer
-        model, tokenizer = self.opened.model, self.opened.tokenizer
-        ids = torch.tensor([self._ids(prompt)], device=model.device)
-        self.opened.forget_length()
-        said = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            generation_config=GenerationConfig(
-                max_new_tokens=ANSWER_TOKENS,
-                do_sample=False,
-                eos_token_id=self.stops or None,
-                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            ),
+        tokenizer = self.opened.tokenizer
+        ids = self._ids(prompt)
+        generation = GenerationConfig(
+            max_new_tokens=ANSWER_TOKENS,
+            do_sample=False,
+            eos_token_id=self.stops or None,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )
-        answer = str(tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True))
-        self.opened.forget_length()
-        losses, _ = answer_losses(model, *answer_ids(tokenizer, prompt, f" {wanted}"))
+        said, losses = answer_and_losses(self.opened, ids, answer_ids(tokenizer, prompt, f" {wanted}"), generation)
+        answer = str(tokenizer.decode(said, skip_special_tokens=True))
         digits = re.search(r"\d+", answer)
         return {
-            "tokens": ids.shape[1],
+            "tokens": len(ids),
             "wanted": wanted,
             "answer": answer,
             "nats": float(losses.mean()),
