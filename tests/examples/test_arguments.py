@@ -1,27 +1,20 @@
-"""What examples/finetune_llama.py takes and refuses before it starts, and what it makes of its arguments."""
+"""Bad arguments of examples/finetune_llama.py are one clear error before it starts, and --help teaches good ones."""
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, TrainingArguments
+from transformers import AutoConfig
 
 import finetune_llama
 from app.models import suitable
 from app.training import arguments
-from app.training.context import new_context
-from app.training.options import DataOptions, ModelOptions
-from app.training.recipe import CHECKPOINTING, TINY_RECIPE
-from app.training.run_settings import settings
-from finetune_runs import ROOT, make_model, make_text, small_run
-from longlora_ext.config import extend_config
+from app.training.recipe import CHECKPOINTING
+from finetune_runs import ROOT, make_model, make_text
 from longlora_ext.parallel import check_sequence_parallel
 
 
@@ -128,119 +121,6 @@ def test_a_bad_argument_is_one_clear_error(
     assert not list(tmp_path.rglob("adapter*"))
 
 
-def variant(model: Path, folder: Path, **config: object) -> Path:
-    """A copy of a model with another config."""
-    shutil.copytree(model, folder)
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | config))
-    return folder
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-UNSUITABLE = {
-    "window": ({"model_type": "mistral", "sliding_window": 0}, "a sliding window of 0 tokens: set"),
-    "chunks": ({"model_type": "llama4_text", "attention_chunk_size": 16}, "its attention is in chunks of 16 tokens"),
-    "softcap": ({"attn_logit_softcapping": 30.0}, "caps its logits"),
-    "dropout": ({"attention_dropout": 0.1}, 'set "attention_dropout": 0.0'),
-    "vocabulary": ({"vocab_size": 100}, "the text has the token id 256, but the model's vocabulary has 100 tokens"),
-    "shapes": ({"intermediate_size": 128}, "is [32, 64] in its files, and [32, 128] by its config"),
-    "weights": ({}, "weights: Error while deserializing header"),
-    "tokenizer": ({}, "the tokenizer of "),
-}
-
-
-@pytest.mark.parametrize("what", UNSUITABLE)
-def test_an_unsuitable_model_is_one_clear_error(
-    inputs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
-) -> None:
-    changes, message = UNSUITABLE[what]
-    model = variant(inputs[0], tmp_path / what, **changes)
-    if what == "weights":
-        cut(model / "model.safetensors")
-    if what == "tokenizer":
-        for path in model.glob("token*"):
-            path.unlink()
-    with pytest.raises(SystemExit) as stopped:
-        finetune_llama.main(small_run(model, inputs[1], tmp_path / "out"))
-    assert stopped.value.code == 2
-    printed = capsys.readouterr()
-    said = [line for line in printed.err.splitlines() if line.startswith("finetune_llama.py: error: ")]
-    assert len(said) == 1 and message in said[0]
-    assert "measuring" not in printed.out
-
-
-SIZES = {"num_hidden_layers": 4, "max_position_embeddings": 32, "hidden_size": 64, "num_attention_heads": 4}
-SIZES |= {"num_key_value_heads": 2, "head_dim": 16}
-MIXED = ["sliding_attention", "full_attention"] * 2
-
-
-WITH_WINDOWS: dict[str, list[dict]] = {
-    "mistral": [{}],
-    "mixtral": [{}],
-    "starcoder2": [{}],
-    "phi3": [{}],
-    "ministral": [{}],
-    "olmo3": [{}],
-    "qwen2": [
-        {"use_sliding_window": True, "max_window_layers": 1},
-        {"use_sliding_window": True, "layer_types": MIXED},
-    ],
-    "qwen2_moe": [{"use_sliding_window": True}],
-    "qwen3_moe": [{"use_sliding_window": True}],
-    "gemma3_text": [{"layer_types": MIXED}],
-    "cohere2": [{"layer_types": MIXED}],
-    "exaone4": [{"layer_types": MIXED}],
-}
-
-
-@pytest.mark.parametrize(
-    ("kind", "fields"), [(kind, fields) for kind, several in WITH_WINDOWS.items() for fields in several]
-)
-def test_models_with_a_sliding_window_are_suitable(kind: str, fields: dict) -> None:
-    """And are extended and trained with it."""
-    config = AutoConfig.for_model(kind, **SIZES, vocab_size=99, pad_token_id=0, sliding_window=16, **fields)
-    for context in (None, 64):
-        suitable.check_attention(config, context)
-    # Phi-3 takes longrope alone, which with one factor for all frequencies is linear scaling.
-    factors = {"short_factor": [2.0] * 8, "long_factor": [2.0] * 8, "attention_factor": 1.0}
-    rope = {"rope_type": "longrope", "rope_parameters": factors} if kind == "phi3" else {}
-    extended = extend_config(config, 64, **rope)
-    assert extended.sliding_window == 16
-    model = AutoModelForCausalLM.from_config(extended, attn_implementation="s2attn").train()
-    model(torch.arange(40)[None], labels=torch.arange(40)[None]).loss.backward()
-    grads = [weight.grad for name, weight in model.named_parameters() if "q_proj" in name or "qkv_proj" in name]
-    assert grads and all(grad.isfinite().all() and grad.any() for grad in grads)
-
-
-@pytest.mark.parametrize("layers, what", [(None, "null, or a number"), (MIXED, "a number")])
-@pytest.mark.parametrize("window", [0, None])
-def test_a_window_of_no_tokens_is_unsuitable(window: int | None, layers: list | None, what: str) -> None:
-    kind = "mistral" if layers is None else "qwen3"
-    config = AutoConfig.for_model(kind, **SIZES, use_sliding_window=True)
-    config.sliding_window, config.layer_types = window, layers
-    if layers is None and window is None:
-        return suitable.check_attention(config)
-    with pytest.raises(ValueError, match=rf'of {window} tokens: set "sliding_window": {what} of tokens'):
-        suitable.check_attention(config)
-
-
-def test_learned_sinks_are_suitable_and_chunks_are_not() -> None:
-    suitable.check_attention(AutoConfig.for_model("gpt_oss", **SIZES))
-    with pytest.raises(ValueError, match="in chunks of 16 tokens"):
-        suitable.check_attention(AutoConfig.for_model("llama4_text", **SIZES, attention_chunk_size=16))
-
-
-def test_a_model_whose_code_wants_a_window_that_no_layer_uses() -> None:
-    """As after taking away layer_types and the window both."""
-    fields = {**SIZES, "layer_types": ["full_attention"] * 4}
-    with pytest.raises(ValueError, match=r'set "sliding_window": 4096, or any number, in its config.json'):
-        suitable.check_attention(AutoConfig.for_model("olmo3", **fields, sliding_window=None))
-    suitable.check_attention(AutoConfig.for_model("olmo3", **fields, sliding_window=4096))
-
-
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         finetune_llama.main(["--help"])
@@ -254,159 +134,6 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 # --- what becomes of them ---------------------------------------------------------------------------------------
-
-
-def parsed(*words: str) -> tuple[ModelOptions, DataOptions, TrainingArguments]:
-    return arguments.parse(["--output_dir", "out", *words])
-
-
-def test_a_named_model_gets_the_recipe_of_the_paper() -> None:
-    _, _, args = parsed("--model_name_or_path", "some/model")
-    assert (args.learning_rate, args.max_steps, args.warmup_steps) == (2e-5, 1000, 20)
-    assert args.lr_scheduler_type == "constant_with_warmup"
-    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 64
-    assert getattr(args, CHECKPOINTING) is True
-    _, _, args = parsed("--model_name_or_path", "some/model", "--per_device_train_batch_size", "16")
-    assert args.gradient_accumulation_steps == 4
-
-
-def test_answers_are_learned_for_five_passes_as_the_original_did() -> None:
-    sft = ("--task", "sft", "--train_file", "x.jsonl")
-    _, _, args = parsed("--model_name_or_path", "some/model", *sft)
-    assert (args.num_train_epochs, args.max_steps, args.learning_rate) == (5, -1, 2e-5)
-    _, _, args = parsed("--model_name_or_path", "some/model", *sft, "--max_steps", "9")
-    assert args.max_steps == 9
-    assert parsed(*sft)[2].max_steps == TINY_RECIPE["max_steps"]
-
-
-def test_the_tiny_llama_gets_its_own() -> None:
-    model, text, args = parsed()
-    assert Path(model.model_name_or_path) == ROOT / "examples" / "tiny_llama"
-    assert text.eval_tokens == TINY_RECIPE["eval_tokens"]
-    assert args.max_steps == TINY_RECIPE["max_steps"] < 1000
-    assert args.gradient_accumulation_steps == 1
-
-
-def test_what_is_given_wins_over_every_default() -> None:
-    given = "--learning_rate 1e-4 --gradient_accumulation_steps 3 --max_steps 7 --save_steps 5 --eval_tokens 9"
-    for model in ([], ["--model_name_or_path", "some/model"]):
-        _, text, args = parsed(*model, *given.split(), f"--{CHECKPOINTING}", "false")
-        assert (args.learning_rate, args.gradient_accumulation_steps, args.max_steps) == (1e-4, 3, 7)
-        assert (args.save_steps, text.eval_tokens, getattr(args, CHECKPOINTING)) == (5, 9, False)
-    _, _, args = parsed("--model-name-or-path", "some/model", "--num-train-epochs=2")
-    assert (args.num_train_epochs, args.max_steps) == (2, -1)
-
-
-@pytest.mark.parametrize("name", ["activation", "gradient"])
-def test_activation_checkpointing_goes_by_both_of_its_names(name: str) -> None:
-    off = (f"--{name}_checkpointing=false", f"--{name}-checkpointing-kwargs", '{"use_reentrant": true}')
-    _, _, args = parsed("--model_name_or_path", "some/model", *off)
-    assert getattr(args, CHECKPOINTING) is False
-    assert getattr(args, f"{CHECKPOINTING}_kwargs") == {"use_reentrant": True}
-
-
-def test_cpu_processes_find_each_other_without_being_asked() -> None:
-    """Without `use_cpu` and without DeepSpeed, accelerate starts no group where there is no GPU."""
-    assert parsed()[2].use_cpu == (not torch.accelerator.is_available())
-
-
-def test_one_dtype_for_the_weights_and_the_banner() -> None:
-    for given, dtype in ((["--bf16"], torch.bfloat16), (["--fp16"], torch.float16), ([], torch.float32)):
-        defaults = [] if given or not torch.cuda.is_available() else ["--bf16", "false"]
-        assert arguments.compute_dtype(parsed("--use_cpu", *given, *defaults)[2]) == dtype
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the processor does not matter")
-@pytest.mark.parametrize(
-    ("capabilities", "environment", "given", "bf16"),
-    [
-        ({"avx512_bf16": True, "amx_bf16": False}, None, (), True),
-        ({"avx512_bf16": False, "amx_bf16": True}, None, (), True),
-        ({"avx512_bf16": False, "amx_bf16": False}, None, (), False),
-        ({}, None, (), False),
-        ({"avx512_bf16": True}, "no", (), False),
-        ({"avx512_bf16": True}, None, ("--bf16", "false"), False),
-        ({"avx512_bf16": True}, None, ("--fp16",), False),
-        ({}, None, ("--bf16",), True),
-    ],
-)
-def test_a_processor_that_multiplies_bf16_computes_in_it(
-    monkeypatch: pytest.MonkeyPatch, capabilities: dict, environment: str | None, given: tuple[str, ...], bf16: bool
-) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    if environment:
-        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", environment)
-    assert parsed(*given)[2].bf16 == bf16
-
-
-@pytest.mark.parametrize(
-    ("model", "given", "rope_type", "sink"),
-    [
-        ({}, (), "yarn", True),
-        ({}, ("--rope_type", "linear", "--sink", "false"), "linear", False),
-        ({}, ("--recipe", "paper"), "linear", False),
-        ({}, ("--context_length", "64"), "default", True),
-        (
-            {
-                "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
-                "original_max_position_embeddings": 32,
-            },
-            (),
-            "linear",
-            True,
-        ),
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, (), "dynamic", True),
-    ],
-)
-def test_a_model_of_ones_own_is_scaled_by_yarn_or_as_it_is(
-    model: dict, given: tuple[str, ...], rope_type: str, sink: bool
-) -> None:
-    options, _, _ = parsed("--model_name_or_path", "some/model", *given)
-    config = new_context(LlamaConfig(max_position_embeddings=64, **model), options)
-    assert config.rope_parameters["rope_type"] == rope_type and bool(getattr(config, "s2attn_sink", False)) == sink
-
-
-def settings_of(*words: str) -> dict:
-    model, _, args = parsed(*words)
-    return json.loads(json.dumps(settings(model, args)))
-
-
-@pytest.mark.parametrize(
-    "option",
-    [
-        "--adam_beta2 0.9", "--adam_epsilon 1e-6", "--label_smoothing_factor 0.1", "--neftune_noise_alpha 5",
-        "--dataloader_drop_last", "--optim adafactor", "--optim_args a=1", "--lora_alpha 8", "--seed 3", "--bf16",
-        '--lr_scheduler_kwargs {"num_cycles":2}', "--per_device_train_batch_size 3", "--max_grad_norm 2",
-    ],
-)  # fmt: skip
-def test_what_losses_depend_on_is_a_setting(option: str) -> None:
-    plain = ("--bf16", "false") if option == "--bf16" else ()
-    assert settings_of("--use_cpu", *option.split()) != settings_of("--use_cpu", *plain)
-
-
-@pytest.mark.parametrize(
-    "option",
-    [
-        "--max_steps 9", "--num_train_epochs 2", "--logging_steps 3", "--save_steps 7", "--save_total_limit 9",
-        "--eval_tokens 5", "--eval_strategy epoch", "--dataloader_num_workers 2", "--report_to none", "--run_name me",
-        f"--{CHECKPOINTING} true", "--resume_from_checkpoint latest", "--disable_tqdm true",
-        "--per_device_eval_batch_size 2",
-    ],
-)  # fmt: skip
-def test_what_no_loss_depends_on_is_none(option: str) -> None:
-    assert settings_of(*option.split()) == settings_of()
-
-
-def test_a_model_is_the_same_wherever_it_lies(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    first = settings_of("--model_name_or_path", str(inputs[0]))
-    moved = shutil.copytree(inputs[0], tmp_path / "moved")
-    assert settings_of("--model_name_or_path", str(moved)) == first
-    with open(moved / "model.safetensors", "r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        file.write(b"\0")
-    assert settings_of("--model_name_or_path", str(moved))["model"] != first["model"]
-    assert settings_of("--model_name_or_path", "some/model")["model"] == "some/model"
 
 
 def test_a_machine_without_the_kernels_is_told_at_once(inputs: tuple[Path, Path]) -> None:

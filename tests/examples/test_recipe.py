@@ -1,0 +1,132 @@
+"""The defaults of examples/finetune_llama.py: by model, by machine, and what is given in their place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, TrainingArguments
+
+from app.training import arguments
+from app.training.context import new_context
+from app.training.options import DataOptions, ModelOptions
+from app.training.recipe import CHECKPOINTING, TINY_RECIPE
+from finetune_runs import ROOT, make_model, make_text
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("inputs")
+    return make_model(folder / "model"), make_text(folder / "text.jsonl")
+
+
+def parsed(*words: str) -> tuple[ModelOptions, DataOptions, TrainingArguments]:
+    return arguments.parse(["--output_dir", "out", *words])
+
+
+def test_a_named_model_gets_the_recipe_of_the_paper() -> None:
+    _, _, args = parsed("--model_name_or_path", "some/model")
+    assert (args.learning_rate, args.max_steps, args.warmup_steps) == (2e-5, 1000, 20)
+    assert args.lr_scheduler_type == "constant_with_warmup"
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 64
+    assert getattr(args, CHECKPOINTING) is True
+    _, _, args = parsed("--model_name_or_path", "some/model", "--per_device_train_batch_size", "16")
+    assert args.gradient_accumulation_steps == 4
+
+
+def test_answers_are_learned_for_five_passes_as_the_original_did() -> None:
+    sft = ("--task", "sft", "--train_file", "x.jsonl")
+    _, _, args = parsed("--model_name_or_path", "some/model", *sft)
+    assert (args.num_train_epochs, args.max_steps, args.learning_rate) == (5, -1, 2e-5)
+    _, _, args = parsed("--model_name_or_path", "some/model", *sft, "--max_steps", "9")
+    assert args.max_steps == 9
+    assert parsed(*sft)[2].max_steps == TINY_RECIPE["max_steps"]
+
+
+def test_the_tiny_llama_gets_its_own() -> None:
+    model, text, args = parsed()
+    assert Path(model.model_name_or_path) == ROOT / "examples" / "tiny_llama"
+    assert text.eval_tokens == TINY_RECIPE["eval_tokens"]
+    assert args.max_steps == TINY_RECIPE["max_steps"] < 1000
+    assert args.gradient_accumulation_steps == 1
+
+
+def test_what_is_given_wins_over_every_default() -> None:
+    given = "--learning_rate 1e-4 --gradient_accumulation_steps 3 --max_steps 7 --save_steps 5 --eval_tokens 9"
+    for model in ([], ["--model_name_or_path", "some/model"]):
+        _, text, args = parsed(*model, *given.split(), f"--{CHECKPOINTING}", "false")
+        assert (args.learning_rate, args.gradient_accumulation_steps, args.max_steps) == (1e-4, 3, 7)
+        assert (args.save_steps, text.eval_tokens, getattr(args, CHECKPOINTING)) == (5, 9, False)
+    _, _, args = parsed("--model-name-or-path", "some/model", "--num-train-epochs=2")
+    assert (args.num_train_epochs, args.max_steps) == (2, -1)
+
+
+@pytest.mark.parametrize("name", ["activation", "gradient"])
+def test_activation_checkpointing_goes_by_both_of_its_names(name: str) -> None:
+    off = (f"--{name}_checkpointing=false", f"--{name}-checkpointing-kwargs", '{"use_reentrant": true}')
+    _, _, args = parsed("--model_name_or_path", "some/model", *off)
+    assert getattr(args, CHECKPOINTING) is False
+    assert getattr(args, f"{CHECKPOINTING}_kwargs") == {"use_reentrant": True}
+
+
+def test_cpu_processes_find_each_other_without_being_asked() -> None:
+    """Without `use_cpu` and without DeepSpeed, accelerate starts no group where there is no GPU."""
+    assert parsed()[2].use_cpu == (not torch.accelerator.is_available())
+
+
+def test_one_dtype_for_the_weights_and_the_banner() -> None:
+    for given, dtype in ((["--bf16"], torch.bfloat16), (["--fp16"], torch.float16), ([], torch.float32)):
+        defaults = [] if given or not torch.cuda.is_available() else ["--bf16", "false"]
+        assert arguments.compute_dtype(parsed("--use_cpu", *given, *defaults)[2]) == dtype
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the processor does not matter")
+@pytest.mark.parametrize(
+    ("capabilities", "environment", "given", "bf16"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": False}, None, (), True),
+        ({"avx512_bf16": False, "amx_bf16": True}, None, (), True),
+        ({"avx512_bf16": False, "amx_bf16": False}, None, (), False),
+        ({}, None, (), False),
+        ({"avx512_bf16": True}, "no", (), False),
+        ({"avx512_bf16": True}, None, ("--bf16", "false"), False),
+        ({"avx512_bf16": True}, None, ("--fp16",), False),
+        ({}, None, ("--bf16",), True),
+    ],
+)
+def test_a_processor_that_multiplies_bf16_computes_in_it(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict, environment: str | None, given: tuple[str, ...], bf16: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if environment:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", environment)
+    assert parsed(*given)[2].bf16 == bf16
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "rope_type", "sink"),
+    [
+        ({}, (), "yarn", True),
+        ({}, ("--rope_type", "linear", "--sink", "false"), "linear", False),
+        ({}, ("--recipe", "paper"), "linear", False),
+        ({}, ("--context_length", "64"), "default", True),
+        (
+            {
+                "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+                "original_max_position_embeddings": 32,
+            },
+            (),
+            "linear",
+            True,
+        ),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, (), "dynamic", True),
+    ],
+)
+def test_a_model_of_ones_own_is_scaled_by_yarn_or_as_it_is(
+    model: dict, given: tuple[str, ...], rope_type: str, sink: bool
+) -> None:
+    options, _, _ = parsed("--model_name_or_path", "some/model", *given)
+    config = new_context(LlamaConfig(max_position_embeddings=64, **model), options)
+    assert config.rope_parameters["rope_type"] == rope_type and bool(getattr(config, "s2attn_sink", False)) == sink
