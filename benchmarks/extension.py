@@ -126,7 +126,6 @@ def run(name: str, recipe: Recipe, kept: Path, folder: str, tokenizer: Any, text
             found[what] = json.loads(path.read_text())
     result = {
         "arm": name,
-        "says": arm.says,
         "seed": recipe.seed,
         "training": cost,
         "made": made(recipe.device),

@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from extending.arms import ARMS
+
 
 def table(content: dict[str, Any]) -> str:
     """A row for each arm, number of steps and seed."""
@@ -115,7 +117,8 @@ def _rows(head: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def _name(result: dict[str, Any]) -> str:
-    return f"{result['says']} (seed {result['seed']})" if result["seed"] else f"{result['says']}"
+    says = ARMS[result["arm"]].says
+    return f"{says} (seed {result['seed']})" if result["seed"] else says
 
 
 def _name_and_steps(result: dict[str, Any]) -> str:
