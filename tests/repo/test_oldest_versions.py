@@ -18,11 +18,11 @@ ROOT = Path(__file__).resolve().parents[2]
 # With the oldest versions: what stands on other libraries. Kernels, builds and the checkout do not depend on them.
 ROOMS = ("package", "examples")
 # But for bitsandbytes, which is no part of what is installed here; FSDP, which needs newer ones; what installs versions
-# itself; the shipped model and its text; finetune_zero, for its time; and what is about today's transformers: the
-# operations of its mixtures of experts, counted by hand, and its tokenizers of GGUF files (5.5 puts a token before); and
-# what stands on torch alone, which is the same here.
+# itself; the shipped model and its text; finetune_zero, for its time; what is about today's transformers: the
+# operations of its mixtures of experts, counted by hand, and its tokenizers of GGUF files (5.5 puts a token before);
+# and what stands on torch alone, which is the same here.
 LEFT_OUT = {"qlora", "fsdp", "older_transformers", "corpus", "tiny_llama", "finetune_zero", "plan_layers", "gguf"}
-LEFT_OUT |= {"halo", "launch", "manifest", "ruler"}
+LEFT_OUT |= {"halo", "launch", "manifest"}
 TWO_AT_A_TIME = ["-n", "2", "--dist", "loadfile"]
 ALL = {path.stem.removeprefix("test_"): path for room in ROOMS for path in (ROOT / "tests" / room).glob("test_*.py")}
 
