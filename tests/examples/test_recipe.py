@@ -12,6 +12,7 @@ from app.training import arguments
 from app.training.context import new_context
 from app.training.options import DataOptions, ModelOptions
 from app.training.recipe import CHECKPOINTING, TINY_RECIPE
+from app.training.report import rate
 from finetune_runs import ROOT, make_model, make_text
 
 
@@ -130,3 +131,18 @@ def test_a_model_of_ones_own_is_scaled_by_yarn_or_as_it_is(
     options, _, _ = parsed("--model_name_or_path", "some/model", *given)
     config = new_context(LlamaConfig(max_position_embeddings=64, **model), options)
     assert config.rope_parameters["rope_type"] == rope_type and bool(getattr(config, "s2attn_sink", False)) == sink
+
+
+@pytest.mark.parametrize(
+    ("given", "warned"),
+    [
+        ("--max_steps 16", True),
+        ("--max_steps 16 --learning_rate 2e-4", False),
+        ("--max_steps 1000", False),
+        ("--task sft --train_file x.jsonl", False),  # so many passes: the tokens are not known
+    ],
+)
+def test_few_tokens_at_the_papers_learning_rate_are_said(given: str, warned: bool) -> None:
+    _, _, args = parsed("--model_name_or_path", "some/model", *given.split())
+    said = rate(args, 64 * 8192)
+    assert said.startswith(f"learning rate {args.learning_rate:g}") and ("these are 8,388,608" in said) == warned

@@ -17,10 +17,14 @@ from app.training.arguments import compute_dtype
 from app.training.data import TrainingData
 from app.training.measure import Measurement
 from app.training.options import ModelOptions
+from app.training.recipe import RECIPE
 from longlora_ext._pattern import dense_layers, in_words
 from longlora_ext.adapter._norms import norms_of
 from longlora_ext.config import context_length
 from longlora_ext.trainer import dense_count
+
+#: Tokens for which the paper's learning rate may be too low: a tenth of its own.
+FEW = 50_000_000
 
 
 def banner(
@@ -59,12 +63,24 @@ def banner(
         "training": f"{trained}: {trainable:,} of {total:,} weights, {dtype}",
         **data.train.describe(data.rows),
         **data.choice.describe(data.train.noun),
-        "steps": f"{steps}, {counted(batch, 'sequence')} in each, learning rate {args.learning_rate:g}",
+        "steps": f"{steps}, {counted(batch, 'sequence')} in each, {rate(args, batch * new)}",
         "processes": f"{WORLD_SIZE}, {sharding}{f', {shared} for each sequence' if shared > 1 else ''}",
         "output": f"{run.folder}{f', going on from {run.checkpoint.name}' if run.checkpoint else ''}",
     }
     below = "\n" + " " * 11
     return "\n".join(["", *(f"{key + ':':<11}{value.replace(chr(10), below)}" for key, value in rows.items()), ""])
+
+
+def rate(args: TrainingArguments, tokens_a_step: int) -> str:
+    """The learning rate; where it is the paper's and the tokens are few, what is known of that."""
+    tokens = args.max_steps * tokens_a_step
+    said = f"learning rate {args.learning_rate:g}"
+    if not 0 < tokens < FEW or args.learning_rate > RECIPE["learning_rate"]:
+        return said
+    return (
+        f"{said}, the paper's for half a billion tokens;\n"
+        f"these are {tokens:,}: see in docs/extend.md what --learning_rate 2e-4 and 5e-4 do with so few"
+    )
 
 
 def seen(config: PreTrainedConfig) -> str:
