@@ -4,7 +4,8 @@
     python benchmarks/table.py --readme                                brings the pages' tables up to date
 
 In a page a table stands between two comments, of which the first names its file and, of `attention.py`, which points
-it shows: `<!-- table of FILE [head_dim=128 ...] -->` and `<!-- end of table -->`. Of `extension.py` it is the summary.
+it shows: `<!-- table of FILE [head_dim=128 ...] -->` and `<!-- end of table -->`. Of `extension.py` it is the summary,
+of all arms or of some: `[arms=base,yarn rate=5e-4]`.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def with_tables(text: str) -> str:
     def fill(match: re.Match[str]) -> str:
         run = json.loads((ROOT / match[2]).read_text())
         only = dict(pair.split("=") for pair in match[3].split())
-        made = summary(run) if "arms" in run else tables(run, **only) + "\n"
+        made = summary(run, **only) if "arms" in run else tables(run, **only) + "\n"
         return f"{match[1]}{made}{match[4]}"
 
     return MARKED.sub(fill, text)

@@ -52,9 +52,23 @@ def table(content: dict[str, Any]) -> str:
     return f"{said}\n\n{_rows(head, map(cells, arms))}"
 
 
-def summary(content: dict[str, Any]) -> str:
-    """The few columns of it that tell the most, for `README.md`."""
-    first = content["arms"][0]
+def summary(content: dict[str, Any], arms: str | None = None, rate: str | None = None) -> str:
+    """The few columns of it that tell the most.
+
+    Args:
+        content: A file of results.
+        arms: Which, in this order, with commas between them; None: all.
+        rate: The learning rate of those that are trained; None: any.
+    """
+    wanted = arms.split(",") if arms else list(ARMS)
+    results = [
+        result
+        for name in wanted
+        for result in content["arms"]
+        if result["arm"] == name
+        and (rate is None or not result["training"] or result["training"]["learning_rate"] == float(rate))
+    ]
+    first = results[0]
     begin, end = first["by_position"]["edges"][-2:]
     far = first["copying"]["distances"][-2]
     own, new = (first[f"pass_key_{which}"]["length"] for which in ("own", "new"))
@@ -68,7 +82,7 @@ def summary(content: dict[str, Any]) -> str:
     ]
 
     def cells(result: dict[str, Any]) -> Iterable[str]:
-        yield _name_and_steps(result)
+        yield _name_and_steps(result, with_rate=rate is None)
         by_position = _by_position(result)
         yield from map(_perplexity, (by_position[0], by_position[-1]))
         for which in ("own", "new"):
@@ -76,7 +90,7 @@ def summary(content: dict[str, Any]) -> str:
             yield f"{_found(keys)} ({median(keys['nats']):.2f})"
         yield f"{result['copying']['nats'][-2]:.2f}"
 
-    return _rows(head, map(cells, content["arms"]))
+    return _rows(head, map(cells, results))
 
 
 def draw(content: dict[str, Any], path: Path) -> None:
@@ -121,9 +135,11 @@ def _name(result: dict[str, Any]) -> str:
     return f"{says} (seed {result['seed']})" if result["seed"] else says
 
 
-def _name_and_steps(result: dict[str, Any]) -> str:
-    training = result["training"]
-    return _name(result) + (f", {training['steps']} steps at {training['learning_rate']:g}" if training else "")
+def _name_and_steps(result: dict[str, Any], with_rate: bool = True) -> str:
+    if not (training := result["training"]):
+        return _name(result)
+    rate = f" at {training['learning_rate']:g}" if with_rate else ""
+    return f"{_name(result)}, {training['steps']} steps{rate}"
 
 
 def _by_position(result: dict[str, Any]) -> list[float]:
