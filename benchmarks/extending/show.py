@@ -68,6 +68,8 @@ def summary(content: dict[str, Any], arms: str | None = None, rate: str | None =
         if result["arm"] == name
         and (rate is None or not result["training"] or result["training"]["learning_rate"] == float(rate))
     ]
+    if missing := set(wanted) - {*ARMS}:
+        raise ValueError(f"no arms of extension.py: {sorted(missing)}")
     first = results[0]
     begin, end = first["by_position"]["edges"][-2:]
     far = first["copying"]["distances"][-2]

@@ -17,7 +17,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import evaluate
 from app.evaluation.answer_nats import answer_ids
@@ -34,7 +34,7 @@ class Stub:
     """A model that answers a prompt as it is told to."""
 
     device = torch.device("cpu")
-    config = SimpleNamespace(vocab_size=257)
+    config = LlamaConfig(vocab_size=257)
     generation_config = GenerationConfig(eos_token_id=7)
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, answer) -> None:

@@ -6,6 +6,7 @@ Compiling the kernels takes a minute, and what a mistake changes in them is seld
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -72,7 +73,7 @@ def run_tests(tree: Path, expression: str, mutant: int = 0, *options: str) -> su
     arguments = ["--full", "-x", "-q", "-p", "no:cacheprovider", "-k", expression, *options]
     arguments += map(str, sorted((tree / "tests" / "kernels").glob("test_cuda_emulated_*.py")))
     out, err = tree / "out.txt", tree / "err.txt"
-    environment = {CHOSEN: str(mutant)}
+    environment = {**os.environ, CHOSEN: str(mutant)}
     run = {"arguments": arguments, "folder": tree, "environment": environment, "out": out, "err": err}
     runner = forked_pytest()
     assert runner.stdin and runner.stdout

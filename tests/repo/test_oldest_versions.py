@@ -22,7 +22,7 @@ ROOMS = ("package", "examples")
 # operations of its mixtures of experts, counted by hand, and its tokenizers of GGUF files (5.5 puts a token before);
 # and what stands on torch alone, which is the same here.
 LEFT_OUT = {"qlora", "fsdp", "older_transformers", "corpus", "tiny_llama", "finetune_zero", "plan_layers", "gguf"}
-LEFT_OUT |= {"halo", "launch", "manifest"}
+LEFT_OUT |= {"halo", "launch"}
 TWO_AT_A_TIME = ["-n", "2", "--dist", "loadfile"]
 ALL = {path.stem.removeprefix("test_"): path for room in ROOMS for path in (ROOT / "tests" / room).glob("test_*.py")}
 

@@ -33,6 +33,7 @@ from app.runs.errors import one_clear_error
 from app.runs.launch import WORLD_SIZE
 from longlora_ext import _pattern
 from longlora_ext._errors import naming
+from longlora_ext._lengths import rope_type_of
 from longlora_ext.adapter import load, load_base
 from longlora_ext.adapter._load import base_of
 from longlora_ext.attention import NAME
@@ -77,7 +78,7 @@ class OpenedModel:
 
         RoPE of the type "dynamic" keeps the frequencies of the longest text so far until a short one comes.
         """
-        if self.description["rope"].get("rope_type") == "dynamic":
+        if rope_type_of(self.base.config) == "dynamic":
             with torch.no_grad():
                 self.model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=self.model.device), use_cache=False)
 

@@ -75,11 +75,11 @@ def rate(args: TrainingArguments, tokens_a_step: int) -> str:
     """The learning rate; where it is the paper's and the tokens are few, what is known of that."""
     tokens = args.max_steps * tokens_a_step
     said = f"learning rate {args.learning_rate:g}"
-    if not 0 < tokens < FEW or args.learning_rate > RECIPE["learning_rate"]:
+    if not 0 < tokens < FEW or args.learning_rate != RECIPE["learning_rate"]:
         return said
     return (
         f"{said}, the paper's for half a billion tokens;\n"
-        f"these are {tokens:,}: see in docs/extend.md what --learning_rate 2e-4 and 5e-4 do with so few"
+        f"these are {tokens:,}: docs/extend.md says what --learning_rate 2e-4 and 5e-4 did with 262,144"
     )
 
 
