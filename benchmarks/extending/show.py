@@ -61,6 +61,8 @@ def summary(content: dict[str, Any], arms: str | None = None, rate: str | None =
         rate: The learning rate of those that are trained; None: any.
     """
     wanted = arms.split(",") if arms else list(ARMS)
+    if missing := set(wanted) - {*ARMS}:
+        raise ValueError(f"no arms of extension.py: {sorted(missing)}")
     results = [
         result
         for name in wanted
@@ -68,8 +70,6 @@ def summary(content: dict[str, Any], arms: str | None = None, rate: str | None =
         if result["arm"] == name
         and (rate is None or not result["training"] or result["training"]["learning_rate"] == float(rate))
     ]
-    if missing := set(wanted) - {*ARMS}:
-        raise ValueError(f"no arms of extension.py: {sorted(missing)}")
     first = results[0]
     begin, end = first["by_position"]["edges"][-2:]
     far = first["copying"]["distances"][-2]

@@ -14,14 +14,8 @@ import finetune_llama
 from app.models import suitable
 from app.training import arguments
 from app.training.recipe import CHECKPOINTING
-from finetune_runs import ROOT, make_model, make_text
+from finetune_runs import ROOT
 from longlora_ext.parallel import check_sequence_parallel
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("inputs")
-    return make_model(folder / "model"), make_text(folder / "text.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -13,17 +13,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetune_runs import ROOT, deepspeed, environment, losses, make_model, make_text, run, small_run
+from finetune_runs import ROOT, deepspeed, environment, losses, run, small_run
 from longlora_ext.adapter import load
 
 DS_CONFIGS = ROOT / "examples" / "ds_configs"
 TABLE = re.compile(r"^(before|scaling only|after) +([\d.]+) +([\d.]+) +([\d.]+)$", re.MULTILINE)
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("inputs")
-    return make_model(folder / "model"), make_text(folder / "text.jsonl")
 
 
 def table(printed: str) -> dict[str, list[float]]:

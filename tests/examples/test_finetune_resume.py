@@ -28,7 +28,7 @@ from app.runs.checkpoints import (
     remove_incomplete,
     take_over_rotation,
 )
-from finetune_runs import environment, losses, make_model, make_text, run, small_run
+from finetune_runs import environment, losses, run, small_run
 from patience import patience, wait_until
 from same_run import assert_same_run
 
@@ -180,12 +180,6 @@ def test_without_a_limit_all_checkpoints_stay(tmp_path: Path, limit: int | None)
 
 
 # --- real runs --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("inputs")
-    return make_model(folder / "model"), make_text(folder / "text.jsonl")
 
 
 @pytest.fixture(scope="module")

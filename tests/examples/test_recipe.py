@@ -13,13 +13,7 @@ from app.training.context import new_context
 from app.training.options import DataOptions, ModelOptions
 from app.training.recipe import CHECKPOINTING, TINY_RECIPE
 from app.training.report import rate
-from finetune_runs import ROOT, make_model, make_text
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("inputs")
-    return make_model(folder / "model"), make_text(folder / "text.jsonl")
+from finetune_runs import ROOT
 
 
 def parsed(*words: str) -> tuple[ModelOptions, DataOptions, TrainingArguments]:

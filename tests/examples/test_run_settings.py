@@ -12,13 +12,6 @@ import pytest
 from app.training import arguments
 from app.training.recipe import CHECKPOINTING
 from app.training.run_settings import settings
-from finetune_runs import make_model, make_text
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("inputs")
-    return make_model(folder / "model"), make_text(folder / "text.jsonl")
 
 
 def settings_of(*words: str) -> dict:

@@ -21,14 +21,8 @@ import finetune_llama
 from app.runs.checkpoints import complete_checkpoints, find_resumable
 from app.runs.full_disk import writing_to
 from app.training import trainer
-from finetune_runs import SCRIPT, deepspeed, environment, losses, make_model, make_text, small_run, torchrun
+from finetune_runs import SCRIPT, deepspeed, environment, losses, small_run, torchrun
 from patience import patience, wait_until
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("inputs")
-    return make_model(folder / "model"), make_text(folder / "text.jsonl")
 
 
 @pytest.fixture(scope="module")

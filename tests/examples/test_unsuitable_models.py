@@ -12,14 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import finetune_llama
 from app.models import suitable
-from finetune_runs import make_model, make_text, small_run
+from finetune_runs import small_run
 from longlora_ext.config import extend_config
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("inputs")
-    return make_model(folder / "model"), make_text(folder / "text.jsonl")
 
 
 def variant(model: Path, folder: Path, **config: object) -> Path:
