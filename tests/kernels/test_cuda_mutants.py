@@ -273,4 +273,4 @@ def test_other_swizzle_is_found(tmp_path: Path) -> None:
     layouts.write_text(text.replace("Swizzle<3, 3, 3>", "Swizzle<2, 3, 3>"))
     result = run_tests(tree, f"{CONFIG} and {SHAPES}")
     assert "FAILED tests/kernels/test_cuda_emulated_numerics.py" in result.stdout
-    assert re.search(r"assert \[[\d, ]*[1-9]", result.stdout), result.stdout
+    assert "AssertionError: bank conflicts" in result.stdout, result.stdout
