@@ -8,6 +8,7 @@
 # Interrupted, the same command goes on: with the training from its last checkpoint, and with the questions that are left.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0} # of several GPUs one
 steps=${STEPS:-12} lengths=${LENGTHS:-12000}
 package=build/smollm2 output=finetuned/smollm2-16384 evaluated=evaluated/smollm2-16384
 

@@ -5,7 +5,7 @@ with it:
 
     import longlora_ext.attention  # registers attn_implementation="s2attn"
 
-    config = extend_config(AutoConfig.from_pretrained(name), 32768)
+    config = extend_config(AutoConfig.from_pretrained(name), 32768, rope_type="yarn", sink=True)
     model = AutoModelForCausalLM.from_pretrained(name, config=config, attn_implementation="s2attn")
 """
 

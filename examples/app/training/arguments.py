@@ -71,13 +71,13 @@ examples:
   a model and a text of your own, to four times the model's context:
     deepspeed examples/finetune_llama.py --model_name_or_path my/llama --train_file books/
 
-  to 32768 tokens under ZeRO-3, YaRN instead of linear scaling, attention in groups of 4096:
+  to 32768 tokens under ZeRO-3, attention in groups of 4096:
     deepspeed examples/finetune_llama.py --model_name_or_path my/llama --train_file 'data/*.jsonl' \\
-        --context_length 32768 --rope_type yarn --group_size 4096 --deepspeed examples/ds_configs/zero3.json
+        --context_length 32768 --group_size 4096 --deepspeed examples/ds_configs/zero3.json
 
   the same without DeepSpeed, on 8 GPUs
     torchrun --nproc_per_node 8 examples/finetune_llama.py --model_name_or_path my/llama --train_file 'data/*.jsonl' \\
-        --context_length 32768 --rope_type yarn --group_size 4096 --fsdp full_shard
+        --context_length 32768 --group_size 4096 --fsdp full_shard
 
   to answer questions (LongAlpaca's JSON, or JSON Lines of chat messages), with the loss on the answers only:
     deepspeed examples/finetune_llama.py --task sft --train_file examples/data/questions.jsonl --max_steps 12
