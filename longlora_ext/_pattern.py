@@ -34,6 +34,14 @@ def window(config: PreTrainedConfig) -> int | None:
     return None if value is None else check_window("config.s2attn_window", value)
 
 
+def of_layer(config: PreTrainedConfig, own_window: int | None) -> dict[str, Any]:
+    """`window` and `sink` of S2-Attn in a layer with this sliding window of its own, or without.
+
+    The narrower of two windows counts. A layer's own window never showed the first token, so it does not now.
+    """
+    return {"window": smaller(own_window, window(config)), "sink": own_window is None and sink(config)}
+
+
 def dense_layers(config: PreTrainedConfig) -> list[int]:
     """The layers that attend densely in training too: `s2attn_dense_layers`, none if the config has none.
 

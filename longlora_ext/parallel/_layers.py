@@ -106,22 +106,26 @@ def attend(
     size = seqlen + seqlen % 2
     if s2:
         size = group_size(config)
-        pattern = {
-            "first_shifted_head": heads // 2,
-            "window": _pattern.smaller(window, _pattern.window(config)),
-            "sink": window is None and _pattern.sink(config),
-        }
+        pattern = {"first_shifted_head": heads // 2, **_pattern.of_layer(config, window)}
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    call = halo_s2attn if _by_halo(shared, q, k, s2 or window is not None) else ulysses_s2attn
+    short = (s2 or window is not None) and why_no_halo(q.device, q.dtype, q.shape[3]) is None
+    call = halo_s2attn if by_halo(shared.by, heads, k.shape[2], shared.ranks, short) else ulysses_s2attn
     return call(q, k, v, size, position_ids, group=shared.group, scale=scaling, **pattern), None
 
 
-def _by_halo(shared: SequenceGroup, q: torch.Tensor, k: torch.Tensor, short: bool) -> bool:
-    if shared.by != "auto":
-        return shared.by == "halo"
-    if why_not_ulysses(q.shape[2], k.shape[2], shared.ranks):
-        return True
-    return short and why_no_halo(q.device, q.dtype, q.shape[3]) is None
+def by_halo(by: str, heads: int, kv_heads: int, ranks: int, short: bool) -> bool:
+    """Whether a layer attends by the halo, or else by Ulysses.
+
+    Args:
+        by: One of `WAYS`.
+        heads: Query heads.
+        kv_heads: Key and value heads.
+        ranks: How many share a sequence.
+        short: Whether rows see few others (S2-Attn, a sliding window), and there are kernels for the halo.
+    """
+    if by != "auto":
+        return by == "halo"
+    return short or why_not_ulysses(heads, kv_heads, ranks) is not None
 
 
 @cache

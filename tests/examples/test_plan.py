@@ -4,6 +4,7 @@ import json
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, Llama4Tex
 import finetune_llama
 import measured_peak
 import plan as command
-from app.planning import calibration
+from app.planning import calibration, shared_sequences
 from app.planning.dry_run import Counts, cpu_scratch, cuda_scratch
 from app.planning.planner import GRAIN, Plan, Run, Way
 from finetune_runs import environment, torchrun
@@ -98,6 +99,29 @@ def test_of_a_shared_sequence_each_gpu_has_a_part(heads: int, kv_heads: int, gpu
     assert alone.step(Way()).kept / shared.step(Way()).kept == pytest.approx(gpus, rel=0.01)
     assert 1 / gpus < shared.step(Way()).peak / alone.step(Way()).peak < 1
     assert shared.flops() == alone.flops() and shared.parameters == alone.parameters
+
+
+@pytest.mark.parametrize(
+    "config, dense_layers, way, by",
+    [
+        (small(), None, Way(), "halo"),
+        (small(), list(range(small().num_hidden_layers)), Way(), "ulysses"),
+        (small(), None, Way(dense=True), "ulysses"),
+        (tiny_config("mistral", sliding_window=64), None, Way(dense=True), "halo"),
+    ],
+    ids=["S2-Attn", "dense layers", "dense", "sliding windows"],
+)
+def test_a_shared_sequence_is_planned_as_it_is_run(
+    monkeypatch: pytest.MonkeyPatch, config: PreTrainedConfig, dense_layers: list[int] | None, way: Way, by: str
+) -> None:
+    """By the halo where attention is short, layer by layer, if nobody says otherwise."""
+    by_heads = Mock(wraps=shared_sequences.attend_by_heads)
+    monkeypatch.setattr(shared_sequences, "attend_by_heads", by_heads)
+    for asked, expected in (("auto", by), ("halo", "halo"), ("ulysses", "ulysses")):
+        by_heads.reset_mock()
+        run = Run(sequence_parallel_size=2, sequence_parallel=asked, dense_layers=dense_layers)
+        Plan(config, 2048, run).step(way)
+        assert by_heads.called == (expected == "ulysses")
 
 
 def test_what_zero_divides() -> None:

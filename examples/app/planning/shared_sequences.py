@@ -14,12 +14,13 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
 from longlora_ext._mask import attention_window, s2attn_mask
-from longlora_ext._pattern import is_dense_layer, sink, smaller, window
+from longlora_ext._pattern import is_dense_layer, of_layer
 from longlora_ext.config import attention_mode, group_size
 from longlora_ext.parallel._exchange import Exchange
 from longlora_ext.parallel._halo import HaloAttention
+from longlora_ext.parallel._layers import by_halo
 from longlora_ext.parallel._layout import Layout
-from longlora_ext.parallel._ulysses import attend_by_heads, why_not_ulysses
+from longlora_ext.parallel._ulysses import attend_by_heads
 
 NAME = "s2attn_of_one_gpu"
 
@@ -85,18 +86,8 @@ def layout_of(
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         group_size=group or group_size(config),
         first_shifted_head=heads // 2,
-        window=smaller(own_window, window(config)),
-        sink=own_window is None and sink(config),
+        **of_layer(config, own_window),
     )
-
-
-def by_halo(config: PreTrainedConfig, gpus: int, by: str) -> bool:
-    """Whether the attention is by the halo: for S2-Attn, and where heads do not divide, if nobody says otherwise."""
-    if by != "auto":
-        return by == "halo"
-    heads = config.num_attention_heads
-    reason = why_not_ulysses(heads, getattr(config, "num_key_value_heads", None) or heads, gpus)
-    return attention_mode(config) != "dense" or reason is not None
 
 
 def attend(
@@ -111,8 +102,9 @@ def attend(
     tensors = tuple(x.transpose(1, 2) for x in (query, key, value))
     batch, part, heads, head_dim = tensors[0].shape
     tokens = gpus * part
-    if by_halo(config, gpus, by):
-        own_window = kwargs.get("sliding_window")
+    own_window = kwargs.get("sliding_window")
+    own_window = own_window if own_window is not None and own_window < tokens else None
+    if by_halo(by, heads, tensors[1].shape[2], gpus, short=not dense or own_window is not None):
         layout = layout_of(config, tokens, gpus, batch, own_window=own_window)
         if dense:
             whole = tokens + tokens % 2
@@ -124,7 +116,7 @@ def attend(
         exchange = Alone(layout, most, None)
         return HaloAttention.apply(*tensors, places, exchange, 1 / math.sqrt(head_dim), False), None
     first, size = (heads, tokens + tokens % 2) if dense else (heads // 2, group_size(config))
-    pattern: Any = {} if dense else {"sink": sink(config), "window": window(config)}
+    pattern: Any = {"window": own_window} if dense else of_layer(config, own_window)
     q, k, v = tensors
     out = attend_by_heads((q, k, v), 0, gpus, Swap.apply, group_size=size, first_shifted_head=first, **pattern)
     return out, None
