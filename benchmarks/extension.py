@@ -29,9 +29,9 @@ from extending import ROOT
 from extending.arms import ARMS, Arm
 from extending.material import MODEL, Text, model_and_tokenizer, read_text
 from extending.measures import by_position, copying, measuring, pass_keys, short_windows
-from extending.results import add, check_setting, made, write
+from extending.results import add, check_setting, claim, made, write
 from extending.show import draw, table
-from extending.training import Recipe, train
+from extending.training import Recipe, check_steps, train
 
 BUILD = ROOT / "build" / "extension"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -50,13 +50,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--learning_rate", type=float, nargs="+", default=[5e-4], help="each arm is trained at each")
     parser.add_argument("--save_steps", type=int, default=4, help="steps from one checkpoint to the next")
     parser.add_argument("--cache", type=Path, default=BUILD, help="folder of the model and the text")
-    parser.add_argument("--work", type=Path, default=BUILD / "arms", help="folder of checkpoints and measures")
+    parser.add_argument("--work", type=Path, help="folder of checkpoints and measures of one device and context")
     parser.add_argument("--results", type=Path, help="JSON file to write, beside which plots go")
     parser.add_argument("--show", action="store_true", help="compute nothing: show what is in --results")
     options = parser.parse_args(argv)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options.context = options.context or (32768 if options.device == "cuda" else 16384)
     options.steps = options.steps or (64 if options.device == "cuda" else 32)
+    options.work = options.work or BUILD / f"arms-{options.device}-{options.context}"
     options.results = options.results or RESULTS / f"extension_{options.device}.json"
     return options
 
@@ -73,6 +74,7 @@ def main(argv: Sequence[str]) -> None:
     print(f"{len(text.train)} documents of {text.source} to train on, held out: {', '.join(text.held_out)}", flush=True)
     setting = {"model": MODEL, "context": options.context, **text.description()}
     check_setting(options.results, setting)
+    claim(options.work, {**setting, "device": options.device})
     runs = [
         (name, rate, seed)
         for rate in options.learning_rate
@@ -80,8 +82,14 @@ def main(argv: Sequence[str]) -> None:
         for name in options.arms
         if ARMS[name].trained or (rate, seed) == (options.learning_rate[0], options.seeds[0])  # no chance, no rate
     ]
-    for name, rate, seed in runs:
-        recipe = Recipe(options.context, options.steps, rate, seed, options.save_steps, options.device)
+    recipes = [
+        (name, Recipe(options.context, options.steps, rate, seed, options.save_steps, options.device))
+        for name, rate, seed in runs
+    ]
+    for name, recipe in recipes:
+        if not _result_of(name, recipe, options.work).exists():
+            check_steps(folder_of(name, recipe, options.work), recipe.steps)
+    for name, recipe in recipes:
         add(options.results, run(name, recipe, options.work, folder, tokenizer, text), setting)
         print(show(options.results), flush=True)
 
@@ -93,13 +101,18 @@ def folder_of(name: str, recipe: Recipe, work: Path) -> Path:
     return path.with_name(f"{path.name}-steps-{recipe.steps}") if ARMS[name].dense_steps else path
 
 
+def _result_of(name: str, recipe: Recipe, work: Path) -> Path:
+    """The file of what is found of an arm."""
+    trained = ARMS[name].trained
+    folder = folder_of(name, recipe, work) / f"steps-{recipe.steps}" if trained else work / f"{name}-{recipe.context}"
+    return folder / "result.json"
+
+
 def run(name: str, recipe: Recipe, kept: Path, folder: str, tokenizer: Any, text: Text) -> dict[str, Any]:
     """Train and measure one arm, or what is left of that."""
-    arm = ARMS[name]
-    training = folder_of(name, recipe, kept)
-    work = training / f"steps-{recipe.steps}" if arm.trained else kept / f"{name}-{recipe.context}"
+    arm, training, done = ARMS[name], folder_of(name, recipe, kept), _result_of(name, recipe, kept)
+    work = done.parent
     work.mkdir(parents=True, exist_ok=True)
-    done = work / "result.json"
     if done.exists():
         return dict(json.loads(done.read_text()))
     print(f"--- {work.relative_to(kept)}: {arm.says}", flush=True)

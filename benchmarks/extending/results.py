@@ -34,6 +34,16 @@ def check_setting(path: Path, setting: dict[str, Any]) -> None:
         raise ValueError(f"{path} holds another experiment: {there}; give another --results")
 
 
+def claim(work: Path, setting: dict[str, Any]) -> None:
+    """Make a folder that of a setting's arms, or raise `ValueError` if it has those of another: they are not measured
+    again, and would be taken for this one's."""
+    work.mkdir(parents=True, exist_ok=True)
+    path = work / "setting.json"
+    if path.exists() and (there := json.loads(path.read_text())) != setting:
+        raise ValueError(f"{work} holds arms of another experiment: {there}; give another --work")
+    write(path, setting)
+
+
 def add(path: Path, result: dict[str, Any], setting: dict[str, Any]) -> None:
     """Put the result of an arm into the file of results, for an earlier one of the same rate, seed and steps."""
     check_setting(path, setting)

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from extending.arms import Arm
+from extending.results import write
 from longlora_ext import lora_config, prepare_model
 from longlora_ext.data import PackedSequences, pad_rows
 from longlora_ext.loss import tile_loss
@@ -62,7 +63,7 @@ class StepTimes(TrainerCallback):
             torch.cuda.synchronize()
         now = time.perf_counter(), time.process_time()
         self.seconds[str(state.global_step)] = (now[0] - self.began[0], now[1] - self.began[1])
-        self.path.write_text(json.dumps(self.seconds))
+        write(self.path, self.seconds)
 
 
 def train(
@@ -123,9 +124,8 @@ def train(
     )
     if is_gpu:
         torch.cuda.reset_peak_memory_stats()
+    check_steps(work, recipe.steps)
     done, last = _last_checkpoint(work)
-    if done > recipe.steps:
-        raise ValueError(f"{work} is trained to step {done} and cannot be measured at {recipe.steps} any more")
     if last is not None and done == recipe.steps:  # of which the Trainer would do one step more
         set_peft_model_state_dict(model, load_file(last / "adapter_model.safetensors"))
         log = json.loads((last / STATE).read_text())["log_history"]
@@ -141,6 +141,13 @@ def train(
         "gradient_norm": [entry["grad_norm"] for entry in history],
         **_cost(times, in_a_step * rows.context_length, is_gpu),
     }
+
+
+def check_steps(work: Path, steps: int) -> None:
+    """Raise `ValueError` if an arm is trained beyond these steps, of which nothing is left then."""
+    done, _ = _last_checkpoint(work)
+    if done > steps:
+        raise ValueError(f"{work} is trained to step {done} and cannot be measured at {steps} any more")
 
 
 def _last_checkpoint(work: Path) -> tuple[int, Path | None]:

@@ -213,6 +213,22 @@ def test_results_are_shown(text: Text, tmp_path: Path) -> None:
         add(tmp_path / "r.json", result, {"model": "other"})
 
 
+def test_arms_of_one_setting_are_not_taken_for_those_of_another(text: Text, tmp_path: Path, monkeypatch) -> None:
+    """Nor begins a program that would find an arm trained too far at its turn, after hours."""
+    monkeypatch.setattr(extension, "model_and_tokenizer", lambda _: (TINY, AutoTokenizer.from_pretrained(TINY)))
+    monkeypatch.setattr(extension, "read_text", lambda *_: text)
+    words = ["--context", str(CONTEXT), "--work", str(tmp_path / "work"), "--results", str(tmp_path / "r.json")]
+    trained = tmp_path / "work" / f"s2-{CONTEXT}-0.0005-0" / "checkpoint-4"
+    trained.mkdir(parents=True)
+    (trained / "trainer_state.json").write_text('{"global_step": 4}')
+    with pytest.raises(ValueError, match=r"s2-1024-0[.]0005-0 is trained to step 4 and cannot be measured at 2 any more"):
+        extension.main([*words, "--device", "cpu", "--steps", "2", "--arms", "base", "s2"])
+    assert not (tmp_path / "r.json").exists()
+    monkeypatch.setattr(extension, "read_text", lambda *_: Text("other", text.train[:1], text.held_out))
+    with pytest.raises(ValueError, match="work holds arms of another experiment"):
+        extension.main([*words, "--device", "cpu", "--steps", "4", "--arms", "base"])
+
+
 def test_held_out_documents_are_whole_long_and_not_trained_on(tmp_path: Path, monkeypatch) -> None:
     folder = tmp_path / "perl-doc" / "pod"
     folder.mkdir(parents=True)
