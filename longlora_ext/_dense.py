@@ -65,8 +65,9 @@ def dense_eval(
     """Dense attention outside training: `sdpa`'s own result, with packed documents kept apart besides."""
     tokens, keys = query.shape[2], key.shape[2]
     if tokens != keys:
-        # A prompt in parts: whatever positions say, it goes on with all that the cache holds.
-        return dense(query, key, value, None, told.window, scaling, sinks)
+        # A prompt in parts: whatever positions say, it goes on with all that the cache holds, but for padding.
+        padding = told.first_keys(tokens) if told.padded else None
+        return dense(query, key, value, padding, told.window, scaling, sinks)
     if told.starts is not None and not told.padded:
         documents = told.starts if documents is None else torch.maximum(told.starts, documents)
     padding = told.starts if told.padded else None

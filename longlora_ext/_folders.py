@@ -14,6 +14,8 @@ from longlora_ext._errors import writing
 
 #: What the name of a lock's file ends with.
 _LOCK = ".lock"
+#: What stands in the name of a folder that is to appear, behind that name.
+_UNFINISHED = ".unfinished-"
 
 
 def refuse_to_overwrite(folder: Path) -> None:
@@ -59,7 +61,7 @@ def appearing(folder: Path) -> Iterator[Path]:
     unfinished = folder.with_name(f"{_beginning(folder)}{secrets.token_hex(4)}")
     with writing(named):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(folder)
+        remove_abandoned(folder.parent, _beginning(folder))
         with _locked(unfinished.with_name(unfinished.name + _LOCK)):  # before anybody can see the folder
             unfinished.mkdir()
             try:
@@ -71,13 +73,13 @@ def appearing(folder: Path) -> Iterator[Path]:
 
 
 def _beginning(folder: Path) -> str:
-    return f".{folder.name}.unfinished-"
+    return f".{folder.name}{_UNFINISHED}"
 
 
-def _remove_abandoned(folder: Path) -> None:
-    """Remove what processes that were killed have left of the same folder."""
-    for path in list(folder.parent.iterdir()):
-        if path.name.startswith(_beginning(folder)) and path.name.endswith(_LOCK):
+def remove_abandoned(parent: Path, beginning: str = ".") -> None:
+    """Remove what processes that were killed have left of the folders in `parent` whose names begin so."""
+    for path in list(parent.iterdir()):
+        if path.name.startswith(beginning) and _UNFINISHED in path.name and path.name.endswith(_LOCK):
             with suppress(OSError):  # no locks here: then nobody can tell
                 if lock := take_lock(path):
                     shutil.rmtree(path.with_suffix(""), ignore_errors=True)

@@ -163,6 +163,12 @@ class Told(NamedTuple):
     window: int | None
     """The tokens that a row sees at most, itself the last of them: the model's own window."""
 
+    def first_keys(self, rows: int) -> torch.Tensor | None:
+        """int32 `[batch, rows]`: of the last rows the first token of their document; of padding, its own."""
+        if self.starts is None:
+            return None
+        return torch.where(self.starts < 0, ~self.starts, self.starts)[:, self.starts.shape[1] - rows :]
+
     def as_tensor(self, batch: int, device: Any) -> torch.Tensor:
         """It as the mask that layers get."""
         starts = self.starts

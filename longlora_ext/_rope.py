@@ -116,6 +116,11 @@ def _ntk(config: PreTrainedConfig, context: int, given: dict[str, Any]) -> dict[
         raise ValueError(f"rope_type 'ntk' has no parameter {', '.join(sorted(unknown))}: only factor")
     if given.get("rope_type", NTK) != NTK:
         raise ValueError(f"rope_parameters say rope_type {given['rope_type']!r}, but rope_type is {NTK!r}")
+    if getattr(config, "layer_rope_theta", None):
+        raise ValueError(
+            "rope_type 'ntk' changes rope_theta, but the layers of this model have thetas of their own "
+            "(layer_rope_theta): take another rope_type"
+        )
     present_type = rope_type_of(config)
     if present_type != "default":
         raise ValueError(

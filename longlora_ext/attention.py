@@ -121,8 +121,7 @@ def s2attn_forward(
     documents = _documents(position_ids, kwargs, query, keys)
     if not (wants_s2 or module.training):
         return dense_eval(module, query, key, value, told, documents, scaling, kwargs.get("s_aux"))
-    if told.starts is not None:
-        start = torch.where(told.starts < 0, ~told.starts, told.starts)[:, keys - tokens :]
+    if (start := told.first_keys(tokens)) is not None:
         documents = start if documents is None else torch.maximum(start, documents)
     if not wants_s2:
         return dense(query, key, value, documents, told.window, scaling, kwargs.get("s_aux"))
@@ -136,8 +135,7 @@ def s2attn_forward(
         scaling,
         kwargs.get("s_aux"),
         first_shifted_head=first_shifted_head(config.num_attention_heads, query.shape[1]),
-        sink=told.window is None and _pattern.sink(config),  # of a layer's own window it never was a part
-        window=_pattern.smaller(told.window, _pattern.window(config)),
+        **_pattern.of_layer(config, told.window),
     )
 
 

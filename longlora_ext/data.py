@@ -100,7 +100,7 @@ class PackedSequences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             "train_documents": len(self.document_starts) - 1,
             "train_tokens": int(self.document_starts[-1]),
             "train_sha256": digest.hexdigest(),
-            **({"rows": "padded"} if self.own_rows else {}),
+            "rows": "padded" if self.own_rows else "packed",
         }
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:

@@ -136,7 +136,7 @@ class _TiledLoss:
         """
         with torch.no_grad():
             own = self._head(hidden[:, -1:])
-        if not torch.allclose(own, logits, rtol=1e-2, atol=1e-3, equal_nan=True):
+        if not torch.allclose(own.float(), logits.float(), rtol=1e-2, atol=1e-3, equal_nan=True):
             raise ValueError(
                 f"the loss of {type(self.model).__name__} cannot be tiled: its logits are more than its output layer's "
                 "result. Train it without tile_loss"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import pickle
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
@@ -11,8 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
-from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files, has_file
 
+#: Of what `cached_file` takes, what `has_file` takes too.
+_ASKED = ("cache_dir", "local_files_only", "revision", "token")
 _POINTER = b"version https://git-lfs"
 
 
@@ -108,11 +109,16 @@ def listed(names: Collection[str]) -> str:
 
 
 def weight_files(model: str, **hub_arguments: Any) -> list[str]:
-    """The files with the weights of a model folder, or of a model on the hub; none if it has no such files."""
+    """The files with the weights of a model folder, or of a model on the hub; none if it has no such files.
+
+    Raises:
+        OSError: They are there, and cannot be fetched.
+    """
+    asked = {name: value for name, value in hub_arguments.items() if name in _ASKED}
     for single, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
-        with contextlib.suppress(OSError):
+        # Asked first, so that a full disk or a lost connection is not taken for a file that is not there.
+        if has_file(model, single, **asked):
             return [str(cached_file(model, single, **hub_arguments))]
-        with contextlib.suppress(OSError):
-            index_file = cached_file(model, index, **hub_arguments)
-            return get_checkpoint_shard_files(model, index_file, **hub_arguments)[0]
+        if has_file(model, index, **asked):
+            return get_checkpoint_shard_files(model, cached_file(model, index, **hub_arguments), **hub_arguments)[0]
     return []

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import datasets
 import matplotlib.image
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -59,6 +61,17 @@ def test_the_parts_are_all_of_what_a_window_scores() -> None:
         assert sum(cell["by_position"]) == pytest.approx(cell["negative_log_likelihood"]) and cell["scored"] == 31
 
 
+def test_a_loss_that_is_no_number_is_shown_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the file it is the text "nan", from which the same command makes its table."""
+    words = ("perplexity", "--model", "tiny", "--text", "books", "--lengths", 30, "--by_position", 2)
+    monkeypatch.setattr("app.evaluation.position_task.losses_by_position", lambda *_, **__: np.full(29, np.nan))
+    first = run(*words)
+    shutil.rmtree("out/results.txt", ignore_errors=True)
+    again = run(*words)
+    assert set(map(str, first["summary"]["perplexity"].values())) == {"nan"}
+    assert again["summary"] == first["summary"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -66,6 +79,7 @@ def test_the_parts_are_all_of_what_a_window_scores() -> None:
         (["--stride", 8], "--stride has no effect with --by_position"),
         (["--score", "all"], "--score has no effect with --by_position"),
         (["--lengths", 8], "--by_position 8 is more parts than a window of 8 has tokens"),
+        (["--lengths", 200, "--beyond_trained_length", "--keep_short"], "no document has 200 tokens"),
     ],
 )
 def test_what_does_not_go_together_is_an_error(words: list, message: str, capsys) -> None:

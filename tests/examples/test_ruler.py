@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import matplotlib.image
 import pytest
 import torch
@@ -204,6 +205,17 @@ def test_a_chat_template_is_used_where_there_is_one(tokenizer, tmp_path: Path) -
         assert prompt.startswith(begins) and ends in prompt[-150:] and prompt.endswith(" is")
     plain = asked(tokenizer, solved, tasks=["niah_single"], lengths=[2000])
     assert plain.settings["prompt"] == "plain text"
+
+
+def test_another_text_of_the_same_name_is_another_haystack(tokenizer, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    settings = []
+    for row in ("It was late.", "It was early."):
+        (tmp_path / "book.jsonl").write_text(json.dumps({"text": row}) + "\n" + json.dumps({"text": None}) + "\n")
+        task = asked(tokenizer, solved, haystack=[str(tmp_path / "book.jsonl")])
+        assert set(task.haystack(3)) == {row}  # and not the word None
+        settings.append(task.settings)
+    assert settings[0]["haystack"] == settings[1]["haystack"] and settings[0] != settings[1]
 
 
 def test_questions_do_not_depend_on_what_was_asked_before(tokenizer) -> None:

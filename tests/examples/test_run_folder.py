@@ -120,6 +120,28 @@ def test_leftovers_of_a_kill_are_removed(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"run.json", ".lock"}
 
 
+def test_what_another_program_writes_there_stays(tmp_path: Path) -> None:
+    """A merge into the run's folder, say, that goes on while the run is made longer."""
+    (tmp_path / ".merged.unfinished-1").mkdir()
+    (tmp_path / "run.json").write_text("{}")
+    with held(tmp_path / ".merged.unfinished-1.lock"):
+        claim(tmp_path, "latest")
+    assert (tmp_path / ".merged.unfinished-1").is_dir() and (tmp_path / ".merged.unfinished-1.lock").exists()
+
+
+def test_rows_made_in_another_way_are_another_run(tmp_path: Path) -> None:
+    """Also where the checkpoint is of a time when packed rows were not named."""
+    checkpoint = tmp_path / "checkpoint-2"
+    checkpoint.mkdir()
+    (tmp_path / "run.json").write_text("{}")
+    marker = {"step": 2, "resumable": True, "settings": {"seed": 1, "train_sha256": "a"}}
+    (checkpoint / "complete.json").write_text(json.dumps(marker))
+    run = Run.open(str(tmp_path), "true", "model-64", {"seed": 1})
+    with pytest.raises(ValueError, match="checkpoint-2 belongs to another run: rows was 'packed' and is 'padded'"):
+        run.settle({"train_sha256": "a", "rows": "padded"})
+    run.settle({"train_sha256": "a", "rows": "packed"})
+
+
 def test_a_folder_belongs_to_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with held(tmp_path / "finetuned" / "model-64" / ".lock"):

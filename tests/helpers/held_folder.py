@@ -20,8 +20,8 @@ sys.stdin.read()
 
 @contextmanager
 def held(lock: Path) -> Iterator[None]:
-    """A lock in a new folder, held by another process."""
-    lock.parent.mkdir(parents=True)
+    """A lock in a folder, made if need be, held by another process."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-c", HOLDER, str(lock)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "locked\n"

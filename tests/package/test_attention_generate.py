@@ -111,7 +111,11 @@ def test_compiled_eval_keeps_documents_apart() -> None:
     assert_close(compiled(**batch, use_cache=False).logits, model(**batch).logits)
 
 
-@pytest.mark.parametrize("pattern", [{}, {"s2attn_sink": True, "s2attn_window": 3}], ids=["groups", "sink-window"])
+@pytest.mark.parametrize(
+    "pattern",
+    [{}, {"s2attn_sink": True, "s2attn_window": 3}, {"s2attn_dense_layers": [0]}],
+    ids=["groups", "sink-window", "dense-layer"],
+)
 @pytest.mark.parametrize("padding", ["none", "left"])
 def test_mode_s2_with_a_cache_is_that_without(padding: str, pattern: dict) -> None:
     """Token by token and a prompt in parts."""

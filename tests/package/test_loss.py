@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutput
 
 from longlora_ext.adapter import lora_config, prepare_model
 from longlora_ext.loss import tile_loss, why_not_tiled
@@ -123,6 +125,22 @@ def test_models_that_change_their_logits_are_refused(monkeypatch: pytest.MonkeyP
     tile_loss(model)
     with pytest.raises(ValueError, match="cannot be tiled: its logits are more than its output layer's result"):
         model(**batch())
+
+
+class FloatLogits(LlamaForCausalLM):
+    """As some models have it: float32 logits of an output layer in bfloat16."""
+
+    def forward(  # type: ignore[override]
+        self, input_ids: torch.Tensor, labels: torch.Tensor, logits_to_keep: int = 0
+    ) -> CausalLMOutput:
+        logits = self.lm_head(self.model(input_ids).last_hidden_state[:, -logits_to_keep:]).float()
+        return CausalLMOutput(loss=self.loss_function(logits, labels, vocab_size=VOCABULARY), logits=logits)
+
+
+def test_logits_in_another_dtype_than_the_output_layer_are_tiled() -> None:
+    model = FloatLogits(tiny_config()).bfloat16().train()
+    loss = model(**batch()).loss.item()
+    assert tile_loss(model)(**batch()).loss.item() == pytest.approx(loss, rel=1e-3)
 
 
 def test_other_refusals() -> None:

@@ -64,6 +64,13 @@ def test_a_scaled_model_is_an_error(present: str) -> None:
         extend_config(config, 1024, rope_type="ntk")
 
 
+def test_thetas_of_the_layers_are_an_error() -> None:
+    """The model would not look at the one that is changed."""
+    config = tiny_config(layer_rope_theta=[1e4, 1e6])
+    with pytest.raises(ValueError, match="layers of this model have thetas of their own"):
+        extend_config(config, 1024, rope_type="ntk")
+
+
 def test_another_type_goes_on_from_there() -> None:
     """It is a model with another theta, to every type."""
     config = extend_config(extend_config(tiny_config(), 128, rope_type="ntk"), 256)

@@ -8,7 +8,6 @@ A cell is one window. A document's end that fills no window is left out, so that
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +47,8 @@ class PositionTask(PerplexityTask):
             for number, document in enumerate(self.documents)
             for begin in range(0, len(document) - length + 1, length)
         }
+        if not windows:
+            raise ValueError(f"no document has {length:,} tokens, and --by_position reads whole windows")
         self.cells = {cell: [window] for cell, window in windows.items()}
 
     def compute(self, cell: str, progress: Callable[[int], object]) -> dict[str, Any]:
@@ -66,7 +67,8 @@ class PositionTask(PerplexityTask):
 
     def summary(self, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """By part of the window, perplexity and how many tokens were scored."""
-        losses = [math.fsum(column) for column in zip(*(r["by_position"] for r in results.values()), strict=True)]
+        columns = zip(*(r["by_position"] for r in results.values()), strict=True)
+        losses = [sum(map(float, column)) for column in columns]  # what is not finite stands in a file as "nan"
         begins = [1, *self.edges[1:-1]]
         scored = [len(results) * (end - begin) for begin, end in zip(begins, self.edges[1:], strict=True)]
         names = [f"{begin}-{end}" for begin, end in zip(self.edges, self.edges[1:], strict=False)]

@@ -16,16 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import GenerationConfig
 
 from app.evaluation.answer_nats import answer_ids
+from app.evaluation.greedy import Greedy
 from app.evaluation.heat_map import heat_map
 from app.evaluation.one_reading import answer_and_losses
 from app.evaluation.prompts import ADJECTIVES, FILLER, NOUNS, Retrieval, needles, passkey
 from app.inputs.prompt import prompt_ids
 from app.models.suitable import check_largest_token
 from app.models.use_model import OpenedModel
-from longlora_ext.adapter import stops
 
 ANSWER_TOKENS = 16  # of the length, kept free for the answer
 MIN_FILLER = 4  # sentences; with fewer there is no depth to speak of
@@ -53,11 +52,7 @@ class RetrievalTask:
         self.name: str = options.task
         self.count: int = options.needles if self.name == "needles" else 1
         self.opened = opened
-        eos = opened.tokenizer.eos_token_id
-        self.stops = sorted({*stops(opened.model.generation_config), *([] if eos is None else [eos])})
-        # What is asked for here leaves the rest to the model's own: nothing but the likeliest token shall count.
-        for module in (opened.model, opened.base):
-            module.generation_config = GenerationConfig()
+        self.greedy = Greedy(opened)
         self.depths: list[float] = options.depths
         self.trials: int = options.trials
         self.seed: int = options.seed
@@ -160,13 +155,8 @@ class RetrievalTask:
         wanted = self._retrieval(length, depth, trial).answer
         tokenizer = self.opened.tokenizer
         ids = self._ids(prompt)
-        generation = GenerationConfig(
-            max_new_tokens=ANSWER_TOKENS,
-            do_sample=False,
-            eos_token_id=self.stops or None,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        )
-        said, losses = answer_and_losses(self.opened, ids, answer_ids(tokenizer, prompt, f" {wanted}"), generation)
+        right = answer_ids(tokenizer, prompt, f" {wanted}")
+        said, losses = answer_and_losses(self.opened, ids, right, self.greedy.up_to(ANSWER_TOKENS))
         answer = str(tokenizer.decode(said, skip_special_tokens=True))
         digits = re.search(r"\d+", answer)
         return {

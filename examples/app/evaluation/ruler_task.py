@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import bisect
+import hashlib
 import random
 import re
 from collections.abc import Callable
@@ -17,9 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig
 
 from app.evaluation import ruler
+from app.evaluation.greedy import Greedy
 from app.evaluation.heat_map import heat_map
 from app.inputs.files import load_documents
 from app.inputs.prompt import prompt_ids
@@ -27,7 +28,6 @@ from app.inputs.template import ChatTemplate
 from app.models.suitable import check_largest_token
 from app.models.use_model import OpenedModel
 from longlora_ext._processes import first_process_first
-from longlora_ext.adapter import stops
 
 #: What a chat template takes for today, so that a prompt is the same on every day.
 DAY = date(2024, 7, 26)
@@ -53,10 +53,7 @@ class RulerTask:
 
     def __init__(self, options: argparse.Namespace, opened: OpenedModel) -> None:
         self.opened = opened
-        eos = opened.tokenizer.eos_token_id
-        self.stops = sorted({*stops(opened.model.generation_config), *([] if eos is None else [eos])})
-        for module in (opened.model, opened.base):  # nothing but the likeliest token shall count
-            module.generation_config = GenerationConfig()
+        self.greedy = Greedy(opened)
         self.tasks: list[str] = options.tasks or list(ruler.TASKS)
         self.trials: int = options.trials
         self.seed: int = options.seed
@@ -77,7 +74,7 @@ class RulerTask:
             "lengths": self.lengths,
             "trials": self.trials,
             "seed": self.seed,
-            "haystack": source,
+            **source,
             "prompt": "the model's chat template" if self.template else "plain text",
             "score": "recall",
             "decoding": "greedy with a KV cache, one prompt at a time, 30 to 128 tokens by task",
@@ -86,16 +83,17 @@ class RulerTask:
         example = self._ids(self._question(self.tasks[0], self.lengths[0], 0), 1)
         check_largest_token(opened.base.config, max(example))
 
-    def _haystack(self, sources: list[str] | None, column: str) -> tuple[ruler.Haystack, str]:
-        """The haystack of noise, or of a text, and what it is called."""
+    def _haystack(self, sources: list[str] | None, column: str) -> tuple[ruler.Haystack, dict[str, str]]:
+        """The haystack of noise, or of a text, and what tells it from any other."""
         if not sources:
-            return ruler.noise, "noise"
+            return ruler.noise, {"haystack": "noise"}
         documents = first_process_first(lambda: load_documents(sources, column))
-        text = " ".join(str(document) for document in documents["text"][:100])
+        text = " ".join(document for document in documents["text"][:100] if document)
         sentences = [part for part in re.split(r"(?<=[.!?])\s+", text) if part.strip()]
         if not sentences:
             raise ValueError(f"--haystack {' '.join(sources)} holds no text")
-        return ruler.of_text(sentences), " ".join(sources)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        return ruler.of_text(sentences), {"haystack": " ".join(sources), "haystack_sha256": digest}
 
     def _shortest(self, task: str) -> int:
         """Tokens of the shortest prompt worth asking with, and its answer. Several: words differ in tokens."""
@@ -146,19 +144,11 @@ class RulerTask:
         question, room = self._question(task, length, trial), ruler.TASKS[task].room
         units = bisect.bisect_right(range(length), length - room, key=lambda n: len(self._ids(question, n))) - 1
         ids = torch.tensor([self._ids(question, units)], device=self.opened.model.device)
-        tokenizer = self.opened.tokenizer
         self.opened.forget_length()
         said = self.opened.model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            generation_config=GenerationConfig(
-                max_new_tokens=room,
-                do_sample=False,
-                eos_token_id=self.stops or None,
-                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            ),
+            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=self.greedy.up_to(room)
         )
-        answer = str(tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True))
+        answer = str(self.opened.tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True))
         return {
             "tokens": ids.shape[1],
             "wanted": list(question.answers),

@@ -16,6 +16,7 @@ from typing import Any
 from app.runs.checkpoints import read_marker, remove_incomplete, write_json
 from app.runs.launch import say
 from app.runs.run_folder import RUN_FILE, differences, find_checkpoint, take_folder
+from longlora_ext._folders import remove_abandoned
 from longlora_ext._processes import on_first_process
 
 
@@ -92,7 +93,8 @@ class Run:
         """
 
         def compare() -> None:
-            if others := differences(self.marker.get("settings", {}), settings):
+            # Before 0.1.0 was out, packed rows of a text were not named.
+            if others := differences({"rows": "packed"} | self.marker.get("settings", {}), settings):
                 raise ValueError(f"{self.checkpoint} belongs to another run: {'; '.join(others)}")
             if self.repeats and (others := differences(self.repeats["settings"], settings)):
                 raise ValueError(
@@ -112,8 +114,7 @@ class Run:
         self.manifest = manifest
 
         def write() -> None:
-            for leftover in self.folder.glob(".*.unfinished*"):  # folders that were to appear, and their locks
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            remove_abandoned(self.folder)
             for name in remove_incomplete(self.folder):
                 say(f"removed {name}: the run was stopped while it wrote it")
             write_json(self.folder / RUN_FILE, manifest)

@@ -99,8 +99,11 @@ class Measurement(TrainerCallback):
         interruption."""
         assert model is not None
         if state.global_step == 0:
-            with old_rotary_embedding(model, self.base_config):
-                self.measure(model, args, BEFORE)
+            if reason := why_not_before(model, self.base_config):
+                say(f"note: perplexity is not measured before RoPE is scaled: {reason}")
+            else:
+                with old_rotary_embedding(model, self.base_config):
+                    self.measure(model, args, BEFORE)
             if len(self.lengths) > 1:
                 self.measure(model, args, SCALED)
 
@@ -130,6 +133,17 @@ class Measurement(TrainerCallback):
                 values = (self.rows[row][str(length)] for length in self.lengths)
                 lines.append(f"{row:<14}" + "".join(f"{value:>10.2f}" for value in values))
         return "\n".join(lines) + "\n"
+
+
+def why_not_before(model: torch.nn.Module, base_config: PreTrainedConfig) -> str | None:
+    """Why `old_rotary_embedding` does not make a model what it was, in words; `None` if it does."""
+    for path, module in model.named_modules():
+        if type(module).__name__.endswith("RotaryEmbedding") and not path.endswith("rotary_emb"):
+            return f"{path} counts positions as well (granite_swa has such, one for each theta)"
+    rope: Any = base_config.rope_parameters or {}
+    if rope.get("mscale_all_dim"):
+        return "the model's attention too depends on RoPE's factor (mscale_all_dim, as in DeepSeek-V2 and V3)"
+    return None
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from app.evaluation.prompts import passkey
 from app.runs.checkpoints import write_json
 from app.runs.launch import say
 from app.runs.run import Run
-from app.training.measure import AFTER, BEFORE, Measurement, old_rotary_embedding
+from app.training.measure import AFTER, BEFORE, Measurement, old_rotary_embedding, why_not_before
 from app.training.options import ModelOptions
 from longlora_ext._processes import is_first_process
 from longlora_ext.config import context_length
@@ -98,8 +98,11 @@ class RetrievalGuard(TrainerCallback):
         interruption."""
         assert model is not None
         if state.global_step == 0:
-            with old_rotary_embedding(model, self.base_config):
-                self.measure(model, args, BEFORE)
+            if reason := why_not_before(model, self.base_config):
+                say(f"note: pass keys are not asked for before RoPE is scaled: {reason}")
+            else:
+                with old_rotary_embedding(model, self.base_config):
+                    self.measure(model, args, BEFORE)
 
     def measure(self, model: torch.nn.Module, args: TrainingArguments, row: str) -> None:
         """Ask for all pass keys. Collective: each process asks for all, as ZeRO-3 needs."""
@@ -134,7 +137,7 @@ class RetrievalGuard(TrainerCallback):
 
     def _mean(self, row: str) -> tuple[float, int]:
         """Mean nats, and how many were found."""
-        nats = self.record[row]["nats"]
+        nats = list(map(float, self.record[row]["nats"]))  # what is not finite stands in a file as "nan"
         return sum(nats) / len(nats), sum(self.record[row]["found"])
 
 

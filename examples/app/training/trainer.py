@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -50,7 +51,7 @@ def make_trainer(
 
     marker = CompletionMarker(take_over_rotation(args), to_go_on)
     # Resumed at its end, a run would do one step too many. Of one sequence an epoch is one step: all are over then.
-    is_over = 0 < args.max_steps <= run.step
+    is_over = 0 < steps_of(args, len(data.rows), args.world_size // options.sequence_parallel_size) <= run.step
     return trainer_of(options)(
         model=model,
         args=args,
@@ -59,3 +60,18 @@ def make_trainer(
         data_collator=partial(pad_rows, pad_token_id=data.pad_token_id),
         callbacks=[StopAtNaN(), marker, *filter(None, (*further, measurement, guard))],
     )
+
+
+def steps_of(args: TrainingArguments, rows: int, at_once: int) -> int:
+    """The steps of a whole run, as the Trainer counts them.
+
+    Args:
+        args: The Trainer's arguments.
+        rows: Rows of its data.
+        at_once: How many processes, or groups of such that share a sequence, have rows of their own.
+    """
+    if args.max_steps > 0:
+        return args.max_steps
+    whole = math.floor if args.dataloader_drop_last else math.ceil
+    batches = whole(rows / (args.per_device_train_batch_size * at_once))
+    return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
