@@ -93,8 +93,10 @@ class Run:
         """
 
         def compare() -> None:
-            # Before 0.1.0 was out, packed rows of a text were not named.
-            if others := differences({"rows": "packed"} | self.marker.get("settings", {}), settings):
+            recorded = self.marker.get("settings", {})
+            if recorded:  # before 0.1.0 was out, packed rows of a text were not named
+                recorded = {"rows": "packed", **recorded}
+            if others := differences(recorded, settings):
                 raise ValueError(f"{self.checkpoint} belongs to another run: {'; '.join(others)}")
             if self.repeats and (others := differences(self.repeats["settings"], settings)):
                 raise ValueError(
