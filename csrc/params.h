@@ -22,7 +22,7 @@ struct Problem {
   int64_t heads;
   int64_t kv_heads;  // divides heads
   int64_t head_dim;
-  int64_t group_size;          // even, clamped by clamp_group_size
+  int64_t group_size;          // even, bounded by bound_group_size
   int64_t first_shifted_head;  // query heads from here on are shifted
   int64_t window;              // the most keys that a row sees, itself the last of them; seqlen_k where all may be
   bool sink;                   // each row sees the first token of its document besides

@@ -62,6 +62,7 @@ def page(verdicts: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    from every_decoder import kinds, verdict
+    from every_decoder import verdict
+    from small_decoders import kinds
 
     PAGE.write_text(page({kind: verdict(kind) for kind in kinds()}), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Evaluate a model with a long context: perplexity, passkey retrieval, one needle among several.
+"""Evaluate a model with a long context: perplexity, passkey retrieval, one needle among several, RULER.
 
     python examples/evaluate.py perplexity --model MODEL --text books/
     python examples/evaluate.py --help

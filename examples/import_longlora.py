@@ -61,7 +61,6 @@ def main(argv: Sequence[str]) -> None:
     if WORLD_SIZE > 1:
         fail("one process imports: start it with python")
     warnings.filterwarnings("ignore", category=FutureWarning)  # of one library about another
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where installed, says that it found no GPU
     release = options.release
     given = {name: getattr(options, name) for name in ("base_model", "context_length")}
     with one_clear_error():

@@ -80,7 +80,6 @@ def main(argv: Sequence[str]) -> None:
     if WORLD_SIZE > 1:
         fail("one process merges: start it with python")
     warnings.filterwarnings("ignore", category=FutureWarning)  # of one library about another
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where installed, says that it found no GPU
     adapter = options.adapter_folder
     given = {name: getattr(options, name) for name in ("base_model", "dtype", "max_shard_size")}
     with one_clear_error():
