@@ -27,10 +27,7 @@ from finetune_runs import small_run
 from longlora_ext.adapter import load, lora_config, prepare_model, stop_at, stops
 from tiny_models import tiny_model
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 # --- which token ------------------------------------------------------------------------------------------------

@@ -27,14 +27,9 @@ from longlora_ext.config import extend_config
 from patience import patience
 from plain_perplexity import brute_force
 
+pytestmark = pytest.mark.usefixtures("alone")
+
 LONGER = 4 * CONTEXT
-
-
-@pytest.fixture(autouse=True)
-def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Each test in a folder of its own."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")

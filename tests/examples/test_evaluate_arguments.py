@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from types import ModuleType
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -19,12 +18,7 @@ from app.models import use_model
 from evaluate_runs import make_books, refusal
 from finetune_runs import make_model
 
-
-@pytest.fixture(autouse=True)
-def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Each test in a folder of its own."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import multiprocessing
 import os
 import re
-import resource
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -19,14 +15,9 @@ import pytest
 
 import longlora_ext.attention  # noqa: F401
 from app.inputs.files import find_files, load_documents, read_tables
-from app.inputs.tokens import tokenise
-from patience import wait_until
-from tiny_texts import character_tokenizer
+from tiny_texts import write_bytes, write_document
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture
@@ -86,15 +77,24 @@ def test_text_column_does_not_concern_text_files(files: Path) -> None:
         (lambda folder: folder / "*.tsv", "no such file, folder or glob pattern"),
         (lambda folder: folder / "ignored.bin", r"cannot read files ending in '.bin'; can read .json, "),
         (lambda folder: _touch(folder / "empty"), "holds no file to train on"),
-        (lambda folder: _write(folder / "x.jsonl", b'{"body": "x"}\n'), "no column 'text'; it has body"),
-        (lambda folder: _write(folder / "x.jsonl", b'{"text": [1, 2]}\n'), "not text"),
-        (lambda folder: _write(folder / "x.jsonl", b'{"text": "x\n'), "cannot read .*x.jsonl as json"),
-        (lambda folder: _write(folder / "x.jsonl", b""), "x.jsonl as json: it has no rows"),
-        (lambda folder: _write(folder / "x.json", b"[]"), "x.json as json: it has no rows"),
-        (lambda folder: _write(folder / "x.txt", b"abc\xfa"), "x.txt as text: it is no text in UTF-8: .* at byte 3 "),
-        (lambda folder: _write(folder / "x.jsonl.gz", b"no"), "cannot read .*x.jsonl.gz as json: Not a gzipped file"),
-        (lambda folder: _write(folder / "x.tar.gz", b""), r"cannot read files ending in '.gz'; can read .*also as .gz"),
-        (lambda folder: _write(folder / "x.parquet", b"nothing"), "cannot read .*x.parquet as parquet"),
+        (lambda folder: write_bytes(folder / "x.jsonl", b'{"body": "x"}\n'), "no column 'text'; it has body"),
+        (lambda folder: write_bytes(folder / "x.jsonl", b'{"text": [1, 2]}\n'), "not text"),
+        (lambda folder: write_bytes(folder / "x.jsonl", b'{"text": "x\n'), "cannot read .*x.jsonl as json"),
+        (lambda folder: write_bytes(folder / "x.jsonl", b""), "x.jsonl as json: it has no rows"),
+        (lambda folder: write_bytes(folder / "x.json", b"[]"), "x.json as json: it has no rows"),
+        (
+            lambda folder: write_bytes(folder / "x.txt", b"abc\xfa"),
+            "x.txt as text: it is no text in UTF-8: .* at byte 3 ",
+        ),
+        (
+            lambda folder: write_bytes(folder / "x.jsonl.gz", b"no"),
+            "cannot read .*x.jsonl.gz as json: Not a gzipped file",
+        ),
+        (
+            lambda folder: write_bytes(folder / "x.tar.gz", b""),
+            r"cannot read files ending in '.gz'; can read .*also as .gz",
+        ),
+        (lambda folder: write_bytes(folder / "x.parquet", b"nothing"), "cannot read .*x.parquet as parquet"),
     ],
 )
 def test_what_cannot_be_read_is_named(files: Path, make, message: str) -> None:  # type: ignore[no-untyped-def]
@@ -102,21 +102,9 @@ def test_what_cannot_be_read_is_named(files: Path, make, message: str) -> None: 
         load_documents([str(make(files))])
 
 
-def _write_document(path: Path, text: str) -> None:
-    if path.suffix == ".parquet":
-        pandas.DataFrame({"text": [text]}).to_parquet(path)
-    else:
-        path.write_text(text if path.suffix == ".txt" else json.dumps({"text": text}) + "\n")
-
-
 def _touch(folder: Path) -> Path:
     folder.mkdir()
     return folder
-
-
-def _write(path: Path, content: bytes) -> Path:
-    path.write_bytes(content)
-    return path
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
@@ -124,7 +112,7 @@ def test_a_name_is_no_pattern(tmp_path: Path, suffix: str) -> None:
     folder = tmp_path / "g[1]"
     folder.mkdir()
     for name in ("a[1]", "a1", "b*", "b2", "c:d", "e::f"):
-        _write_document(folder / f"{name}{suffix}", name)
+        write_document(folder / f"{name}{suffix}", name)
     assert load_documents([str(folder / f"a[1]{suffix}")])["text"][:] == ["a[1]"]
     (tmp_path / "g1").mkdir()
     assert load_documents([str(folder / f"b?{suffix}")])["text"][:] == ["b*", "b2"]  # g1 is not meant
@@ -135,40 +123,6 @@ def test_a_relative_name_with_a_colon(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     Path("file:x.txt").write_text("x")
     assert load_documents(["file:x.txt"])["text"][:] == ["x"]
-
-
-def wait_for_tick(probe: Path) -> None:
-    """Wait until the clock of the file system has gone on: every few milliseconds on most, every second on some."""
-    probe.touch()
-    begun = probe.stat().st_ctime_ns
-
-    def ticked() -> bool:
-        probe.touch()
-        return probe.stat().st_ctime_ns > begun
-
-    wait_until(ticked)
-    probe.unlink()
-
-
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
-@pytest.mark.parametrize("how", ["written over", "moved there"])
-def test_another_text_with_the_same_time_is_read_anew(tmp_path: Path, suffix: str, how: str) -> None:
-    text, other = tmp_path / f"text{suffix}", tmp_path / f"other{suffix}"
-    for path, content in ((text, "aaa"), (other, "bbb")):
-        _write_document(path, content)
-        os.utime(path, (1e9, 1e9))
-    tokenizer = character_tokenizer()
-    assert tokenise(load_documents([str(text)]), tokenizer).ids(0).tolist() == [3, 3, 3, 1]
-    wait_for_tick(tmp_path / "probe")
-    shutil.copy2(other, text) if how == "written over" else other.replace(text)
-    assert text.stat().st_mtime == 1e9
-    assert tokenise(load_documents([str(text)]), tokenizer).ids(0).tolist() == [4, 4, 4, 1]
-
-
-def test_the_same_text_comes_from_the_cache(tmp_path: Path) -> None:
-    text = _write(tmp_path / "x.txt", b"abc")
-    first, again = (load_documents([str(text)]) for _ in range(2))
-    assert first.cache_files == again.cache_files and len(list((tmp_path / "cache").glob("longlora_text/*"))) == 1
 
 
 def test_hub_names_are_recognised() -> None:
@@ -201,9 +155,6 @@ def test_hub_dataset_is_loaded_with_its_config_and_split(monkeypatch: pytest.Mon
         ("o/n", "c", {"split": "train"}),
         ("o/n", "c", {"split": "s"}),
     ]
-
-
-# --- what is found ----------------------------------------------------------------------------------------------
 
 
 def test_what_is_left_out_of_a_folder_is_said(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -283,90 +234,3 @@ def test_what_may_not_be_read_is_named() -> None:
                 load_documents([name])
         finally:
             os.seteuid(0)
-
-
-# --- the cache --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("read", ["text", "rows", "tokens"])
-def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: str) -> None:
-    """Below a file, and on a disk that takes no more."""
-    text = str(_write(tmp_path / "x.jsonl", b'{"text": "%s"}\n' % (b"abc " * 50_000)))
-    documents = load_documents([text]) if read == "tokens" else None
-
-    def work() -> None:
-        if documents is not None:
-            tokenise(documents, character_tokenizer())
-        else:
-            list(read_tables([text])) if read == "rows" else load_documents([text])
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
-    try:
-        with pytest.raises(OSError, match=r"^the cache, .*/cache, cannot be written to: File too large. "):
-            work()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    work()  # nothing half written is left
-    if read != "tokens":
-        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path(text) / "cache")
-        with pytest.raises(OSError, match=r"^the cache, .*/x.jsonl/cache, cannot be written to: Not a directory. "):
-            work()
-
-
-def test_stopped_by_hand_it_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = _write(tmp_path / "x.jsonl", b'{"text": "a"}\n' * 30_000)
-
-    def stop(self: object, rows: list[bytes]) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr("app.inputs.cache._Builder._table", stop)
-        with pytest.raises(KeyboardInterrupt):
-            load_documents([str(text)])
-    assert not list((tmp_path / "cache").rglob("*.arrow"))
-    assert len(load_documents([str(text)])) == 30_000
-
-
-def test_processes_take_turns(tmp_path: Path) -> None:
-    text = _write(tmp_path / "x.jsonl", b'{"text": "a"}\n' * 30_000)
-    with multiprocessing.get_context("fork").Pool(3) as pool:
-        found = pool.map(_read, [str(text)] * 3)
-    assert len(set(found)) == 1 and found[0][1] == 30_000
-
-
-def _read(file: str) -> tuple[str, int]:
-    documents = load_documents([file])
-    return documents.cache_files[0]["filename"], len(documents)
-
-
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak cannot be measured here")
-@pytest.mark.parametrize("kind", ["lines", "array", "texts", "parquet", "packed"])
-def test_memory_does_not_grow_with_a_file(tmp_path: Path, kind: str) -> None:
-    """Of 128 MB of text a few pieces are in memory at once. The texts are written one by one, for the same reason."""
-    texts = (f"{number:03} " + "word " * 200_000 for number in range(128))
-    if kind == "texts":
-        for number, text in enumerate(texts):
-            (tmp_path / f"{number:03}.txt").write_text(text)
-    elif kind == "parquet":
-        with pyarrow.parquet.ParquetWriter(tmp_path / "x.parquet", pyarrow.schema({"text": "string"})) as writer:
-            for text in texts:
-                writer.write_table(pyarrow.table({"text": [text]}))
-    else:
-        name = {"lines": "x.jsonl", "array": "x.json", "packed": "x.jsonl.gz"}[kind]
-        with (gzip.open if kind == "packed" else open)(tmp_path / name, "wt") as file:
-            for number, text in enumerate(texts):
-                file.write(("[" if number == 0 else ",") if kind == "array" else "\n")
-                json.dump({"text": text}, file)
-            file.write("]" if kind == "array" else "")
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    documents = load_documents([str(tmp_path)])
-    assert resident("VmHWM") - before < 100e6
-    assert [text[:4] for text in documents["text"]] == [f"{number:03} " for number in range(128)]
-
-
-def resident(what: str) -> int:
-    """Bytes in memory: now, `VmRSS`, or at most, `VmHWM`."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
-    return int(line.split()[1]) * 1024

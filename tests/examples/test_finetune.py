@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import shlex
 import subprocess
@@ -147,14 +146,12 @@ def test_smollm2_for_a_few_steps(tmp_path: Path) -> None:
     (weights,) = folder.glob("**/*.gguf")
     options = {
         "model_name_or_path": weights.parent, "gguf_file": weights.name, "context_length": 8192,
-        "max_steps": 1, "gradient_accumulation_steps": 1, "logging_steps": 1, "eval_tokens": 8192,
+        "max_steps": 1, "gradient_accumulation_steps": 1, "logging_steps": 1, "eval_tokens": 0,
         "output_dir": tmp_path / "out",
     }  # fmt: skip
     done = run(*(str(part) for name, value in options.items() for part in (f"--{name}", value)))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "8,192 tokens, the model's own" in done.stdout
-    found = json.loads((tmp_path / "out" / "perplexity.json").read_text())["perplexity"]
-    assert found["before"]["8192"] < 60  # of Python source: a model that was loaded right
-    assert math.isclose(found["after"]["8192"], found["before"]["8192"], rel_tol=0.05)
-    assert all(1 < loss < 4 for loss in losses(tmp_path / "out").values())
+    ((_, loss),) = losses(tmp_path / "out").items()
+    assert 1 < loss < 4  # of Python source, before anything was trained: a model that was loaded right
     assert load(tmp_path / "out" / "adapter").config.num_attention_heads == 9

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 from app.evaluation.answer_nats import answer_losses
 from app.evaluation.one_reading import answer_and_losses
 from app.models.suitable import check_attention
-from every_decoder import LONGER, NOT_TRIED, VOCABULARY, kinds, plain_attention, small_config
+from every_decoder import LONGER
 from longlora_ext.config import extend_config
+from small_decoders import NOT_TRIED, VOCABULARY, kinds, plain_attention, small_config
 from tiny_models import tiny_model
 
 GREEDY = GenerationConfig(max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)

@@ -6,7 +6,6 @@ import math
 import shutil
 from pathlib import Path
 
-import datasets
 import matplotlib.image
 import numpy as np
 import pytest
@@ -20,10 +19,8 @@ from finetune_runs import make_model
 
 
 @pytest.fixture(autouse=True)
-def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Each test in a folder of its own, with a model and four documents of 15, 51, 71 and 141 tokens."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.chdir(tmp_path)
+def inputs(alone: None, tmp_path: Path) -> None:
+    """A model and four documents of 15, 51, 71 and 141 tokens."""
     make_model(tmp_path / "tiny")
     (tmp_path / "books").mkdir()
     make_books(tmp_path / "books")

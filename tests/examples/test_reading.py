@@ -8,7 +8,6 @@ import json
 from datetime import date
 from pathlib import Path
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -20,12 +19,9 @@ from app.inputs import json_values
 from app.inputs.files import load_documents, read_tables
 from app.inputs.json_values import JsonValues
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 A, B = '{"text": "a"}', '{"text": "b"}'
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 def read(folder: Path, name: str, content: bytes | str, column: str = "text") -> list[str | None]:

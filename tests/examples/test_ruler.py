@@ -10,7 +10,6 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-import datasets
 import matplotlib.image
 import pytest
 import torch
@@ -207,8 +206,7 @@ def test_a_chat_template_is_used_where_there_is_one(tokenizer, tmp_path: Path) -
     assert plain.settings["prompt"] == "plain text"
 
 
-def test_another_text_of_the_same_name_is_another_haystack(tokenizer, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def test_another_text_of_the_same_name_is_another_haystack(tokenizer, own_cache: None, tmp_path: Path) -> None:
     settings = []
     for row in ("It was late.", "It was early."):
         (tmp_path / "book.jsonl").write_text(json.dumps({"text": row}) + "\n" + json.dumps({"text": None}) + "\n")

@@ -25,12 +25,9 @@ from finetune_runs import ROOT, losses, make_model, small_run
 from longlora_ext.data import pad_rows
 from tiny_models import tiny_model
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 PAD = 0
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 def samples(*lengths: int) -> Samples:

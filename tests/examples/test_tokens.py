@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import datasets
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,10 +12,7 @@ from app.inputs.tokens import tokenise
 from longlora_ext.data import PackedSequences
 from tiny_texts import PAD, character_tokenizer, tokenised
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def test_documents_end_with_one_end_of_sequence_token() -> None:

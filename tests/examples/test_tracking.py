@@ -10,7 +10,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 
@@ -24,9 +23,7 @@ NUMBERS = ("loss", "tokens_per_second", "peak_memory_gb", "dense_attention")
 
 
 @pytest.fixture
-def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.chdir(tmp_path)
+def arguments(alone: None, tmp_path: Path) -> list[str]:
     make_model(tmp_path / "model")
     make_text(tmp_path / "text.jsonl")
     return [*small_run(Path("model"), Path("text.jsonl"), Path("out"), steps=4), *DENSE, "--eval_tokens", "0"]

@@ -8,6 +8,7 @@ ASKED, ANSWER = {"role": "user", "content": "of Italy?"}, {"role": "assistant", 
 
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+TOOL = {"type": "function", "function": {"name": "weather", "description": "of a city", "parameters": {}}}
 
 
 def chat(*messages: dict[str, Any], **columns: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """One of two processes that share a tiny model by FSDP (`fully_shard`), started by test_fsdp.py.
 
-    torchrun --nproc_per_node 2 tests/fsdp_worker.py FOLDER CHECK
+    torchrun --nproc_per_node 2 tests/helpers/fsdp_worker.py FOLDER CHECK
 
 A check is a function below; all are called on both processes, without the Trainer and accelerate.
 """

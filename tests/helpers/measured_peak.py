@@ -1,6 +1,6 @@
 """What a step of a small model takes on a CPU, as its allocator saw it: the measure of the planner.
 
-    torchrun --nproc_per_node 2 tests/measured_peak.py FOLDER
+    torchrun --nproc_per_node 2 tests/helpers/measured_peak.py FOLDER
 
 measures that of a sequence that the processes share. The first one writes FOLDER/peak.json.
 """

@@ -1,6 +1,6 @@
 """One of two processes that compare what they compute together with what each computes alone.
 
-    torchrun --nproc_per_node 2 tests/parallel_worker.py RESULT.json
+    torchrun --nproc_per_node 2 tests/helpers/parallel_worker.py RESULT.json
 
 The first one writes what it found, for test_parallel.py to judge.
 """

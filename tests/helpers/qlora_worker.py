@@ -1,6 +1,6 @@
 """QLoRA in a process that has bitsandbytes: train on a 4-bit base, save, load, and compare.
 
-python tests/qlora_worker.py BASE_MODEL ADAPTER
+python tests/helpers/qlora_worker.py BASE_MODEL ADAPTER
 """
 
 from __future__ import annotations

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import datasets
+import pandas
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -25,3 +29,15 @@ def character_tokenizer(add_eos: bool = False) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+
+
+def write_document(path: Path, text: str) -> None:
+    if path.suffix == ".parquet":
+        pandas.DataFrame({"text": [text]}).to_parquet(path)
+    else:
+        path.write_text(text if path.suffix == ".txt" else json.dumps({"text": text}) + "\n")
+
+
+def write_bytes(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path

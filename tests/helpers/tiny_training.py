@@ -37,6 +37,11 @@ def extended_model(base: Path, dtype: torch.dtype = torch.bfloat16) -> PreTraine
     )
 
 
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether input and output embedding are one weight."""
+    return model.get_output_embeddings().weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+
+
 def batches(rank: int = 0) -> Iterable[dict[str, torch.Tensor]]:
     for step in range(STEPS):
         ids = tokens(1, LENGTH, seed=1000 * rank + step)

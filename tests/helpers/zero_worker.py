@@ -1,6 +1,6 @@
 """One process of a DeepSpeed or DDP run that trains for twenty steps and saves, started by test_adapter_zero.py.
 
-    torchrun --nproc_per_node 2 tests/zero_worker.py FOLDER ddp|zero2|zero3|zero3_offload CASE...
+    torchrun --nproc_per_node 2 tests/helpers/zero_worker.py FOLDER ddp|zero2|zero3|zero3_offload CASE...
 
 A case is the name of a base model in FOLDER, with ".full" behind it for full fine-tuning, or ".fp32" for LoRA in fp32
 throughout.

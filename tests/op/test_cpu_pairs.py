@@ -57,7 +57,8 @@ def package(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 )
 def test_numerics(package: Path, chosen: str) -> None:
     """Odd lengths, GQA, documents and head dims from 8 to 256, forward and backward, by the op's own tests."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_op_numerics.py", "-k", chosen]
+    tests = ["test_op_numerics.py", "test_op_not_finite.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", chosen]
     environment = os.environ | {"PYTHONPATH": str(package)}
     where = [sys.executable, "-c", "import longlora_ext; print(longlora_ext.__file__)"]
     found = subprocess.run(where, env=environment, cwd=HERE, capture_output=True, text=True, check=True).stdout

@@ -183,7 +183,7 @@ def extra_memory(seqlen: int, head_dim: int, group_size: int) -> int:
     return int(result.stdout)
 
 
-@pytest.mark.only("cpu", "measures a process; tests/test_op_cuda.py asks torch's allocator")
+@pytest.mark.only("cpu", "measures a process; tests/op/test_op_cuda.py asks torch's allocator")
 @pytest.mark.parametrize(
     ("head_dim", "group_size"), [(64, 512), (8, 32_768), pytest.param(128, 32_768, marks=pytest.mark.full)]
 )
@@ -194,6 +194,18 @@ def test_memory_grows_with_the_length_alone(head_dim: int, group_size: int) -> N
     # out, dout (that of sum() is expanded, and made whole), dq, dk, dv; lse, delta
     outputs = 5 * tensor + 2 * row_stats
     assert extra_memory(seqlen, head_dim, group_size) <= outputs + max(tensor // 2, 20 * 2**20)
+
+
+#: What is run of the operator's tests with each instruction set.
+SHAPES = ["test_op_numerics.py", "-k", "cpu and (forward_and or rounds or conversions)"]
+ALL = [
+    "test_op_numerics.py",
+    "test_op_not_finite.py",
+    "test_op_errors.py",
+    "test_op_torch.py",
+    "-k",
+    "cpu and not instruction_sets",
+]
 
 
 @cache
@@ -208,20 +220,17 @@ def instruction_sets() -> list[str]:
 
 @pytest.mark.only("cpu", "a GPU has no LONGLORA_CPU_ISA")
 @pytest.mark.parametrize(
-    "isa", ["baseline", "avx2", *(pytest.param(isa, marks=pytest.mark.full) for isa in ("avx512", "avx512bf16", "amx"))]
-)
-@pytest.mark.parametrize(
-    "chosen",
+    ("isa", "chosen"),
     [
-        pytest.param(["test_op_numerics.py", "-k", "cpu and (forward_and or rounds or conversions)"], id="shapes"),
-        pytest.param(
-            ["test_op_numerics.py", "test_op_errors.py", "test_op_torch.py", "-k", "cpu and not instruction_sets"],
-            id="all",
-            marks=pytest.mark.full,
+        *((isa, SHAPES) for isa in ("baseline", "avx2")),
+        *(
+            pytest.param(isa, ALL, marks=pytest.mark.full)
+            for isa in ("baseline", "avx2", "avx512", "avx512bf16", "amx")
         ),
     ],
+    ids=lambda value: value if isinstance(value, str) else "shapes" if value is SHAPES else "all",
 )
-def test_other_instruction_sets(chosen: list[str], isa: str) -> None:
+def test_other_instruction_sets(isa: str, chosen: list[str]) -> None:
     """Forward and backward of every shape and dtype, with the kernels that this processor would not choose."""
     if isa not in instruction_sets():
         pytest.skip(f"this processor or build has no {isa}")

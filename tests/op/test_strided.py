@@ -28,7 +28,7 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def check(problem: Problem, **kwargs: object) -> None:
-    """As check_against_reference, and the log-sum-exp with its gradient."""
+    """As check_against_reference."""
     q, k, v = problem.tensors()
     doc_start, options = problem.doc_start(), problem.kwargs() | kwargs
     scale = problem.head_dim**-0.5 if problem.scale is None else problem.scale

@@ -20,8 +20,9 @@ from transformers import (
 
 import longlora_ext.attention  # noqa: F401
 from app.models.suitable import check_attention
-from every_decoder import CONTEXT, LLAMA3, kinds, small_config, verdict
+from every_decoder import verdict
 from longlora_ext import extend_config
+from small_decoders import CONTEXT, LLAMA3, kinds, small_config
 
 DOCS = Path(__file__).parents[2] / "docs"
 PINNED = "5.23.0"  # requirements.txt: other versions have other models

@@ -8,10 +8,11 @@ from transformers import CONFIG_MAPPING, DynamicCache, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import longlora_ext.attention as attention
-from every_decoder import GROUP, small_config
+from every_decoder import GROUP
 from longlora_ext.reference import s2attn_mask
 from op_checks import default_dtype
 from packed_rows import pad, positions_of
+from small_decoders import small_config
 from tiny_models import assert_close, tiny_config, tiny_model, tokens
 
 

@@ -1,7 +1,9 @@
 """Merging shard by shard: the merged model is the adapter model, and only a shard of it is ever in memory."""
 
+import errno
 import itertools
 import json
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -220,4 +222,19 @@ def test_a_weight_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     save_file(weights, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"model.norm.weight is not finite once it is merged, in torch.float16"):
         merge(adapter, tmp_path / "merged", dtype=torch.float16)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_disk_that_is_full_is_not_a_model_without_weights(tmp_path: Path, monkeypatch) -> None:
+    """Nor are the weights taken out of another file that is there as well."""
+    base = fp32_base(tmp_path / "base")
+    torch.save({}, base / "pytorch_model.bin")
+    adapter = save_random_adapter(base, tmp_path / "adapter")
+
+    def full(*_: object, **__: object) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("longlora_ext.adapter._checkpoint.cached_file", full)
+    with pytest.raises((ValueError, OSError), match="No space left on device"):
+        merge(adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()

@@ -221,7 +221,7 @@ def test_arms_of_one_setting_are_not_taken_for_those_of_another(text: Text, tmp_
     trained = tmp_path / "work" / f"s2-{CONTEXT}-0.0005-0" / "checkpoint-4"
     trained.mkdir(parents=True)
     (trained / "trainer_state.json").write_text('{"global_step": 4}')
-    with pytest.raises(ValueError, match=r"s2-1024-0[.]0005-0 is trained to step 4 and cannot be measured at 2 any more"):
+    with pytest.raises(ValueError, match=r"s2-1024-.* is trained to step 4 and cannot be measured at 2 any more"):
         extension.main([*words, "--device", "cpu", "--steps", "2", "--arms", "base", "s2"])
     assert not (tmp_path / "r.json").exists()
     monkeypatch.setattr(extension, "read_text", lambda *_: Text("other", text.train[:1], text.held_out))
