@@ -43,6 +43,7 @@ SHARED_BYTES_TAKEN = 1024  # for each block by the system
 REGISTERS_GRANULE = 256  # of a warp
 QUARTERS = 4  # a warp's registers are in one quarter of a multiprocessor
 
+ELEMENTS = {"bfloat16_t": "bf16", "half_t": "fp16"}
 COUNTED = ("HMMA", "LDSM", "LDGSTS", "BAR", "LDL", "STL")
 
 # The kernels with matrix products, by the names of their Work (csrc/cuda/kernel.h), and that Work itself.
@@ -178,7 +179,7 @@ def tiles(variants: set[tuple[int, int]]) -> dict[tuple[str, int, int], dict[str
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder) / "tiles.cu", Path(folder) / "tiles"
         source.write_text(program)
-        command = [*compile_command("forward_bf16_64_163.cu"), "-x", "cu", str(source), "-o", str(binary)]
+        command = [*compile_command("forward_64_163.cu"), "-x", "cu", str(source), "-o", str(binary)]
         subprocess.run(command, cwd=BUILD, check=True, capture_output=True)
         printed = subprocess.run([binary], capture_output=True, text=True, check=True).stdout
     found = {}
@@ -189,9 +190,9 @@ def tiles(variants: set[tuple[int, int]]) -> dict[tuple[str, int, int], dict[str
 
 
 def built_units() -> list[str]:
-    """Names such as backward_bf16_64_163, by direction, dtype, head dim and the shared memory of a GPU."""
-    names = [path.name.removesuffix(".cu.o").split("_") for path in OBJECTS.glob("*.cu.o")]
-    return ["_".join(parts) for parts in sorted(names, key=lambda parts: (*parts[:2], *map(int, parts[2:])))]
+    """Names such as backward_64_163, by direction, head dim and the shared memory of a GPU."""
+    names = [path.name.removesuffix(".cu.o") for path in OBJECTS.glob("*.cu.o")]
+    return sorted(names, key=lambda name: (name.partition("_")[0], *variant_of(name)))
 
 
 def build_log(unit: str) -> str:
@@ -199,21 +200,21 @@ def build_log(unit: str) -> str:
 
 
 def variant_of(unit: str) -> tuple[int, int]:
-    _, _, head_dim, kib = unit.split("_")
+    _, head_dim, kib = unit.split("_")
     return int(head_dim), int(kib)
 
 
 def measure_unit(name: str, tile_table: dict[tuple[str, int, int], dict[str, int]]) -> Iterator[dict[str, Any]]:
-    """One row for each kernel of a unit such as backward_bf16_64_163."""
-    element, (head_dim, kib) = name.split("_")[1], variant_of(name)
+    """One row for each kernel of a unit such as backward_64_163."""
+    head_dim, kib = variant_of(name)
     log = ptxas_log(build_log(name))
     machine_code = disassemble(OBJECTS / f"{name}.cu.o", ARCHITECTURE)
     assert log.keys() == machine_code.keys(), f"{name}: ptxas and cuobjdump see different kernels"
     mangled = sorted(log)
     demangled = subprocess.run(["c++filt", *mangled], capture_output=True, text=True, check=True).stdout.splitlines()
     for symbol, readable in zip(mangled, demangled, strict=True):
-        parts = find(r"(\w+)<[^<,]+, \d+, \d+(?:, (\w+))?>", readable)  # Work<Element, head dim, KiB, more>
-        kernel = f"{parts[1]}<{parts[2]}>" if parts[2] else parts[1]
+        parts = find(r"(\w+)<cutlass::(\w+), \d+, \d+(?:, (\w+))?>", readable)  # Work<Element, head dim, KiB, more>
+        kernel, element = f"{parts[1]}<{parts[3]}>" if parts[3] else parts[1], ELEMENTS[parts[2]]
         tile = tile_table.get((kernel, head_dim, kib))
         row: dict[str, Any] = {"kernel": kernel, "dtype": element, "head_dim": head_dim, "kib": kib} | log[symbol]
         if tile:
@@ -241,7 +242,7 @@ def measure() -> dict[str, Any]:
 
 def nvcc_version() -> str:
     """Of the nvcc that the build folder was configured with."""
-    says = subprocess.run([compile_command("forward_bf16_64_163.cu")[0], "--version"], capture_output=True, text=True)
+    says = subprocess.run([compile_command("forward_64_163.cu")[0], "--version"], capture_output=True, text=True)
     return find(r"V([\d.]+)", says.stdout)[1]
 
 

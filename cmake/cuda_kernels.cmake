@@ -28,17 +28,13 @@ endif()
 enable_language(CUDA)
 
 add_library(cuda_kernels STATIC csrc/cuda/dispatch.cu)
-set(elements bf16 fp16)
-set(bf16 cute::bfloat16_t)
-set(fp16 cute::half_t)
 set(header_of_forward kernel_fwd.h)
 set(header_of_backward kernel_bwd.h)
 
 # One unit. More arguments are the GPUs that get code besides: 90, 120.
-function(add_unit DIRECTION element HEAD_DIM KIB)
-  set(ELEMENT ${${element}})
+function(add_unit DIRECTION HEAD_DIM KIB)
   set(HEADER ${header_of_${DIRECTION}})
-  set(unit ${CMAKE_BINARY_DIR}/cuda/${DIRECTION}_${element}_${HEAD_DIM}_${KIB}.cu)
+  set(unit ${CMAKE_BINARY_DIR}/cuda/${DIRECTION}_${HEAD_DIM}_${KIB}.cu)
   configure_file(csrc/cuda/instantiate.cu.in ${unit} @ONLY)
   target_sources(cuda_kernels PRIVATE ${unit})
   if(DIRECTION STREQUAL forward) # at -O3 ptxas moves loads so far ahead that sm_80 code spills 16 to 132 bytes
@@ -55,14 +51,12 @@ endfunction()
 
 foreach(DIRECTION backward forward) # the longest to compile first
   foreach(HEAD_DIM 256 128 64)
-    foreach(element ${elements})
-      if(DIRECTION STREQUAL forward AND HEAD_DIM EQUAL 64) # forward_kib of tile_config.h: one for both
-        add_unit(${DIRECTION} ${element} ${HEAD_DIM} 163 90 120)
-      else()
-        add_unit(${DIRECTION} ${element} ${HEAD_DIM} 163 90)
-        add_unit(${DIRECTION} ${element} ${HEAD_DIM} 99 120)
-      endif()
-    endforeach()
+    if(DIRECTION STREQUAL forward AND HEAD_DIM EQUAL 64) # forward_kib of tile_config.h: one for both
+      add_unit(${DIRECTION} ${HEAD_DIM} 163 90 120)
+    else()
+      add_unit(${DIRECTION} ${HEAD_DIM} 163 90)
+      add_unit(${DIRECTION} ${HEAD_DIM} 99 120)
+    endif()
   endforeach()
 endforeach()
 

@@ -9,7 +9,7 @@
 #include "error.h"
 #include "sites.h"
 
-longlora::simt::Index threadIdx, blockIdx, blockDim, gridDim;
+longlora::simt::Index threadIdx, blockIdx;
 
 namespace longlora::simt {
 namespace {
@@ -110,8 +110,6 @@ void launch(Index grid, int threads, int shared_bytes, Block::Body body, const v
   if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
     throw Error("a grid's sides are 1 to 2^31 - 1, 65535 and 65535");
   const Unseen unseen;
-  gridDim = grid;
-  blockDim = {static_cast<unsigned>(threads), 1, 1};
   Block machine(threads, seed, body, params);
   block = &machine;
 

@@ -50,4 +50,4 @@ void launch(Index grid, int threads, int shared_bytes, void (*body)(const void* 
 
 }  // namespace longlora::simt
 
-extern longlora::simt::Index threadIdx, blockIdx, blockDim, gridDim;
+extern longlora::simt::Index threadIdx, blockIdx;

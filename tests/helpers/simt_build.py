@@ -155,25 +155,24 @@ def build(name: str, units: Sequence[Path], sanitizer: str | None = None) -> Pat
 
 
 class Kernel(NamedTuple):
-    """An instantiation, as CMake makes them from csrc/cuda/instantiate.cu.in."""
+    """An instantiation for both dtypes, as CMake makes them from csrc/cuda/instantiate.cu.in."""
 
     direction: str
-    dtype: str
     head_dim: int
     kib: int  # of shared memory that a GPU offers a block
 
 
 KERNELS = tuple(
     Kernel(*kernel)
-    for kernel in product(("backward", "forward"), ("bf16", "fp16"), (256, 128, 64), (163, 99))
-    if (kernel[0], *kernel[2:]) != ("forward", 64, 99)  # its tile is that for 163 KiB
+    for kernel in product(("backward", "forward"), (256, 128, 64), (163, 99))
+    if kernel != ("forward", 64, 99)  # its tile is that for 163 KiB
 )
-ELEMENTS = {"bf16": "cutlass::bfloat16_t", "fp16": "cutlass::half_t"}
+ELEMENTS = ("cutlass::bfloat16_t", "cutlass::half_t")
 HEADERS = {"forward": "kernel_fwd.h", "backward": "kernel_bwd.h"}
 
 
-def kernels_for(configs: Iterable[tuple[str, int, int]]) -> list[Kernel]:
-    """What GPUs run, by dtype, head dim and shared memory: of each the backward and the forward kernel."""
+def kernels_for(configs: Iterable[tuple[int, int]]) -> list[Kernel]:
+    """What GPUs run, by head dim and shared memory: of each the backward and the forward kernel."""
     wanted = set()
     for config in configs:
         forward = Kernel("forward", *config)
@@ -196,32 +195,12 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def instantiation(kernel: Kernel) -> str:
+def unit_of(kernel: Kernel) -> Path:
     """What CMake makes of the template for a kernel."""
     text = (CUDA / "instantiate.cu.in").read_text()
-    for key, value in (
-        ("DIRECTION", kernel.direction),
-        ("HEADER", HEADERS[kernel.direction]),
-        ("ELEMENT", ELEMENTS[kernel.dtype]),
-        ("HEAD_DIM", str(kernel.head_dim)),
-        ("KIB", str(kernel.kib)),
-    ):
-        text = text.replace(f"@{key}@", value)
-    return text
-
-
-def units_of(kernels: Sequence[Kernel]) -> list[Path]:
-    """One for each tile: the other dtype takes the compiler a tenth of the first one's time."""
-    tiles: dict[tuple[str, int, int], list[Kernel]] = {}
-    for kernel in sorted(kernels):
-        tiles.setdefault((kernel.direction, kernel.head_dim, kernel.kib), []).append(kernel)
-    return [
-        write(
-            BUILD / "units" / f"{direction}_{'_'.join(kernel.dtype for kernel in same)}_{head_dim}_{kib}.cu",
-            "\n".join(map(instantiation, same)),
-        )
-        for (direction, head_dim, kib), same in tiles.items()
-    ]
+    for key, value in {"HEADER": HEADERS[kernel.direction], **kernel._asdict()}.items():
+        text = text.replace(f"@{key.upper()}@", str(value))
+    return write(BUILD / "units" / f"{'_'.join(map(str, kernel))}.cu", text)
 
 
 def absent_kernels(kernels: Sequence[Kernel]) -> Path:
@@ -236,7 +215,7 @@ def absent_kernels(kernels: Sequence[Kernel]) -> Path:
         "template <typename Element, int kHeadDim, int kKib>",
         "void launch_backward(const BackwardParams&, bool, int64_t, void*);",
         '[[maybe_unused]] static void absent() { throw std::logic_error("not among the kernels of this build"); }',
-        *(ABSENT[k.direction].format(element=ELEMENTS[k.dtype], head_dim=k.head_dim, kib=k.kib) for k in kernels),
+        *(ABSENT[k.direction].format(element=e, head_dim=k.head_dim, kib=k.kib) for k in kernels for e in ELEMENTS),
         "}",
     ]
     return write(BUILD / "units" / f"absent_{digest(*lines)}.cpp", "\n".join(lines) + "\n")
@@ -244,7 +223,7 @@ def absent_kernels(kernels: Sequence[Kernel]) -> Path:
 
 def build_kernels(kernels: Sequence[Kernel] = KERNELS, sanitizer: str | None = None) -> Path:
     """The extension module `simt_kernels` of csrc/simt/bindings.cpp with these kernels."""
-    units = units_of(kernels)
+    units = [unit_of(kernel) for kernel in sorted(kernels)]
     units += [BINDINGS, CUDA / "dispatch.cu", absent_kernels([k for k in KERNELS if k not in kernels])]
     return build("simt_kernels", units, sanitizer)
 

@@ -26,8 +26,8 @@ def module(request: pytest.FixtureRequest, config: Config) -> Iterator[ModuleTyp
     They run on a GPU that offers a block as much shared memory as they are made for.
     """
     parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
-    configs = sorted({chosen["config"] for chosen in parameters if isinstance(chosen.get("config"), Config)})
-    module = simt_kernels.kernels(*simt_build.kernels_for(configs))
+    configs = {chosen["config"] for chosen in parameters if isinstance(chosen.get("config"), Config)}
+    module = simt_kernels.kernels(*simt_build.kernels_for((each.head_dim, each.kib) for each in configs))
     module.pretend(shared_memory_bytes=config.kib * 1024)
     yield module
     module.configure()  # whoever comes next finds nothing left out

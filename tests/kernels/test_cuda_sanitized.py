@@ -46,7 +46,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def module_for(tree: Path) -> Callable[[str], Path]:
-    kernels = simt_build.kernels_for([("fp16", 64, 163)])
+    kernels = simt_build.kernels_for([(64, 163)])
     return cache(lambda sanitizer: build_kernels(tree, kernels, sanitizer))
 
 

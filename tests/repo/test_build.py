@@ -133,11 +133,11 @@ def test_configure_says_what_is_missing(tmp_path: Path) -> None:
     ("asked", "unit", "made"),
     [
         # An H100's, and that of the newest GPUs of 99 KiB, from the same PTX.
-        (None, "forward_bf16_128_163", {"80 compute_80", "80 sm_80", "80 sm_90"}),
-        (None, "forward_bf16_128_99", {"80 compute_80", "80 sm_80", "80 sm_120"}),
-        (None, "forward_bf16_64_163", {"80 compute_80", "80 sm_80", "80 sm_90", "80 sm_120"}),
-        ("80;90", "backward_fp16_64_99", {"80 compute_80", "80 sm_80", "90 compute_90", "90 sm_90"}),
-        ("80-real", "backward_fp16_64_163", {"80 sm_80"}),
+        (None, "forward_128_163", {"80 compute_80", "80 sm_80", "80 sm_90"}),
+        (None, "forward_128_99", {"80 compute_80", "80 sm_80", "80 sm_120"}),
+        (None, "forward_64_163", {"80 compute_80", "80 sm_80", "80 sm_90", "80 sm_120"}),
+        ("80;90", "backward_64_99", {"80 compute_80", "80 sm_80", "90 compute_90", "90 sm_90"}),
+        ("80-real", "backward_64_163", {"80 sm_80"}),
     ],
 )
 def test_code_is_for_common_gpus_or_what_is_asked_for(
