@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from app.runs import launch
 
-from app.runs.launch import WORLD_SIZE, fail  # isort: skip  (first: sets what torch and DeepSpeed read at import)
+from app.runs.launch import fail, stay_alone  # isort: skip  (first: sets what torch and DeepSpeed read at import)
 
 from app.models.use_model import add_model_options, add_scaling_options, check_model_options, open_model
 from app.page.page import Page
@@ -68,8 +68,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     check_model_options(parser, options)
     if not 0 < options.port < 2**16:
         parser.error(f"--port must be in 1..{2**16 - 1}, got {options.port}")
-    if WORLD_SIZE > 1:
-        fail("one process serves the page: start it with python")
+    stay_alone("serves the page")
     return options
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from app.runs import launch
 
-from app.runs.launch import WORLD_SIZE, fail  # isort: skip  (first: sets what torch and DeepSpeed read at import)
+from app.runs.launch import stay_alone  # isort: skip  (first: sets what torch and DeepSpeed read at import)
 import torch
 from transformers import TextStreamer, set_seed
 
@@ -135,8 +135,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("--question is no text in UTF-8")
     if options.chat_template is not None and options.question is None:
         parser.error("--chat_template needs a --question")
-    if WORLD_SIZE > 1:
-        fail("one process answers: start it with python")
+    stay_alone("answers")
     return options
 
 

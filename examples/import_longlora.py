@@ -15,11 +15,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from app.runs.launch import WORLD_SIZE, fail  # isort: skip  (first: sets what torch and DeepSpeed read at import)
+from app.runs.launch import stay_alone  # isort: skip  (first: sets what torch and DeepSpeed read at import)
 from app.models.made_by import write_made_by
 from app.runs.command_line import Parser, as_program
 from app.runs.errors import one_clear_error
@@ -58,9 +57,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 @as_program("import_longlora.py")
 def main(argv: Sequence[str]) -> None:
     options = parse(argv)
-    if WORLD_SIZE > 1:
-        fail("one process imports: start it with python")
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of one library about another
+    stay_alone("imports")
     release = options.release
     given = {name: getattr(options, name) for name in ("base_model", "context_length")}
     with one_clear_error():

@@ -20,11 +20,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from app.runs.launch import WORLD_SIZE, fail  # isort: skip  (first: sets what torch and DeepSpeed read at import)
+from app.runs.launch import stay_alone  # isort: skip  (first: sets what torch and DeepSpeed read at import)
 from app.models.folders import check_run_folder
 from app.models.made_by import write_made_by
 from app.models.use_model import DTYPES
@@ -77,9 +76,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 @as_program("merge_adapter.py")
 def main(argv: Sequence[str]) -> None:
     options = parse(argv)
-    if WORLD_SIZE > 1:
-        fail("one process merges: start it with python")
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of one library about another
+    stay_alone("merges")
     adapter = options.adapter_folder
     given = {name: getattr(options, name) for name in ("base_model", "dtype", "max_shard_size")}
     with one_clear_error():

@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -197,7 +196,6 @@ def contexts(options: argparse.Namespace) -> str:
 @as_program("plan.py")
 def main(argv: Sequence[str]) -> None:
     options = parse(argv)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of one library about another
     with one_clear_error(f"--model {options.model}: "):
         if options.contexts:
             print(contexts(options))

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from app.evaluation.answer_nats import answer_ids, answer_losses, hidden_states, losses_of
+from app.evaluation.answer_nats import answer_ids, answer_losses
 from app.evaluation.prompts import passkey
 
 SHORT_WINDOWS = 4  # of each document
 DEPTHS = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.95)
 PAIRS = 4  # of a span and its repetition, for each distance and row
 ROWS = 2  # that hold such
+LOGITS = 1024  # tokens whose logits exist at once
 
 
 @contextmanager
@@ -158,3 +159,21 @@ def places(rng: random.Random, context: int) -> list[tuple[int, int]]:
 def mean(values: Sequence[float]) -> float:
     """Their mean."""
     return sum(values) / len(values)
+
+
+def hidden_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """What a model's output layer is given: [batch, tokens, width]."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    states: torch.Tensor = base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    return states
+
+
+def losses_of(model: Any, states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """The negative log-likelihood of each token, given the states [tokens, width] that predict it: float32 [tokens].
+
+    For models whose logits are their output layer's result, and nothing more.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = base.get_output_embeddings()
+    parts = zip(states.split(LOGITS), wanted.split(LOGITS), strict=True)
+    return torch.cat([torch.nn.functional.cross_entropy(head(s).float(), w, reduction="none") for s, w in parts])

@@ -99,7 +99,7 @@ def test_shares_are_of_tokens_and_not_of_documents() -> None:
     ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.lists(st.integers(1, 50), min_size=3, max_size=60), min_size=2, max_size=4),
     weights=st.lists(st.sampled_from(["0.1", "0.3", "1", "7", "1e-1"]), min_size=4, max_size=4),

@@ -120,7 +120,7 @@ def test_a_perplexity_beyond_all_numbers_is_infinite(tmp_path: Path) -> None:
     assert read == {"rows": ["inf", [1.5, "-inf"]], "nan": "nan"}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data(), lengths=st.lists(st.integers(0, 100), max_size=5), window=st.integers(2, 40))
 def test_windows_score_each_token_once_with_enough_context(
     data: st.DataObject, lengths: list[int], window: int

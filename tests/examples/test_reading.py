@@ -164,7 +164,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     values=st.lists(st.dictionaries(st.text(), JSON, max_size=4), max_size=5),
     array=st.booleans(),

@@ -47,7 +47,7 @@ def test_text_without_any_document() -> None:
     assert (result.tokens, result.empty, len(PackedSequences(result.arrow_ids, 8, PAD))) == (0, 2, 0)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(lengths=st.lists(st.integers(2, 30), min_size=1, max_size=70))
 def test_held_out_documents_are_not_trained_on(lengths: list[int]) -> None:
     documents = tokenised([[100 * d + p for p in range(n)] for d, n in enumerate(lengths)])

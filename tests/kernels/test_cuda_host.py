@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import simt_build
@@ -24,7 +24,6 @@ def module():
     return simt_kernels.kernels(*simt_build.kernels_for([(64, 163), (128, 99)]))
 
 
-@settings(deadline=None)  # the first example builds the module
 @given(
     seqlen=st.integers(1, 60),
     before=st.integers(0, 30),
@@ -203,7 +202,6 @@ def test_errors_of_the_runtime_say_what_to_do(error: int, advice: str) -> None:
         module().pretend()
 
 
-@settings(deadline=None)
 @given(
     seqlen=st.integers(1, 600),
     half=st.integers(1, 400),

@@ -60,7 +60,7 @@ def test_forward_and_backward(shape: dict, documents: bool, dtype: torch.dtype) 
 
 
 # Every example runs on the one device.
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     batch=st.integers(1, 3),
     seqlen=st.integers(1, 300),

@@ -45,7 +45,7 @@ def test_forward_and_backward(shape: dict, pattern: dict, documents: bool, dtype
     check_against_reference(Problem(**shape, **pattern, documents=documents, dtype=dtype))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     batch=st.integers(1, 2),
     seqlen=st.integers(1, 300),

@@ -66,7 +66,7 @@ def test_it_is_the_reference(shape: dict, pattern: dict, documents: bool) -> Non
 
 
 @pytest.mark.usefixtures("no_kernels")
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     batch=st.integers(1, 4),
     seqlen=st.integers(1, 200),

@@ -34,7 +34,7 @@ def test_packing_by_hand() -> None:
         packed[3]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=25),
     context=st.integers(2, 48),
@@ -105,7 +105,7 @@ def test_packed_documents_do_not_see_each_other_in_training() -> None:
     torch.testing.assert_close(logits[0][start:end], logits[1][start:end], rtol=0, atol=0)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(lengths=st.lists(st.integers(0, 12), max_size=12), context=st.integers(2, 9))
 def test_targets_are_the_labels(lengths: list[int], context: int) -> None:
     packed = PackedSequences(tokenised([[5] * n for n in lengths]).arrow_ids, context, PAD)
@@ -137,7 +137,7 @@ def test_rows_of_their_own_by_hand() -> None:
     assert own.fingerprint() == packed.fingerprint() | {"rows": "padded"}
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=25),
     context=st.integers(2, 48),
@@ -249,7 +249,7 @@ def test_they_need_no_datasets() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(lengths=st.lists(st.integers(1, 20), max_size=40))
 def test_every_sample_is_packed_once_and_rows_are_few(lengths: list[int]) -> None:
     rows = pack(lengths, 20)

@@ -14,9 +14,6 @@ from transformers import Cache, PreTrainedTokenizerBase
 
 from app.inputs.prompt import prompt_ids
 
-#: Tokens whose logits exist at once.
-LOGITS = 1024
-
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> tuple[list[int], list[int]]:
     """The tokens of a prompt, and of the answer as they are behind it.
@@ -55,21 +52,3 @@ def answer_losses(
     wanted = ids[0, -len(answer) :].to(logits.device)
     losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
     return losses, bool((logits.argmax(-1) == wanted).all())
-
-
-def hidden_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """What a model's output layer is given: [batch, tokens, width]."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    states: torch.Tensor = base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-    return states
-
-
-def losses_of(model: Any, states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """The negative log-likelihood of each token, given the states [tokens, width] that predict it: float32 [tokens].
-
-    For models whose logits are their output layer's result, and nothing more.
-    """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head = base.get_output_embeddings()
-    parts = zip(states.split(LOGITS), wanted.split(LOGITS), strict=True)
-    return torch.cat([torch.nn.functional.cross_entropy(head(s).float(), w, reduction="none") for s, w in parts])

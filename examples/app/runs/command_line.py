@@ -7,6 +7,7 @@ import io
 import os
 import select
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,14 +60,16 @@ def is_given(argv: Sequence[str], option: str) -> bool:
 def as_program(name: str, stopped: str = "") -> Iterator[None]:
     """What all programs do alike; the decorator of a program's `main`.
 
-    It puts its name into its errors, writes characters that the terminal has not as escapes, and ends quietly when the
-    user has enough of it: at Ctrl-C, and when what it prints is no longer read (`| head`).
+    It puts its name into its errors, leaves out what one library warns another of, writes characters that the terminal
+    has not as escapes, and ends quietly when the user has enough of it: at Ctrl-C, and when what it prints is no longer
+    read (`| head`).
 
     Args:
         name: The program's.
         stopped: What to say at Ctrl-C.
     """
     launch.program = name
+    warnings.filterwarnings("ignore", category=FutureWarning)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -95,6 +95,12 @@ def fail(message: str, error: BaseException | None = None) -> NoReturn:
     sys.exit(2)
 
 
+def stay_alone(does: str) -> None:
+    """End the program if a launcher has started several processes; `does` says what one of them does."""
+    if WORLD_SIZE > 1:
+        fail(f"one process {does}: start it with python")
+
+
 def leave_group() -> None:
     """Take the process group down, if one is up.
 

@@ -7,7 +7,6 @@ They exchange results, no tensors, so one backend (gloo) does on any machine.
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -45,7 +44,6 @@ def gathered(mine: dict[str, Any]) -> dict[str, Any]:
 def be_quiet() -> None:
     """Leave the screen to what a user wants to see: one process speaks, and libraries only of trouble."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning)
     if RANK != 0:
         datasets.disable_progress_bars()
         transformers.utils.logging.set_verbosity_error()
