@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import import_longlora
 import merge_adapter
+from app.runs import launch
 from longlora_ext._folders import appearing
 from longlora_ext.adapter import load, merge, save_adapter
 from longlora_ext.adapter._load import load_base
@@ -228,8 +229,8 @@ def test_sizes_that_are_none(size: str, whole: Path, tmp_path: Path, capsys) -> 
 
 
 def test_more_processes_than_one_are_refused(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(launch, "WORLD_SIZE", 2)
     for program, arguments in ((merge_adapter, ["a", "b"]), (import_longlora, ["a", "b", "--context_length=64"])):
-        monkeypatch.setattr(program, "WORLD_SIZE", 2)
         with pytest.raises(SystemExit, match="2"):
             program.main(arguments)
         assert "start it with python" in capsys.readouterr().err
