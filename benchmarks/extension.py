@@ -68,7 +68,6 @@ def main(argv: Sequence[str]) -> None:
     if options.show:
         print(show(options.results))
         return
-    options.work.mkdir(parents=True, exist_ok=True)
     folder, tokenizer = model_and_tokenizer(options.cache)
     text = read_text(options.cache, tokenizer, options.context)
     print(f"{len(text.train)} documents of {text.source} to train on, held out: {', '.join(text.held_out)}", flush=True)
