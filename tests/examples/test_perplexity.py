@@ -22,7 +22,7 @@ from app.evaluation import perplexity
 from app.evaluation.perplexity import Window, _batches, sliding_window_perplexity, windows
 from app.runs.checkpoints import write_json
 from app.training import measure
-from app.training.measure import lengths_to_measure, old_rotary_embedding, why_not_before
+from app.training.measure import lengths_to_measure
 from longlora_ext.config import extend_config
 from loss_models import LiveBytes, cohere, prepared
 from plain_perplexity import brute_force
@@ -185,34 +185,6 @@ def test_processes_share_the_work_and_agree(tmp_path: Path) -> None:
 
 
 # --- the table --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rope_type", ["linear", "dynamic", "yarn"])
-def test_the_row_before_is_the_model_as_it_came(rope_type: str) -> None:
-    extended, original = make_model(extend_config(CONFIG, 64, rope_type=rope_type)), make_model()
-    documents = make_documents(80)
-    scaled = sliding_window_perplexity(extended, documents, 64, 32)
-    with old_rotary_embedding(extended, CONFIG):
-        before = sliding_window_perplexity(extended, documents, 64, 32)
-    assert before == sliding_window_perplexity(original, documents, 64, 32)
-    assert before != pytest.approx(scaled, rel=1e-3)
-    assert sliding_window_perplexity(extended, documents, 64, 32) == scaled
-    extended(input_ids=torch.zeros((1, 200), dtype=torch.long))  # as training does: "dynamic" would remember it
-    assert sliding_window_perplexity(extended, documents, 64, 32) == scaled
-
-
-def test_models_that_the_old_positions_do_not_reach_have_no_row_before() -> None:
-    """granite_swa rotates by a module for each theta, DeepSeek's attention scales by what RoPE's factor says."""
-    plain = LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(plain)
-    assert why_not_before(model, plain) is None
-    model.model.rotary_embs = torch.nn.ModuleList([model.model.rotary_emb])
-    del model.model.rotary_emb
-    assert "model.rotary_embs.0 counts positions as well" in str(why_not_before(model, plain))
-    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "mscale_all_dim": 0.7}
-    scaled = LlamaConfig(rope_parameters={**rope, "original_max_position_embeddings": 512})
-    assert "mscale_all_dim" in str(why_not_before(torch.nn.Module(), scaled))
 
 
 def test_dynamic_rope_reads_each_window_as_if_it_were_its_first() -> None:

@@ -100,19 +100,26 @@ def test_of_a_shared_sequence_each_gpu_has_a_part(heads: int, kv_heads: int, gpu
 
 
 @pytest.mark.parametrize(
-    "config, dense_layers, way, by",
+    "config, dense_layers, way, by, window",
     [
-        (small(), None, Way(), "halo"),
-        (small(), list(range(small().num_hidden_layers)), Way(), "ulysses"),
-        (small(), None, Way(dense=True), "ulysses"),
-        (tiny_config("mistral", sliding_window=64), None, Way(dense=True), "halo"),
+        (small(), None, Way(), "halo", None),
+        (small(), list(range(small().num_hidden_layers)), Way(), "ulysses", None),
+        (small(), None, Way(dense=True), "ulysses", None),
+        (tiny_config("mistral", sliding_window=64), None, Way(dense=True), "halo", 64),
+        (tiny_config("mistral", sliding_window=64), None, Way(), "halo", 64),
+        (tiny_config("mistral", sliding_window=4096), None, Way(dense=True), "ulysses", None),
     ],
-    ids=["S2-Attn", "dense layers", "dense", "sliding windows"],
+    ids=["S2-Attn", "dense layers", "dense", "dense windows", "windows in groups", "windows longer than the context"],
 )
 def test_a_shared_sequence_is_planned_as_it_is_run(
-    monkeypatch: pytest.MonkeyPatch, config: PreTrainedConfig, dense_layers: list[int] | None, way: Way, by: str
+    monkeypatch: pytest.MonkeyPatch,
+    config: PreTrainedConfig,
+    dense_layers: list[int] | None,
+    way: Way,
+    by: str,
+    window: int | None,
 ) -> None:
-    """By the halo where attention is short, layer by layer, if nobody says otherwise."""
+    """By the halo where attention is short, layer by layer, if nobody says otherwise; with the layer's own window."""
     by_heads = Mock(wraps=shared_sequences.attend_by_heads)
     monkeypatch.setattr(shared_sequences, "attend_by_heads", by_heads)
     for asked, expected in (("auto", by), ("halo", "halo"), ("ulysses", "ulysses")):
@@ -120,6 +127,7 @@ def test_a_shared_sequence_is_planned_as_it_is_run(
         run = Run(sequence_parallel_size=2, sequence_parallel=asked, dense_layers=dense_layers)
         Plan(config, 2048, run).step(way)
         assert by_heads.called == (expected == "ulysses")
+        assert {call.kwargs["window"] for call in by_heads.call_args_list} <= {window}
 
 
 def test_what_zero_divides() -> None:

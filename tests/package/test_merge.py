@@ -191,7 +191,7 @@ def test_a_merged_model_says_what_made_it(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_one_shard_is_in_memory_at_a_time(tmp_path: Path) -> None:
     """Peak memory of the process (VmHWM) while it merges, with small shards and with one of the whole model."""
-    base = save_base(tmp_path / "base", hidden_size=512, intermediate_size=2048, num_hidden_layers=12)
+    base = save_base(tmp_path / "base", hidden_size=512, intermediate_size=2048, num_hidden_layers=24)
     adapter = save_random_adapter(base, tmp_path / "adapter", target_modules=EVERYWHERE)
     size = (base / "model.safetensors").stat().st_size
     merge(adapter, tmp_path / "warm-up", max_shard_size="8MB")  # what is loaded once

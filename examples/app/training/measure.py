@@ -1,31 +1,27 @@
 """What the training changed: the perplexity of held-out text at the old context and beyond, in three rows.
 
 `before` is the model as it came, `scaling only` the same weights with the new RoPE, `after` the trained
-model; all with dense attention, as the model is used later. All rows are measured on the one model that is
-trained: for the first, its rotary embedding is exchanged for that of the old config meanwhile.
+model; all with dense attention, as the model is used later.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedConfig, TrainingArguments
 
 from app.evaluation.perplexity import fingerprint, sliding_window_perplexity
 from app.runs.checkpoints import write_json
 from app.runs.launch import say
 from app.runs.run import Run
 from app.runs.wording import counted
+from app.training.before_training import AFTER, BEFORE, SCALED, BeforeTraining
 from app.training.data import TrainingData
 from longlora_ext._processes import is_first_process
 from longlora_ext.config import context_length
-
-BEFORE, SCALED, AFTER = "before", "scaling only", "after"
 
 
 def lengths_to_measure(base: int, context: int) -> list[int]:
@@ -38,7 +34,7 @@ def lengths_to_measure(base: int, context: int) -> list[int]:
     return [*doublings, context]
 
 
-class Measurement(TrainerCallback):
+class Measurement(BeforeTraining):
     """Measures before the first step and after the last, and keeps the results in `perplexity.json`.
 
     Args:
@@ -53,6 +49,8 @@ class Measurement(TrainerCallback):
     Attributes:
         record: How it was measured, and the rows so far: what the file holds.
     """
+
+    what = "perplexity is not measured"
 
     def __init__(
         self,
@@ -87,25 +85,10 @@ class Measurement(TrainerCallback):
         elif before:
             say("note: the perplexities before training were measured on other text: the table will be without them")
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: torch.nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Called on every process when the model is ready for its first step, or its next one after an
-        interruption."""
-        assert model is not None
-        if state.global_step == 0:
-            if reason := why_not_before(model, self.base_config):
-                say(f"note: perplexity is not measured before RoPE is scaled: {reason}")
-            else:
-                with old_rotary_embedding(model, self.base_config):
-                    self.measure(model, args, BEFORE)
-            if len(self.lengths) > 1:
-                self.measure(model, args, SCALED)
+    def measure_scaled(self, model: torch.nn.Module, args: TrainingArguments) -> None:
+        """Measure it where there is more than one length. Collective."""
+        if len(self.lengths) > 1:
+            self.measure(model, args, SCALED)
 
     def measure(self, model: torch.nn.Module, args: TrainingArguments, row: str) -> None:
         """Measure one row. Collective."""
@@ -133,30 +116,6 @@ class Measurement(TrainerCallback):
                 values = (self.rows[row][str(length)] for length in self.lengths)
                 lines.append(f"{row:<14}" + "".join(f"{value:>10.2f}" for value in values))
         return "\n".join(lines) + "\n"
-
-
-def why_not_before(model: torch.nn.Module, base_config: PreTrainedConfig) -> str | None:
-    """Why `old_rotary_embedding` does not make a model what it was, in words; `None` if it does."""
-    for path, module in model.named_modules():
-        if type(module).__name__.endswith("RotaryEmbedding") and not path.endswith("rotary_emb"):
-            return f"{path} counts positions as well (granite_swa has such, one for each theta)"
-    rope: Any = base_config.rope_parameters or {}
-    if rope.get("mscale_all_dim"):
-        return "the model's attention too depends on RoPE's factor (mscale_all_dim, as in DeepSeek-V2 and V3)"
-    return None
-
-
-@contextmanager
-def old_rotary_embedding(model: torch.nn.Module, base_config: PreTrainedConfig) -> Iterator[None]:
-    """Let a model count positions as its old config says, for as long as the context lasts."""
-    path, new = next((path, module) for path, module in model.named_modules() if path.endswith("rotary_emb"))
-    parent, name = model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
-    old = type(new)(base_config).to(next(new.buffers()).device)
-    setattr(parent, name, old)
-    try:
-        yield
-    finally:
-        setattr(parent, name, new)
 
 
 def make_measurement(

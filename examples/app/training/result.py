@@ -11,8 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from app.runs.errors import one_clear_error
 from app.runs.launch import fail
 from app.runs.run import Run
+from app.training.before_training import AFTER
 from app.training.dense_tail import DenseTail
-from app.training.measure import AFTER, Measurement
+from app.training.measure import Measurement
 from app.training.options import ModelOptions
 from app.training.plot import loss_curve
 from app.training.retrieval_guard import RetrievalGuard

@@ -15,9 +15,6 @@ import torch
 from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
 
@@ -26,7 +23,8 @@ from app.evaluation.prompts import passkey
 from app.runs.checkpoints import write_json
 from app.runs.launch import say
 from app.runs.run import Run
-from app.training.measure import AFTER, BEFORE, Measurement, old_rotary_embedding, why_not_before
+from app.training.before_training import AFTER, BEFORE, BeforeTraining
+from app.training.measure import Measurement
 from app.training.options import ModelOptions
 from longlora_ext._processes import is_first_process
 from longlora_ext.config import context_length
@@ -42,7 +40,7 @@ ADVICE = (
 )
 
 
-class RetrievalGuard(TrainerCallback):
+class RetrievalGuard(BeforeTraining):
     """Asks for pass keys before and after a run, and keeps the results in `retrieval.json`.
 
     Args:
@@ -57,6 +55,8 @@ class RetrievalGuard(TrainerCallback):
     Raises:
         ValueError: The model's own context is too short for a pass key.
     """
+
+    what = "pass keys are not asked for"
 
     def __init__(
         self,
@@ -85,24 +85,6 @@ class RetrievalGuard(TrainerCallback):
         if fillers < 4:  # sentences; with fewer there is no depth to speak of
             raise ValueError(f"--check_retrieval: a pass key needs more than the model's own {self.length} tokens")
         return tokens_of(fillers)
-
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: torch.nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Called on every process when the model is ready for its first step, or its next one after an
-        interruption."""
-        assert model is not None
-        if state.global_step == 0:
-            if reason := why_not_before(model, self.base_config):
-                say(f"note: pass keys are not asked for before RoPE is scaled: {reason}")
-            else:
-                with old_rotary_embedding(model, self.base_config):
-                    self.measure(model, args, BEFORE)
 
     def measure(self, model: torch.nn.Module, args: TrainingArguments, row: str) -> None:
         """Ask for all pass keys. Collective: each process asks for all, as ZeRO-3 needs."""
