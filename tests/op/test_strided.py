@@ -12,6 +12,7 @@ from torch import Tensor
 
 from longlora_ext import _attend, s2attn, strided
 from longlora_ext.reference import s2attn_reference
+from longlora_ext.strided import _tiles
 from measured_peak import peak_of
 from op_checks import DTYPES, Problem, assert_outputs_and_grads_close, assert_same, outputs_and_grads
 
@@ -112,7 +113,7 @@ def test_any_pattern_is_that_of_the_kernels(
 def test_several_tiles_and_devices_whose_attention_forms_all_scores(
     fused: bool, pattern: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(strided, "MOST_ROWS", 32)
+    monkeypatch.setattr(_tiles, "MOST_ROWS", 32)
     monkeypatch.setattr(strided, "is_fused", lambda q: fused)
     shape = {"batch": 2, "seqlen": 150, "heads": 4, "kv_heads": 2, "group_size": 64}
     for documents in (False, True):
@@ -175,8 +176,8 @@ def test_unshifted_groups_are_neither_copied_nor_masked(sink: bool) -> None:
 @pytest.mark.parametrize("how", ["groups", "sink", "window", "documents", "lse"])
 def test_memory_grows_with_the_length_alone(how: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """4,096 tokens in groups of 1,024: masks of all tiles would take 8 MiB, and four times that as torch has them."""
-    monkeypatch.setattr(strided, "MASK_ENTRIES", 2**16)
-    monkeypatch.setattr(strided, "SCORES", 2**16)
+    monkeypatch.setattr(_tiles, "MASK_ENTRIES", 2**16)
+    monkeypatch.setattr(_tiles, "SCORES", 2**16)
     q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 4096, 2, 8))
     documents = torch.arange(4096, dtype=torch.int32)[None] // 1500 * 1500
     options = {
