@@ -15,18 +15,12 @@ two matrix products forward, five backward, 2 D operations a pair in each.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
-import shlex
 import statistics
-import subprocess
 import sys
 import textwrap
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -35,12 +29,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clock import Clock, matmul_tflops
 from draw import draw
-from longlora_ext.env import processor
+from environment import ROOT, environment
 from providers import PROVIDERS, Attention, NotHere, Pattern, Point, Provider
 from table import tables
 
-ROOT = Path(__file__).resolve().parent.parent
 PRODUCTS = {"forward": 2, "backward": 5}  # matrix products: S and O; S again, dP, dQ, dK, dV
 FEWEST_ROUNDS = 3
 # Relative distance from ours, by the norm: twice what rounding to the dtype leaves of q, k, v, P and dS.
@@ -65,43 +59,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "seconds": 30.0,
     },
 }
-
-
-class Clock:
-    """Times work on the device, with neither its data in the cache nor the time to launch it counted."""
-
-    def __init__(self, device: str, processor_time: bool = False) -> None:
-        self.cuda = device == "cuda"
-        self.now, self.cores = time.perf_counter, 1
-        if processor_time:  # which other programs on the machine disturb less
-            self.now, self.cores = time.process_time, torch.get_num_threads()
-        self.flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device)
-
-    def time(self, work: Callable[[], Any]) -> tuple[Any, Callable[[], float]]:
-        """What `work` returns, and a function that says, after `wait`, how many milliseconds it took."""
-        self.flush.zero_()
-        if not self.cuda:
-            begin = self.now()
-            result = work()
-            elapsed = 1e3 * (self.now() - begin) / self.cores
-            return result, lambda: elapsed
-        torch.cuda._sleep(2_000_000)  # about a millisecond, in which the host launches what follows
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        result = work()
-        last.record()
-        return result, lambda: first.elapsed_time(last)
-
-    def wait(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
-
-    def forward_and_backward(self, attend: Attention, tensors: tuple[Tensor, ...]) -> tuple[float, float]:
-        *inputs, dout = tensors
-        out, forward = self.time(lambda: attend(*inputs))
-        _, backward = self.time(lambda: torch.autograd.grad(out, inputs, dout))
-        self.wait()
-        return forward(), backward()
 
 
 def check(point: Point, pattern: Pattern, attend: Attention, tensors: tuple[Tensor, ...]) -> None:
@@ -192,51 +149,6 @@ def measure(point: Point, names: list[str], clock: Clock, unfit: dict[str, str |
             figures = {"ms": median, "min_ms": min(samples), "max_ms": max(samples), "tflops": rate}
             results[name][direction] = {key: float(f"{value:.5g}") for key, value in figures.items()}
     return asdict(point) | {"results": results}
-
-
-def matmul_tflops(device: str, dtype: str, clock: Clock) -> float:
-    """What torch.mm reaches with large square matrices: the roof over all of the above."""
-    n = 8192 if device == "cuda" else 2048
-    a, b = torch.randn(2, n, n, device=device, dtype=getattr(torch, dtype))
-    samples = []
-    for _ in range(10):
-        _, elapsed = clock.time(lambda: torch.mm(a, b))
-        clock.wait()
-        samples.append(elapsed())
-    return float(f"{2 * n**3 / statistics.median(samples[1:]) * 1e-9:.4g}")
-
-
-def output_of(*command: str) -> str | None:
-    try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() or None
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def environment(device: str, note: str | None) -> dict[str, Any]:
-    """What the figures were measured on."""
-    found: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": os.environ.get("LONGLORA_COMMIT") or output_of("git", "describe", "--always", "--dirty") or "unknown",
-        "command": shlex.join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "note": note,
-    }
-    if device == "cuda":
-        driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        return found | {
-            "device": torch.cuda.get_device_name(),
-            "driver": driver.splitlines()[0] if driver else "unknown",
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-        }
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    return found | {
-        "device": processor(),
-        "instructions": sorted({flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in cpuinfo}),
-        "threads": torch.get_num_threads(),
-    }
 
 
 def points_of(options: argparse.Namespace) -> list[Point]:

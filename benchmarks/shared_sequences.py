@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from attention import environment
 from bytes_sent import count_sent
+from environment import environment
 from longlora_ext import s2attn
 from longlora_ext.parallel import halo_s2attn, ulysses_s2attn
 

@@ -17,7 +17,8 @@ import torch.nn.attention.varlen
 import torch.nn.functional as F
 from torch import Tensor
 
-from attention import Clock, check, measure
+from attention import check, measure
+from clock import Clock
 from exercise import slowest
 from finetune_runs import torchrun
 from longlora_ext import s2attn
