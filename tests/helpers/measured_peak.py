@@ -78,7 +78,7 @@ def main() -> None:
 
     def exchange_and_wait(*tensors: Any, **options: Any) -> Any:
         done = exchange(*tensors, **options)
-        time.sleep(patience(0.05))  # gloo's threads hold what they have sent a little longer
+        time.sleep(patience(0.1))  # gloo's threads hold what they have sent a little longer
         return done
 
     dist.all_to_all_single = exchange_and_wait
