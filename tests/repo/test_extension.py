@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import extension
 from app.evaluation.answer_nats import answer_losses
+from app.evaluation.prompts import DEPTHS
 from app.inputs.corpus import stdlib_documents
 from extending import measures, training
 from extending.arms import ARMS
@@ -135,7 +136,7 @@ def test_a_pass_key_is_asked_at_its_length_and_depth(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(measures, "answer_losses", losses)
     found = measures.pass_keys(None, tokenizer, 800)
     assert found["nats"] == [1.5] * 8 and sum(found["found"]) == 4
-    for (prompt, answer), depth in zip(asked, measures.DEPTHS, strict=True):
+    for (prompt, answer), depth in zip(asked, DEPTHS, strict=True):
         assert 770 < len(prompt) + len(answer) <= 800
         words, key = tokenizer.decode(prompt), tokenizer.decode(answer).strip()
         assert words.count(key) == 2 and words.endswith("The pass key is")

@@ -22,6 +22,8 @@ FILLER = (
 ADJECTIVES = ("amber", "brass", "copper", "green", "hollow", "ivory", "narrow", "round", "silver", "velvet")
 NOUNS = ("anchor", "basket", "candle", "drum", "flute", "kettle", "ladder", "lantern", "mirror", "wheel")
 DIGITS = 5
+#: Where the pass key stands that `--check_retrieval` and the experiment ask for, as a share of the filler.
+DEPTHS = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.95)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from app.evaluation.answer_nats import answer_ids, answer_losses
-from app.evaluation.prompts import passkey
+from app.evaluation.prompts import DEPTHS, passkey
 from app.runs.checkpoints import write_json
 from app.runs.launch import say
 from app.runs.run import Run
@@ -29,7 +29,6 @@ from app.training.options import ModelOptions
 from longlora_ext._processes import is_first_process
 from longlora_ext.config import context_length
 
-DEPTHS = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.95)
 #: A digit that is guessed costs ln 10 = 2.3 nats. A model at more than this has not found it.
 KNOWS = 1.5
 #: Nats per token that the answer may lose. In a pilot, dense attention cost 0.03 and S2-Attn 0.12 to 0.27.
