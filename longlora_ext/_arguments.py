@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+#: Kernels count in float.
+LARGEST_SCALE = 1e30
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -28,7 +30,7 @@ def check(ok: bool, message: str) -> None:
 
 
 def check_arguments(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments) -> None:
-    """Raise `RuntimeError` for what csrc/checks.h refuses, in its words."""
+    """Raise `RuntimeError` for what csrc/checks.h refuses, but for strides, of which torch's attention takes any."""
     group_size, first_shifted_head, doc_start, scale, _, sink, window = arguments
     batch, seqlen, heads, _ = q.shape
     for name, x in (("k", k), ("v", v)):
@@ -57,6 +59,7 @@ def check_arguments(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments) -> No
     )
     check(window is None or window >= 1, f"window must be at least 1 token, but is {window}")
     check(math.isfinite(scale) and scale >= 0, f"scale must be finite and not negative, but is {scale}")
+    check(scale <= LARGEST_SCALE, f"scale must be at most 1e30, but is {scale}")
     if doc_start is None:
         return
     check(doc_start.dtype == torch.int32, f"doc_start must be int32, but is {doc_start.dtype}")

@@ -1,9 +1,9 @@
 """What `torch.ops.longlora.s2attn` does: defaults, autocast, padding, and whose attention runs.
 
-It is the op itself that runs by torch's attention where no kernel does, not a wrapper of it: so it does in compiled
-and exported code and under sequence parallelism as well. The kernels' own ops, `s2attn_fwd` and `s2attn_bwd`, refuse
-what they lack. An implementation of theirs for all other devices (`CompositeExplicitAutograd`) would not do: dtypes and
-head dims that the CPU's or CUDA's lack are still theirs, and torch's attention brings its own backward.
+The op itself falls back to torch's attention where no kernel runs, so that compiled and exported code and Ulysses do
+too. `halo_s2attn` calls `s2attn_fwd` and `s2attn_bwd`, which refuse what they lack. A fallback registered for these
+(`CompositeExplicitAutograd`) would not help: for a dtype or head dim that the kernel of a CPU or a GPU lacks, the
+dispatcher picks that kernel still.
 """
 
 import functools

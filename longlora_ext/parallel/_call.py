@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longlora_ext._arguments import LARGEST_SCALE
+from longlora_ext._kernels import why_unsupported
 from longlora_ext.parallel._agreement import agree
 
 __all__ = ["Call", "prepare"]
@@ -21,12 +24,14 @@ class Call:
         tensors: q, k and v, in the dtype to compute in.
         group: The ranks.
         first_shifted_head: With its default filled in.
+        scale: Likewise.
         positions: For each rank the place of its first row in its document, in each sequence of the batch.
     """
 
     tensors: tuple[Tensor, Tensor, Tensor]
     group: dist.ProcessGroup
     first_shifted_head: int
+    scale: float
     positions: tuple[tuple[int, ...], ...]
 
 
@@ -41,8 +46,13 @@ def prepare(
     first_shifted_head: int | None,
     window: int | None,
     sink: bool,
+    scale: float | None,
+    *,
+    by_kernels: bool,
 ) -> Call:
-    """Check a call of the function `name` on all ranks. Collective.
+    """Check a call of the function `name` on all ranks, which attends `by_kernels` of this package or not at all.
+
+    Collective.
 
     Raises:
         ValueError: On all ranks, if an argument of one does not fit, or they do not fit each other.
@@ -53,9 +63,12 @@ def prepare(
     if torch.amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
-    error = _why_not(q, k, v, group_size, position_ids, first_shifted_head, window)
+    error = _why_not(q, k, v, group_size, position_ids, first_shifted_head, window, scale)
+    if error is None and by_kernels and (reason := why_unsupported(q.device, q.dtype, q.shape[3])):
+        error = f"there is no kernel, and only ulysses_s2attn can do without: {reason}"
     shared: dict[str, object] = {}
     if error is None:
+        scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
         first_shifted_head = q.shape[2] // 2 if first_shifted_head is None else first_shifted_head
         shared = {
             "seqlen": q.shape[1],
@@ -68,11 +81,12 @@ def prepare(
             "first_shifted_head": first_shifted_head,
             "window": window,
             "sink": sink,
+            "scale": scale,
             "sequences of position_ids": position_ids.shape[0],
         }
     positions = agree(name, error, shared, position_ids, group)
-    assert first_shifted_head is not None
-    return Call((q, k, v), group, first_shifted_head, positions)
+    assert first_shifted_head is not None and scale is not None
+    return Call((q, k, v), group, first_shifted_head, scale, positions)
 
 
 def _why_not(
@@ -83,6 +97,7 @@ def _why_not(
     position_ids: Tensor,
     first_shifted_head: int | None,
     window: int | None,
+    scale: float | None,
 ) -> str | None:
     """What is wrong with a rank's arguments by themselves."""
     if q.dim() != 4 or 0 in q.shape:
@@ -100,6 +115,8 @@ def _why_not(
         return f"first_shifted_head must be from 0 to {heads}, but is {first_shifted_head}"
     if not (window is None or window >= 1):
         return f"window must be 1 or more, but is {window}"
+    if not (scale is None or abs(scale) <= LARGEST_SCALE):  # NaN is not
+        return f"scale must be finite and at most {LARGEST_SCALE:g}, but is {scale}"
     if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != length:
         return f"position_ids must be [{batch}, {length}] or [1, {length}], but are {list(position_ids.shape)}"
     if position_ids.dtype not in (torch.int32, torch.int64):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from longlora_ext._kernels import padded
 from longlora_ext.parallel._call import prepare
 from longlora_ext.parallel._exchange import Exchange
 from longlora_ext.parallel._layout import Layout
@@ -42,7 +43,8 @@ def halo_s2attn(
     own; `ulysses_s2attn` is better at that.
 
     Args:
-        q: [B, L, H, D], this rank's rows, L on every rank. bfloat16 or float16, on a CPU float32 or float64 as well.
+        q: [B, L, H, D], this rank's rows, L on every rank. What a kernel of this package takes (`why_unsupported`):
+            D of at most 256; bfloat16 or float16, on a CPU float32 or float64 as well.
         k: [B, L, Hkv, D], like `q`; Hkv divides H.
         v: Like `k`.
         group_size: G, tokens in a group, even.
@@ -60,13 +62,15 @@ def halo_s2attn(
         [B, L, H, D], contiguous, dtype of `q` (of autocast, under that).
 
     Raises:
-        ValueError: On all ranks, before any work, if an argument of one does not fit, or ranks differ in what must be
-            the same, or their rows do not follow each other.
+        ValueError: On all ranks, before any work, if an argument of one does not fit, or no kernel takes it, or ranks
+            differ in what must be the same, or their rows do not follow each other.
         RuntimeError: A rank has died, or did not come before the group's timeout; with gloo it says which.
     """
-    call = prepare("halo_s2attn", q, k, v, group_size, position_ids, group, first_shifted_head, window, sink)
-    q, k, v = call.tensors
-    batch, length, heads, head_dim = q.shape
+    arguments = (q, k, v, group_size, position_ids, group, first_shifted_head, window, sink, scale)
+    call = prepare("halo_s2attn", *arguments, by_kernels=True)
+    head_dim, rest = q.shape[3], padded(q.shape[3]) - q.shape[3]
+    q, k, v = (F.pad(x, (0, rest)) if rest else x for x in call.tensors)
+    batch, length, heads, _ = q.shape
     layout = Layout(
         ranks=len(call.positions),
         length=length,
@@ -78,14 +82,14 @@ def halo_s2attn(
         window=window,
         sink=sink,
     )
-    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    scale = call.scale
     if scale < 0:  # kernels take the largest score of a row for the largest of its products with scale
         q, scale = -q, -scale
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     places = position_ids.expand(batch, -1)
-    return HaloAttention.apply(
-        q, k, v, places, Exchange(layout, dist.get_rank(call.group), call.group), scale, deterministic
-    )
+    exchange = Exchange(layout, dist.get_rank(call.group), call.group)
+    out = HaloAttention.apply(q, k, v, places, exchange, scale, deterministic)
+    return out[..., :head_dim].contiguous() if rest else out
 
 
 class HaloAttention(torch.autograd.Function):

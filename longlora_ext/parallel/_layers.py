@@ -9,7 +9,6 @@ So nothing is global, and nothing is changed: the same model, called without, at
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -17,12 +16,13 @@ import torch.distributed as dist
 
 import longlora_ext.ops  # noqa: F401  (loads the operator)
 from longlora_ext import _pattern
+from longlora_ext._kernels import why_unsupported
 from longlora_ext._mask import attention_window, own_mask
 from longlora_ext.config import group_size
 from longlora_ext.parallel._halo import halo_s2attn
 from longlora_ext.parallel._ulysses import ulysses_s2attn, why_not_ulysses
 
-__all__ = ["WAYS", "SequenceGroup", "attend", "why_no_halo"]
+__all__ = ["WAYS", "SequenceGroup", "attend"]
 
 #: How ranks attend to what others hold: by the halo where attention is short, else by Ulysses; or by one of them alone.
 WAYS = ("auto", "halo", "ulysses")
@@ -108,7 +108,7 @@ def attend(
         size = group_size(config)
         pattern = {"first_shifted_head": heads // 2, **_pattern.of_layer(config, window)}
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    short = (s2 or window is not None) and why_no_halo(q.device, q.dtype, q.shape[3]) is None
+    short = (s2 or window is not None) and why_unsupported(q.device, q.dtype, q.shape[3]) is None
     call = halo_s2attn if by_halo(shared.by, heads, k.shape[2], shared.ranks, short) else ulysses_s2attn
     return call(q, k, v, size, position_ids, group=shared.group, scale=scaling, **pattern), None
 
@@ -126,17 +126,3 @@ def by_halo(by: str, heads: int, kv_heads: int, ranks: int, short: bool) -> bool
     if by != "auto":
         return by == "halo"
     return short or why_not_ulysses(heads, kv_heads, ranks) is not None
-
-
-@cache
-def why_no_halo(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why there are no kernels for `halo_s2attn`, in words; `None` if there are. They want more keys than queries."""
-    q, k = (torch.zeros(1, rows, 1, head_dim, dtype=dtype, device=device) for rows in (4, 8))
-    pattern = (4, 0, torch.full((1, 4), -2, dtype=torch.int32, device=device), 1.0, False)
-    try:
-        # Not by autograd: what is computed anew in the backward pass is not to differ by this.
-        out, lse = torch.ops.longlora.s2attn_fwd(q, k, k, *pattern)
-        torch.ops.longlora.s2attn_bwd(out, q, k, k, out, lse, *pattern)
-    except RuntimeError as error:
-        return str(error)
-    return None

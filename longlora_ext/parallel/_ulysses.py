@@ -53,7 +53,7 @@ def ulysses_s2attn(
     Hkv or is a multiple of it.
 
     Args:
-        q: As for `halo_s2attn`, like all others.
+        q: As for `halo_s2attn`, like all others, but of any D and floating dtype.
         k: Likewise.
         v: Likewise.
         group_size: Likewise.
@@ -72,7 +72,8 @@ def ulysses_s2attn(
         ValueError: As for `halo_s2attn`, and if the heads do not divide.
         RuntimeError: As for `halo_s2attn`.
     """
-    call = prepare("ulysses_s2attn", q, k, v, group_size, position_ids, group, first_shifted_head, window, sink)
+    arguments = (q, k, v, group_size, position_ids, group, first_shifted_head, window, sink, scale)
+    call = prepare("ulysses_s2attn", *arguments, by_kernels=False)
     q, k, v = call.tensors
     if reason := why_not_ulysses(q.shape[2], k.shape[2], len(call.positions)):
         raise ValueError(f"ulysses_s2attn: {reason}")
@@ -86,7 +87,7 @@ def ulysses_s2attn(
         first_shifted_head=call.first_shifted_head,
         window=window,
         sink=sink,
-        scale=scale,
+        scale=call.scale,
         deterministic=deterministic,
     )
 

@@ -24,6 +24,7 @@ class Case:
     first_shifted_head: int | None = None
     window: int | None = None
     sink: bool = False
+    head_dim: int = HEAD_DIM
     each_row_its_own: bool = False  # another sequence of the batch is one document
 
     @property
@@ -46,7 +47,7 @@ class Case:
         rows = self.batch, ranks * self.length
 
         def random(heads: int) -> Tensor:
-            return torch.randn(*rows, heads, HEAD_DIM, dtype=torch.float64)
+            return torch.randn(*rows, heads, self.head_dim, dtype=torch.float64)
 
         return (
             [random(self.heads), random(self.kv_heads), random(self.kv_heads)],
@@ -68,6 +69,7 @@ CASES = {
     "nine heads, one of keys": Case(16, 32, heads=9, kv_heads=1),
     "one KV head": Case(16, 24, kv_heads=1),
     "as many KV heads": Case(16, 24, kv_heads=4),
+    "a head dim that is padded": Case(16, 24, head_dim=HEAD_DIM - 3),  # what is sent is padded too
     "documents that end on borders": Case(16, 8, documents=(16, 16, 16)),
     "documents across borders": Case(16, 8, documents=(5, 20, 30)),
     "a document over three ranks": Case(8, 12, documents=(6, 12)),

@@ -102,11 +102,14 @@ def errors() -> dict[str, str]:
         "negative": (x, x, x, 8, places - 1),
         "local": (x, x, x, 8, torch.arange(8)[None] + 5 * (rank > 0)),
     }
+    wide = x.repeat(1, 1, 1, 33)  # more than kernels take
+    calls |= {"scale": (x, x, x, 8, places), "no number": (x, x, x, 8, places), "kernel": (wide, wide, wide, 8, places)}
+    scales = {"scale": 0.5 if last else 1.0, "no number": float("nan")}
     found = {}
     for attend in (halo_s2attn, ulysses_s2attn):
         for name, call in calls.items():
             try:
-                attend(*call)
+                attend(*call, scale=scales.get(name))
             except ValueError as error:
                 found[f"{attend.__name__} {name}"] = str(error)
     return found

@@ -109,6 +109,8 @@ MESSAGES = {
     "before": "position_ids of rank 0 begin with 1 in sequence 0, but only 0 tokens precede them",
     "gap": "rank 0 of {ranks}: position_ids must count each document from 0, but go from 2 to 7 at its token 3",
     "negative": "rank 0 of {ranks}: position_ids must not be negative, but begin with -1",
+    "scale": "scale must be the same on all ranks, but is 1.0 on rank 0 and 0.5 on rank {last}",
+    "no number": "rank 0 of {ranks}: scale must be finite and at most 1e+30, but is nan",
     "local": "position_ids of rank 1 begin with 5 in sequence 0, but those of rank 0 end with 7",
 }
 
@@ -119,6 +121,13 @@ def test_a_mistake_of_one_rank_is_the_same_error_on_all(found: list[dict[str, An
     message = MESSAGES[name].format(last=len(found) - 1, ranks=len(found))
     for rank in found:
         assert rank["errors"][f"{attend} {name}"].startswith(f"{attend}: {message}")
+
+
+def test_the_halo_has_nothing_but_kernels(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        said = rank["errors"]["halo_s2attn kernel"]
+        assert said.startswith(f"halo_s2attn: rank 0 of {len(found)}: there is no kernel, and only ulysses_s2attn can")
+        assert "head_dim" in said and "ulysses_s2attn kernel" not in rank["errors"]
 
 
 DIES = """
