@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from longlora_ext import s2attn
 from longlora_ext._arguments import Arguments
 from longlora_ext._flops import attended_pairs
-from longlora_ext.strided import strided as by_views
+from longlora_ext._strided import strided as by_views
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 

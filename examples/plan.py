@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where installed, says that it found no GPU
-
+import app.runs.launch  # noqa: F401  isort: skip  (must come first: sets variables that libraries read at import)
 from transformers import PreTrainedConfig
 
 from app.models.source import GGUF_HELP

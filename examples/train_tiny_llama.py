@@ -27,6 +27,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here comes from a hub
 
+import app.runs.launch  # noqa: F401  isort: skip  (must come first: sets variables that libraries read at import)
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -40,9 +41,10 @@ from transformers import (
 )
 
 from app.inputs.corpus import sha256_of_texts, stdlib_documents
-from app.runs.checkpoints import CompletionMarker, find_resumable, remove_incomplete, take_over_rotation, write_json
+from app.runs.checkpoints import CompletionMarker, find_resumable, remove_incomplete, take_over_rotation
 from app.runs.command_line import as_program
 from app.runs.errors import one_clear_error
+from app.runs.json_files import write_json
 from longlora_ext._folders import appearing
 
 CONTEXT_LENGTH = 256

@@ -18,8 +18,8 @@ from torch.autograd import forward_ad
 
 from longlora_ext._arguments import DTYPES, Arguments, check, check_arguments
 from longlora_ext._kernels import padded, why_unsupported
+from longlora_ext._strided import strided
 from longlora_ext.sinks import add_key
-from longlora_ext.strided import strided
 
 _why_unsupported = functools.cache(why_unsupported)
 

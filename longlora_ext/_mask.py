@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from longlora_ext._ulysses import sequence_parallel
+from longlora_ext._deepspeed_ulysses import sequence_parallel
 from longlora_ext.documents import check_zeros_and_ones, doc_start_from_mask
 
 

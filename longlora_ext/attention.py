@@ -36,10 +36,10 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from longlora_ext import _pattern
+from longlora_ext._deepspeed_ulysses import first_shifted_head, sequence_parallel
 from longlora_ext._dense import dense, dense_eval, run_op, sdpa
 from longlora_ext._mask import attention_window, check_masks_of, own_mask, s2attn_mask
 from longlora_ext._routed import check_class_of
-from longlora_ext._ulysses import first_shifted_head, sequence_parallel
 from longlora_ext.config import attention_mode, group_size
 from longlora_ext.documents import doc_start_from_cu_seqlens, doc_start_from_position_ids
 from longlora_ext.parallel._layers import attend as attend_shared

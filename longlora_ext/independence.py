@@ -22,9 +22,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from longlora_ext._as_trained import in_training, setting, undisturbed
+from longlora_ext._deepspeed_ulysses import sequence_parallel
 from longlora_ext._movement import largest, movement, where_it_begins
 from longlora_ext._sharded import device_of, gathered, is_sharded
-from longlora_ext._ulysses import sequence_parallel
 from longlora_ext.adapter._save import unwrapped
 from longlora_ext.attention import NAME
 from longlora_ext.config import MODE

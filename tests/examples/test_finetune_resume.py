@@ -17,9 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 import finetune_runs
 import merge_adapter
-from app.runs.checkpoints import (
-    complete_checkpoints,
-)
+from app.runs.checkpoints import complete_checkpoints
 from app.training.trainer import steps_of
 from finetune_runs import environment, losses, run, small_run
 from patience import patience, wait_until

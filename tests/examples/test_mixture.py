@@ -16,7 +16,7 @@ import finetune_llama
 from app.inputs.document_lengths import Lengths
 from app.inputs.mixture import mix
 from app.inputs.sources import Source, read_sources
-from app.runs.checkpoints import read_json
+from app.runs.json_files import read_json
 from finetune_runs import deepspeed, losses, make_model, run, small_run
 from same_run import assert_same_run
 from tiny_texts import tokenised

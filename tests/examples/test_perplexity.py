@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import longlora_ext.attention  # noqa: F401
 from app.evaluation import perplexity
 from app.evaluation.perplexity import Window, _batches, sliding_window_perplexity, windows
-from app.runs.checkpoints import write_json
+from app.runs.json_files import write_json
 from app.training import measure
 from app.training.measure import lengths_to_measure
 from longlora_ext.config import extend_config

@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longlora_ext import _attend, s2attn, strided
+from longlora_ext import _attend, _strided, s2attn
+from longlora_ext._strided import _tiles
 from longlora_ext.reference import s2attn_reference
-from longlora_ext.strided import _tiles
 from measured_peak import peak_of
 from op_checks import DTYPES, Problem, assert_outputs_and_grads_close, assert_same, outputs_and_grads
 
@@ -114,7 +114,7 @@ def test_several_tiles_and_devices_whose_attention_forms_all_scores(
     fused: bool, pattern: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_tiles, "MOST_ROWS", 32)
-    monkeypatch.setattr(strided, "is_fused", lambda q: fused)
+    monkeypatch.setattr(_strided, "is_fused", lambda q: fused)
     shape = {"batch": 2, "seqlen": 150, "heads": 4, "kv_heads": 2, "group_size": 64}
     for documents in (False, True):
         for sink in (False, True):
@@ -163,7 +163,7 @@ def test_unshifted_groups_are_neither_copied_nor_masked(sink: bool) -> None:
             return function(*args, **(kwargs or {}))
 
     with Calls():
-        strided.strided(q, k, v, strided.Arguments(32, 2, sink=sink))
+        _strided.strided(q, k, v, _strided.Arguments(32, 2, sink=sink))
     assert all("attn_mask" not in options for *_, options in calls)
     shared = {x.untyped_storage().data_ptr() for x in (q, k, v)}
     own = [all(x.untyped_storage().data_ptr() in shared for x in tensors) for *tensors, _ in calls]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from finetune_runs import ROOT, deepspeed, environment, make_model, make_text, run, torchrun
-from longlora_ext._ulysses import first_shifted_head, sequence_parallel
+from longlora_ext._deepspeed_ulysses import first_shifted_head, sequence_parallel
 from parallel_worker import SHARED, ULYSSES
 from patience import patience
 
@@ -71,7 +71,7 @@ def test_every_rank_shifts_its_share_of_the_second_half(
 ) -> None:
     assert sequence_parallel() == (0, 1)
     for rank in range(ranks):
-        monkeypatch.setattr("longlora_ext._ulysses.sequence_parallel", lambda rank=rank: (rank, ranks))
+        monkeypatch.setattr("longlora_ext._deepspeed_ulysses.sequence_parallel", lambda rank=rank: (rank, ranks))
         assert first_shifted_head(heads, heads // ranks) == first[rank]
     assert sum(heads // ranks - each for each in first) == heads - heads // 2
 

@@ -18,8 +18,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from app.runs.checkpoints import read_json, write_json
 from app.runs.folder_lock import LOCK, lock
+from app.runs.json_files import read_json, write_json
 from app.runs.run_folder import differences
 
 SETTINGS = "settings.json"

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from app.inputs.json_values import JsonValues, Repeated, without_mark
+from app.inputs.messages import shown
 
 #: The file formats, by suffix.
 FORMATS = {
@@ -102,7 +103,7 @@ def read_texts(file: str, column: str) -> Iterator[bytes | None]:
                 columns |= dict.fromkeys(row)
             text = row.get(column)
             if text is not None and not isinstance(text, str):
-                raise ValueError(f"{place}: its {column!r} is {_shown(text)}, not text (--text_column)")
+                raise ValueError(f"{place}: its {column!r} is {shown(text)}, not text (--text_column)")
             yield None if text is None else _encoded(place, text)
         if place:
             _check_column(column, list(columns))
@@ -147,7 +148,7 @@ def _json_rows(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
             if isinstance(value, str) and values.in_array:
                 value = {"text": value}
             if not isinstance(value, dict | None):
-                raise ValueError(f'{place} is {_shown(value)}, not an object, {{"name": ..., ...}}')
+                raise ValueError(f'{place} is {shown(value)}, not an object, {{"name": ..., ...}}')
             yield place, value or {}
 
 
@@ -203,8 +204,3 @@ def _written(value: Any) -> str:
     if isinstance(value, Repeated):
         raise ValueError(f"a key is given twice: {value.key!r}")
     return str(value)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -17,8 +17,8 @@ from transformers import AutoConfig
 
 from app.models.fingerprint import files_fingerprint
 from app.runs import launch
-from app.runs.checkpoints import write_json
 from app.runs.command_line import EXAMPLES
+from app.runs.json_files import write_json
 from app.runs.provenance import commit, versions
 from longlora_ext.adapter._load import base_of
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from app.models.suitable import check_attention, check_kernels, check_tokenizer
 from app.models.tokenizer import read_tokenizer
 from app.runs.command_line import TINY_LLAMA, Parser
 from app.runs.errors import one_clear_error
+from app.runs.json_files import json_object
 from app.runs.launch import WORLD_SIZE
 from longlora_ext import _pattern
 from longlora_ext._errors import naming
@@ -134,17 +134,6 @@ def add_scaling_options(parser: argparse.ArgumentParser) -> None:
         help="how: ntk, or any RoPE type of transformers (linear, yarn, dynamic, llama3, ...)",
     )
     group.add_argument("--rope_parameters", type=json_object, help="further parameters of that type, as JSON")
-
-
-def json_object(text: str) -> dict[str, Any]:
-    """A JSON object on the command line."""
-    try:
-        parsed = json.loads(text)
-    except ValueError:
-        parsed = None
-    if not isinstance(parsed, dict):
-        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}")
-    return parsed
 
 
 def check_model_options(parser: Parser, options: argparse.Namespace) -> None:

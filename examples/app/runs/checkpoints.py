@@ -19,8 +19,6 @@ switched off by `take_over_rotation`, and `CompletionMarker` does step 3.
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import re
 import shutil
@@ -30,44 +28,11 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from app.runs.json_files import read_json, write_json
 from longlora_ext._processes import wait_for_all
 
 MARKER = "complete.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file so that it is there whole or not at all.
-
-    JSON has no infinite numbers. They are written as text, which `float` reads: "inf", "-inf", "nan".
-    """
-    scratch = path.with_name(path.name + ".tmp")
-    with open(scratch, "w", encoding="utf-8") as file:
-        json.dump(_finite(content), file, indent=2, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
-
-
-def read_json(path: Path) -> Any:
-    """What a JSON file holds.
-
-    Raises:
-        ValueError: It is no JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read, it is no JSON: {error}") from error
-
-
-def _finite(content: Any) -> Any:
-    if isinstance(content, dict):
-        return {name: _finite(value) for name, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
-    return str(content) if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:

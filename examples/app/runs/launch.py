@@ -67,28 +67,28 @@ def say(*lines: str) -> None:
 TRACEBACK = "LONGLORA_TRACEBACK"
 
 
-def show_traceback(error: BaseException | None = None) -> None:
-    """Print where `error`, or the one that is handled just now, came from, or else where this is; if the user wants it.
+def show_traceback() -> None:
+    """Print where the error that is handled just now came from, or else where this is; if the user wants it.
 
     That is what `LONGLORA_TRACEBACK=1` asks for. Set to 0, false, no or off, or empty, it asks for nothing.
     """
     if os.environ.get(TRACEBACK, "").strip().lower() in ("", "0", "false", "no", "off"):
         return
-    if error := error or sys.exc_info()[1]:
+    if error := sys.exc_info()[1]:
         traceback.print_exception(error)
     else:
         traceback.print_stack(sys._getframe(1))
 
 
-def fail(message: str, error: BaseException | None = None) -> NoReturn:
+def fail(message: str) -> NoReturn:
     """End the program for a mistake of its user: one line from the first process, exit status 2 from all.
 
     A launcher stops all when one ends. So the others wait, and speak only if they are still there: the mistake is then
-    theirs alone. `LONGLORA_TRACEBACK=1` shows before the line where it came from: `error`, or the one handled just now.
+    theirs alone. `LONGLORA_TRACEBACK=1` shows before the line where it came from.
     """
     if RANK != 0:
         time.sleep(10)
-    show_traceback(error)
+    show_traceback()
     who = "" if RANK == 0 else f"process {RANK}: "
     print(f"{program}: error: {who}{message}", file=sys.stderr, flush=True)
     leave_group()

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from app.runs.checkpoints import read_marker, remove_incomplete, write_json
+from app.runs.checkpoints import read_marker, remove_incomplete
+from app.runs.json_files import write_json
 from app.runs.launch import say
 from app.runs.run_folder import RUN_FILE, differences, find_checkpoint, take_folder
 from longlora_ext._folders import remove_abandoned

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, TrainingArguments
 
-from app.runs.checkpoints import read_json
 from app.runs.command_line import EXAMPLES
+from app.runs.json_files import read_json
 from app.runs.launch import launcher, say
 from app.runs.provenance import commit, versions
 from app.runs.run import Run

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedConfig, TrainingArguments
 
 from app.evaluation.perplexity import fingerprint, sliding_window_perplexity
-from app.runs.checkpoints import write_json
+from app.runs.json_files import write_json
 from app.runs.launch import say
 from app.runs.run import Run
 from app.runs.wording import counted

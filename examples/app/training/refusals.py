@@ -17,6 +17,7 @@ from app.inputs.sources import read_source, read_sources
 from app.models.four_bits import check_bitsandbytes
 from app.runs.command_line import EXAMPLES, is_given
 from app.runs.errors import one_clear_error
+from app.runs.json_files import json_object
 from app.runs.launch import WORLD_SIZE
 from app.training.fsdp import check_fsdp
 
@@ -36,11 +37,9 @@ def check_options(parser: argparse.ArgumentParser, argv: Sequence[str], options:
     _check_text(parser, options)
     if options.rope_parameters is not None:
         try:
-            parsed = json.loads(options.rope_parameters)
-        except ValueError:
-            parsed = None
-        if not isinstance(parsed, dict):
-            parser.error(f"--rope_parameters must be a JSON object, got {options.rope_parameters!r}")
+            json_object(options.rope_parameters)
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"--rope_parameters {error}")
     if options.resume_from_checkpoint == "latest" and options.output_dir is None:
         parser.error("--resume_from_checkpoint latest needs the --output_dir of the run to go on with")
     if isinstance(options.deepspeed, str):

@@ -20,7 +20,7 @@ from transformers import (
 
 from app.evaluation.answer_nats import answer_ids, answer_losses
 from app.evaluation.prompts import DEPTHS, passkey
-from app.runs.checkpoints import write_json
+from app.runs.json_files import write_json
 from app.runs.launch import say
 from app.runs.run import Run
 from app.training.before_training import AFTER, BEFORE, BeforeTraining

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from longlora_ext._arguments import Arguments
-from longlora_ext.strided._calls import halves, sdpa, takes_gqa
-from longlora_ext.strided._views import Cut, Join
+from longlora_ext._strided._calls import halves, sdpa, takes_gqa
+from longlora_ext._strided._views import Cut, Join
 
 ALL = slice(None)
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from longlora_ext._arguments import Arguments
-from longlora_ext.strided._calls import halves, sdpa
-from longlora_ext.strided._views import Join, Take
+from longlora_ext._strided._calls import halves, sdpa
+from longlora_ext._strided._views import Join, Take
 
 #: Entries of a tile's mask; of its scores, where they are formed.
 MASK_ENTRIES, SCORES = 2**22, 2**24

@@ -9,9 +9,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from longlora_ext._arguments import Arguments
-from longlora_ext.strided._calls import is_fused
-from longlora_ext.strided._groups import by_groups
-from longlora_ext.strided._tiles import by_tiles
+from longlora_ext._strided._calls import is_fused
+from longlora_ext._strided._groups import by_groups
+from longlora_ext._strided._tiles import by_tiles
 
 __all__ = ["strided"]
 
