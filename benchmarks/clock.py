@@ -51,7 +51,7 @@ class Clock:
 
 
 def matmul_tflops(device: str, dtype: str, clock: Clock) -> float:
-    """What torch.mm reaches with large square matrices: the roof over all of the above."""
+    """What torch.mm reaches with large square matrices: the roof over all that is measured."""
     n = 8192 if device == "cuda" else 2048
     a, b = torch.randn(2, n, n, device=device, dtype=getattr(torch, dtype))
     samples = []

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from longlora_ext._arguments import DTYPES
+
 PACKAGES = (
     "longlora_ext", "torch", "transformers", "peft", "accelerate", "deepspeed", "datasets", "tokenizers", "safetensors",
     "bitsandbytes", "gguf", "liger-kernel", "numpy", "triton",
@@ -30,7 +32,6 @@ VARIABLES = (
     "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE",
     "TRANSFORMERS_OFFLINE", "TOKENIZERS_PARALLELISM", "TORCH_EXTENSIONS_DIR", "LANG", "LC_ALL", "PYTHONPATH",
 )  # fmt: skip
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 128, 256)  # for which the CUDA kernels are compiled
 
 

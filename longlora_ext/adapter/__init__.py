@@ -1,14 +1,16 @@
 """Fine-tuning an extended model: LoRA with trainable embedding and norms, or all weights; save, load, merge.
 
-    model = prepare_model(model, lora_config(model))     # or prepare_model(model, None): full fine-tuning
-    ...                                                  # train, with or without DeepSpeed
-    save_adapter(model, "adapter", tokenizer)            # LoRA + embedding + norms + RoPE + group size
-    model = load("adapter")                              # the extended model, ready to generate
-    merge("adapter", "merged")                           # a plain model folder
-
-In this room: `_prepare.py` and `_precision.py` (what trains, in fp32), `_save.py`, `_record.py` (longlora.json),
-`_load.py`, `_merge.py` with `_lora.py` and `_stored.py` (weight by weight), and `_import.py` (the original's adapters).
+model = prepare_model(model, lora_config(model))     # or prepare_model(model, None): full fine-tuning
+...                                                  # train, with or without DeepSpeed
+save_adapter(model, "adapter", tokenizer)            # LoRA + embedding + norms + RoPE + group size
+model = load("adapter")                              # the extended model, ready to generate
+merge("adapter", "merged")                           # a plain model folder
 """
+
+# What trains: _prepare.py, with _targets.py, _norms.py, _tying.py, and _precision.py (in fp32).
+# The folder: _save.py, _load.py, _record.py (longlora.json), _config_file.py, _checkpoint.py (weight files),
+# _tokenizer.py, _generation.py, _card.py.
+# Merging: _merge.py, with _lora.py and _stored.py (weight by weight). The original's adapters: _import.py.
 
 from longlora_ext.adapter._generation import stop_at, stops
 from longlora_ext.adapter._import import import_longlora
