@@ -8,24 +8,28 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import evaluate
 import finetune_llama
 import generate
 import merge_adapter
 import plan
+import tiny_gguf
 from app.models.convert_gguf import convert_gguf
+from app.models.gguf_rope import LLAMA3, read_model_config
 from app.models.tokenizer import read_tokenizer
 from app.models.use_model import open_model
+from app.planning.presets import read_config
 from app.runs.command_line import TINY_LLAMA
 from finetune_runs import make_text
 from longlora_ext.adapter import load
 from tiny_gguf import save_gguf
 
-pytest.importorskip("gguf", reason="NOT TESTED: transformers reads GGUF with the package gguf")
+gguf = pytest.importorskip("gguf", reason="NOT TESTED: transformers reads GGUF with the package gguf")
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +103,63 @@ def test_a_way_to_split_that_nobody_knows_is_said_once(way: str, notes: int, tmp
     said = capsys.readouterr().out
     assert said.count("text is split as for GPT-2") == said.count(f"note: {way}.gguf") == notes
     assert (repr(way) in said) == (way == "of-tomorrow")
+
+
+ROPE: dict[str, dict[str, Any]] = {
+    "linear": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 256},
+    "llama3": {"factor": 8.0, **LLAMA3},
+}
+
+
+def scaled_model(folder: Path, rope: dict[str, Any], name: str = "folder") -> Path:
+    """The tiny Llama with another RoPE."""
+    config = AutoConfig.from_pretrained(TINY_LLAMA)
+    config.rope_parameters = {"rope_theta": 10000.0, **rope}
+    config.max_position_embeddings = 131072 if rope["rope_type"] == "llama3" else 1024
+    AutoModelForCausalLM.from_pretrained(TINY_LLAMA, config=config).save_pretrained(folder / name)
+    AutoTokenizer.from_pretrained(TINY_LLAMA).save_pretrained(folder / name)
+    return folder / name
+
+
+@pytest.mark.parametrize("rope_type", ROPE)
+def test_rope_is_scaled_as_the_file_says(rope_type: str, tmp_path: Path) -> None:
+    """Which transformers does not read: RoPE would be unscaled, without a word."""
+    rope = {"rope_type": rope_type, **ROPE[rope_type]}
+    folder = scaled_model(tmp_path, rope)
+    save_gguf(folder, tmp_path / "model.gguf")
+    expected = AutoModelForCausalLM.from_pretrained(folder)
+    # What a factor multiplies is not said of linear scaling, neither by a file nor by a folder.
+    settled = ["--present_context_length", 1024] if rope_type == "linear" else []
+    found = opened("--model", tmp_path / "model.gguf", "--dtype", "float32", *settled)
+    assert found.model.config.rope_parameters == {"rope_theta": 10000.0, **rope}
+    assert torch.equal(logits(found.model), logits(expected))
+    assert found.trained_length == expected.config.max_position_embeddings
+    converted = convert_gguf(str(tmp_path), "model.gguf", tmp_path / "converted", torch.float32)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(converted)), logits(expected))
+    assert read_config(str(tmp_path), "model.gguf").rope_parameters == found.model.config.rope_parameters
+
+
+def test_rope_that_is_scaled_in_an_unknown_way_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By other factors than Llama 3's, by longrope, or by yarn with a number that is not known."""
+    rope = {"rope_type": "llama3", **ROPE["llama3"], "original_max_position_embeddings": 256}
+    save_gguf(scaled_model(tmp_path, rope), tmp_path / "llama3.gguf")
+    yarn = scaled_model(tmp_path, {"rope_type": "yarn", **ROPE["yarn"]}, "yarn")
+    said = {
+        "longrope": lambda writer, config: writer.add_tensor("rope_factors_long.weight", np.ones(16, np.float32)),
+        "yarn": lambda writer, config: (
+            writer.add_rope_scaling_type(gguf.RopeScalingType.YARN),
+            writer.add_rope_scaling_factor(4.0),
+            writer.add_rope_scaling_yarn_log_mul(0.1),
+        ),
+    }
+    for name, write in said.items():
+        monkeypatch.setattr(tiny_gguf, "_write_scaling", write)
+        save_gguf(yarn, tmp_path / f"{name}.gguf")
+    messages = {"llama3": "not Llama 3's", "longrope": "by longrope", "yarn": r"\(type yarn, yarn_log_multiplier\)"}
+    for name, message in messages.items():
+        with pytest.raises(ValueError, match=f"{name}.gguf scales RoPE .*{message}.*: use the model's own folder"):
+            read_model_config(str(tmp_path), f"{name}.gguf")
 
 
 def test_quantised_weights_are_expanded(files: Path) -> None:

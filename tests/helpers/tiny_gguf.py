@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter, TokenType
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType, TokenType
 from gguf.quants import quantize
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 TENSORS = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -43,6 +46,7 @@ def save_gguf(
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    _write_scaling(writer, config)
     writer.add_vocab_size(config.vocab_size)
     tokens = tokenizer.convert_ids_to_tokens(range(config.vocab_size))
     special = set(tokenizer.all_special_tokens)
@@ -76,3 +80,17 @@ def save_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return file
+
+
+def _write_scaling(writer: GGUFWriter, config: Any) -> None:
+    """How RoPE is scaled."""
+    rope = config.rope_parameters
+    if rope["rope_type"] == "llama3":
+        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+        plain = rope["rope_theta"] ** -(torch.arange(len(scaled)) / len(scaled))
+        writer.add_tensor("rope_freqs.weight", (plain / scaled).float().numpy(), raw_dtype=GGMLQuantizationType.F32)
+    elif rope["rope_type"] != "default":
+        writer.add_rope_scaling_type(RopeScalingType(rope["rope_type"]))
+        writer.add_rope_scaling_factor(rope["factor"])
+        if original := rope.get("original_max_position_embeddings"):
+            writer.add_rope_scaling_orig_ctx_len(original)

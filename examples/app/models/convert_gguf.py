@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from app.models.gguf_rope import read_model_config
 from app.models.tokenizer import read_tokenizer
 from longlora_ext._folders import appearing
 from longlora_ext._processes import on_first_process
@@ -62,7 +63,7 @@ def convert_gguf(source: str, gguf_file: str, folder: Path, dtype: torch.dtype) 
         if folder.exists():
             return
         with appearing(folder) as unfinished:
-            config = AutoConfig.from_pretrained(source, gguf_file=gguf_file)
+            config = read_model_config(source, gguf_file)
             load_gguf(source, gguf_file, config, dtype).save_pretrained(unfinished)
             read_tokenizer(source, gguf_file).save_pretrained(unfinished)
 

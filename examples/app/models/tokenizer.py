@@ -8,6 +8,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from app.models.gguf_rope import read_gguf
 from app.runs.launch import say
 
 #: Names in `tokenizer.ggml.pre` of GPT-2's way to split text. It is what transformers does with names it does not know.
@@ -56,8 +57,6 @@ def _say_unknown(gguf_file: str, way: str | None) -> None:
 @cache
 def _way_to_split(file: str) -> str | None:
     """What the file says of it; "default" says nothing."""
-    from gguf import GGUFReader  # an extra, without which transformers has refused the file
-
-    field = GGUFReader(file).fields.get("tokenizer.ggml.pre")
-    way = bytes(field.parts[field.data[0]]).decode() if field else None
+    field = read_gguf(file).fields.get("tokenizer.ggml.pre")
+    way = field.contents() if field else None
     return None if way == "default" else way

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import (
-    AutoConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
@@ -24,6 +23,7 @@ from transformers import (
 from app.models.convert_gguf import load_gguf
 from app.models.folders import check_run_folder, is_adapter
 from app.models.four_bits import check_bitsandbytes, four_bits
+from app.models.gguf_rope import read_model_config
 from app.models.source import GGUF_HELP, check_config, find_model
 from app.models.suitable import check_attention, check_kernels, check_tokenizer
 from app.models.tokenizer import read_tokenizer
@@ -170,7 +170,6 @@ def open_model(options: argparse.Namespace, attention: str = "dense", groups: in
         SystemExit: Its RoPE cannot be scaled as the options say, which is said.
     """
     path, gguf_file, scaled = options.model, options.gguf_file, getattr(options, "context_length", None)
-    source = {"gguf_file": gguf_file} if gguf_file else {}
     check_run_folder(path)
     if options.base_model and not is_adapter(path):
         raise ValueError("--base_model is for adapters, and this is none: it has no adapter_config.json")
@@ -190,7 +189,7 @@ def open_model(options: argparse.Namespace, attention: str = "dense", groups: in
     if is_adapter(path):
         model: Any = load(path, base_model=options.base_model, **keywords)
     else:
-        config = settle_context(AutoConfig.from_pretrained(path, **source), options.present_context_length)
+        config = settle_context(read_model_config(path, gguf_file), options.present_context_length)
         if scaled is not None:
             with one_clear_error(f"--context_length {scaled} --rope_type {options.rope_type}: "):
                 given = options.rope_parameters

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
+from transformers import LlamaConfig, PreTrainedConfig
 
 from app.models.folders import check_model_folder
+from app.models.gguf_rope import read_model_config
 from app.models.source import check_config, find_model
 
 _LLAMA_2 = {"vocab_size": 32000, "max_position_embeddings": 4096}
@@ -37,4 +38,4 @@ def read_config(model: str, gguf_file: str | None = None) -> PreTrainedConfig:
         model, gguf_file = find_model(model, gguf_file)
         check_model_folder(model)
         check_config(model, gguf_file)
-    return AutoConfig.from_pretrained(model, **({"gguf_file": gguf_file} if gguf_file else {}))
+    return read_model_config(model, gguf_file)

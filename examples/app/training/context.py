@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 
-from transformers import AutoConfig, PreTrainedConfig, TrainingArguments
+from transformers import PreTrainedConfig, TrainingArguments
 
 from app.models.folders import check_model_folder
+from app.models.gguf_rope import read_model_config
 from app.models.source import check_config
 from app.models.suitable import check_attention, check_context, check_kernels
 from app.runs.launch import say
@@ -26,8 +27,7 @@ def read_base_config(options: ModelOptions) -> PreTrainedConfig:
     """
     check_model_folder(options.model_name_or_path)
     check_config(options.model_name_or_path, options.gguf_file)
-    source = {"gguf_file": options.gguf_file} if options.gguf_file else {}
-    config = AutoConfig.from_pretrained(options.model_name_or_path, **source)
+    config = read_model_config(options.model_name_or_path, options.gguf_file)
     config = settle_context(config, options.present_context_length)
     check_attention(config, options.context_length)
     return config
