@@ -120,6 +120,21 @@ def test_leftovers_of_a_kill_are_removed(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"run.json", ".lock"}
 
 
+def test_the_model_of_an_attempt_without_a_checkpoint_is_not_trained_on(tmp_path: Path) -> None:
+    """It was made of a GGUF file, and the next attempt may name another. With a checkpoint the settings say that."""
+    (tmp_path / "run.json").write_text("{}")
+    made = tmp_path / "base_model"
+    made.mkdir()
+    checkpoint = tmp_path / "checkpoint-2"
+    checkpoint.mkdir()
+    (checkpoint / "complete.json").write_text(json.dumps({"step": 2, "resumable": True, "settings": {"seed": 1}}))
+    claim(tmp_path, "latest")
+    assert made.is_dir()
+    (checkpoint / "complete.json").unlink()
+    claim(tmp_path, "latest")
+    assert not made.exists()
+
+
 def test_what_another_program_writes_there_stays(tmp_path: Path) -> None:
     """A merge into the run's folder, say, that goes on while the run is made longer."""
     (tmp_path / ".merged.unfinished-1").mkdir()

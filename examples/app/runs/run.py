@@ -19,6 +19,7 @@ from app.runs.launch import say
 from app.runs.run_folder import RUN_FILE, differences, find_checkpoint, take_folder
 from longlora_ext._folders import remove_abandoned
 from longlora_ext._processes import on_first_process
+from longlora_ext.adapter._load import MADE_BASE
 
 
 @dataclass
@@ -120,6 +121,8 @@ class Run:
             remove_abandoned(self.folder)
             for name in remove_incomplete(self.folder):
                 say(f"removed {name}: the run was stopped while it wrote it")
+            if self.checkpoint is None and (made := self.folder / MADE_BASE).exists():
+                shutil.rmtree(made)  # of an attempt whose model may have been another
             write_json(self.folder / RUN_FILE, manifest)
 
         on_first_process(write)
