@@ -97,6 +97,15 @@ def test_white_space_at_the_border_of_a_mark_confuses_nothing(space: str) -> Non
     assert [[piece.strip() for piece in sample] for sample in learned(tokenizer)] == [["a#yes<|end|>", "b#no<|end|>"]]
 
 
+@pytest.mark.parametrize("template", [MARKED, MARKED_SHORT, FORGETFUL_MARKED, PLAIN])
+def test_the_last_character_of_an_answer_is_learned_whole(template: str) -> None:
+    """transformers' mask ends with its first token, where it has several."""
+    tokenizer = byte_tokenizer(template, eos_token="<eos>")
+    rows = [ASKED[1], {"role": "assistant", "content": "to help 🤗"}, ASKED[1], {"role": "assistant", "content": "鯖"}]
+    pieces = [piece.rstrip() for sample in learned(tokenizer, rows) for piece in sample]
+    assert pieces == ["to help 🤗<|end|>", "鯖<|end|>"]
+
+
 def test_what_is_not_learned_is_what_the_model_will_be_asked() -> None:
     tokenizer = byte_tokenizer(PLAIN, eos_token="<eos>")
     ((ids, labels),) = encode(ASKED, tokenizer)

@@ -207,6 +207,21 @@ def test_thoughts_are_learned_where_the_template_writes_them() -> None:
     assert learned(alone) == ["<think>\nwell\n</think>\nRome<|im_end|>"]
 
 
+#: As DeepSeek-R1's and QwQ's: thoughts that stand in the content are cut off, of the last answer as well.
+SPLITS = CHATML.replace("{{ message.content }}", "{{ message.content.split('</think>')[-1] }}")
+SPLITS_STRIPPED = SPLITS.replace("[-1] }}", "[-1].lstrip('\n') }}")
+THOUGHT = {"role": "assistant", "content": "<think>\n51 = 50 + 1\n</think>\n\nIt is 51."}
+
+
+def test_thoughts_in_the_content_are_learned_where_they_are_kept() -> None:
+    assert learned(chat(ASKED, THOUGHT), CHATML) == [f"{THOUGHT['content']}<|im_end|>"]
+    tokenizer = tokenizer_of(CHATML)
+    tokenizer.chat_template = SPLITS
+    nothing = {**THOUGHT, "content": "<think>\n\n</think>\n\nIt is 51."}  # of which nothing is lost
+    ((ids, _),) = encode(conversation(chat(ASKED, nothing)), ChatTemplate(tokenizer))
+    assert "It is 51.<|im_end|>" in tokenizer.decode(ids)
+
+
 # --- what a template leaves out ---------------------------------------------------------------------------------
 
 
@@ -221,6 +236,8 @@ def test_thoughts_are_learned_where_the_template_writes_them() -> None:
         (QWEN_3, chat(ASKED, ANSWER, documents=[{"title": "a", "text": "b"}]), "leaves its documents out"),
         (CHATML, chat(ASKED, {**ANSWER, "reasoning_content": "hm"}), "leaves out reasoning_content of message 2"),
         (CHATML, chat(ASKED, {**ANSWER, "thinking": "hm"}), "leaves out reasoning_content of message 2"),
+        (SPLITS, chat(ASKED, THOUGHT), "leaves out what stands before </think> in message 2"),
+        (SPLITS_STRIPPED, chat(ASKED, THOUGHT), "leaves out what stands before </think> in message 2"),
         (CHATML, chat(ASKED, {**ANSWER, "prefix": True}), "leaves out prefix of message 2"),
         (QWEN_3, chat({**ASKED, "role": "developer"}, ASKED, ANSWER), "leaves out the content of message 1, of"),
         (GEMMA, chat({**ASKED, "role": "system"}, ASKED, ANSWER), "System role not supported"),

@@ -117,7 +117,7 @@ def _by_marks(conversation: Conversation, template: ChatTemplate) -> list[Encode
     found: Any = template.apply(
         messages, conversation.context, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
-    ids, marked = found["input_ids"], found["assistant_masks"]
+    ids, marked = found["input_ids"], _with_whole_characters(found)
     begins = [here > before for here, before in zip(marked, [0, *marked[:-1]], strict=True)]
     learned = [
         answer for message, answer in zip(messages, conversation.learned, strict=True) if message["role"] == ASSISTANT
@@ -134,6 +134,16 @@ def _by_marks(conversation: Conversation, template: ChatTemplate) -> list[Encode
         is_answer = here or (before and token in behind)
         labels.append(token if is_answer and learned[answer] else IGNORED_LABEL)
     return [Encoded(ids, labels)]
+
+
+def _with_whole_characters(found: Any) -> list[int]:
+    """The mask of the answers. transformers ends it with the first token of the last character, which may have more."""
+    marked = list(found["assistant_masks"])
+    for place in range(1, len(marked)):
+        if marked[place - 1] and not marked[place]:
+            before, here = (found.token_to_chars(token) for token in (place - 1, place))
+            marked[place] = int(before is not None and here is not None and here.start < before.end)
+    return marked
 
 
 def _grows(conversation: Conversation, template: ChatTemplate) -> bool:

@@ -29,6 +29,10 @@ CLOCK = "strftime_now"
 #: What may follow % in a format of a date, and with - between them, as the C library has it.
 DIRECTIVES = "aAbBcdDeFgGhHIjklmMnprRsStTuUVwWxXyYzZ"
 
+#: Where reasoning ends that is written into the content, and where it begins.
+THOUGHT_ENDS = re.compile(r"</(think|thinking|reasoning)>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>")
+THOUGHT_BEGINS = re.compile(r"<(think|thinking|reasoning)>|\[THINK\]|◁think▷|<\|begin_of_thought\|>")
+
 #: Fields of a message that a template may leave out: names of things, and what was noted about a message.
 MAY_BE_LEFT_OUT = {
     "annotations", "country", "created", "created_at", "create_time", "date", "finish_reason", "hash", "hashed_ip",
@@ -168,6 +172,11 @@ def _parts(message: Message, name: str) -> Iterator[tuple[str, Message]]:
     """All of a message that ought to show: what an error says of it, and the message without it."""
     if message["content"].strip():
         yield f"leaves out the content of {name}, of the role {message['role']}", {**message, "content": ""}
+    if message["role"] == ASSISTANT and (thought := THOUGHT_ENDS.search(message["content"])):
+        before, behind = message["content"][: thought.start()], message["content"][thought.end() :]
+        if THOUGHT_BEGINS.sub("", before).strip():
+            for rest in (behind, behind.lstrip()):  # templates cut white space off, or do not
+                yield f"leaves out what stands before {thought[0]} in {name}", {**message, "content": rest}
     if message["role"] not in (USER, ASSISTANT):
         yield f"writes {name}, of the role {message['role']}, as one of the assistant", {**message, "role": ASSISTANT}
     calls = message.get("tool_calls", [])
