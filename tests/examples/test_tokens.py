@@ -53,13 +53,20 @@ def test_held_out_documents_are_not_trained_on(lengths: list[int]) -> None:
     documents = tokenised([[100 * d + p for p in range(n)] for d, n in enumerate(lengths)])
     train, held_out = documents.hold_out()
     tokens = [np.concatenate([part.ids(d) for d in range(len(part.lengths))]) for part in (train, held_out)]
-    assert min(map(len, tokens)) > 0
+    assert min(map(len, tokens)) > 0 and len(tokens[1]) <= max(1, documents.tokens / 5)
     assert sorted(np.concatenate(tokens).tolist()) == sorted(
         np.concatenate([documents.ids(d) for d in range(len(lengths))]).tolist()
     )
     if len(lengths) > 1:
         assert len(held_out.lengths) == max(1, len(lengths) // 20)
     PackedSequences(held_out.arrow_ids, 8, PAD)[0]  # a selection of rows packs like any other
+
+
+def test_of_a_large_document_only_the_end_is_held_out() -> None:
+    """It may be the 20th, or the last of two: it would be nearly all of the text."""
+    train, held_out = tokenised([[1] * 20, [*range(1000)]]).hold_out()
+    assert train.ids(0).tolist() == [1] * 20 and train.ids(1).tolist() == [*range(898)]
+    assert held_out.ids(0).tolist() == [*range(898, 1000)]
 
 
 def test_largest_id() -> None:

@@ -31,23 +31,31 @@ class Documents(Tokenised[PackedSequences]):
     noun = "document"
 
     def hold_out(self) -> tuple[Documents, Documents]:
-        """Set every 20th document aside, and never none. A single document gives up its last tenth.
+        """Set every 20th document aside, and never none.
+
+        Where these are more than a fifth of the text, as one of a few long documents may be, only their ends are set
+        aside, a tenth of the text.
 
         Returns:
             `(train, held_out)`.
         """
-        count = len(self.dataset)
-        if count == 1:
-            ids = self.ids(0).tolist()
-            cut = len(ids) - max(1, len(ids) // 10)
-            head, tail = (
-                datasets.Dataset.from_dict({"input_ids": [part]}, features=self.dataset.features)
-                for part in (ids[:cut], ids[cut:])
-            )
-            return replace(self, dataset=head), replace(self, dataset=tail)
-        held_out = np.arange(min(HELD_OUT_EVERY, count) - 1, count, HELD_OUT_EVERY)
-        train = np.setdiff1d(np.arange(count), held_out)
-        return replace(self, dataset=self.dataset.select(train)), replace(self, dataset=self.dataset.select(held_out))
+        count, lengths = len(self.dataset), self.lengths
+        chosen = np.arange(min(HELD_OUT_EVERY, count) - 1, count, HELD_OUT_EVERY)
+        train = self.dataset.select(np.setdiff1d(np.arange(count), chosen))
+        tokens = int(lengths[chosen].sum())
+        if tokens <= self.tokens / 5:
+            return replace(self, dataset=train), replace(self, dataset=self.dataset.select(chosen))
+        heads, tails = [], []
+        for document in chosen:
+            ids = self.ids(int(document)).tolist()
+            cut = len(ids) - max(1, int(len(ids) * self.tokens / 10 / tokens))
+            heads.append(ids[:cut])
+            tails.append(ids[cut:])
+        begun, held_out = (
+            datasets.Dataset.from_dict({"input_ids": parts}, features=self.dataset.features) for parts in (heads, tails)
+        )
+        train = datasets.concatenate_datasets([train, begun])
+        return replace(self, dataset=train), replace(self, dataset=held_out)
 
     def rows(self, context_length: int, pad_token_id: int, packed: bool) -> PackedSequences:
         """Documents laid end to end and cut into rows, or the pieces of each in rows of their own."""

@@ -63,12 +63,19 @@ def banner(
         "training": f"{trained}: {trainable:,} of {total:,} weights, {dtype}",
         **data.train.describe(data.rows),
         **data.choice.describe(data.train.noun),
+        "held out": held_out(data),
         "steps": f"{steps}, {counted(batch, 'sequence')} in each, {rate(args, batch * new)}",
         "processes": f"{WORLD_SIZE}, {sharding}{f', {shared} for each sequence' if shared > 1 else ''}",
         "output": f"{run.folder}{f', going on from {run.checkpoint.name}' if run.checkpoint else ''}",
     }
     below = "\n" + " " * 11
     return "\n".join(["", *(f"{key + ':':<11}{value.replace(chr(10), below)}" for key, value in rows.items()), ""])
+
+
+def held_out(data: TrainingData) -> str:
+    """What is not trained on, but may be measured."""
+    whole = counted(len(data.held_out.dataset), data.held_out.noun)
+    return f"{whole} of {data.held_out.tokens:,} tokens" if data.held_out.tokens else "nothing"
 
 
 def rate(args: TrainingArguments, tokens_a_step: int) -> str:
