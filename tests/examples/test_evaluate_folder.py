@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,22 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def books(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_books(tmp_path_factory.mktemp("books"))
+
+
+def test_another_chat_template_or_stop_is_another_evaluation(
+    model: Path, books: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They may be mended in the folder of a model that was evaluated before."""
+    here = tmp_path / "here"
+    shutil.copytree(model, here)
+    given = ["--model", here, "--lengths", 1000, "--beyond_trained_length", "--depths", 0.5, "--trials", 1]
+    run("passkey", *given)
+    (here / "generation_config.json").write_text('{"eos_token_id": [5]}')
+    assert "--output out belongs to another evaluation: stops was" in refusal(
+        capsys, "passkey", *given, "--output", "out"
+    )
+    (here / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert "tokenizer was" in refusal(capsys, "passkey", *given, "--output", "out")
 
 
 def test_a_killed_run_goes_on_where_it_was(

@@ -77,6 +77,7 @@ class RetrievalTask:
             "depths": self.depths,
             "trials": self.trials,
             "seed": self.seed,
+            "stops": self.greedy.stops,
             "decoding": f"greedy, {ANSWER_TOKENS} tokens with a KV cache, one prompt at a time",
             "likelihood": "mean nats per token of the right answer, by a forward pass",
             "prompt": [example.instruction, example.needles[0], example.question],

@@ -77,6 +77,7 @@ class RulerTask:
             **source,
             "prompt": "the model's chat template" if self.template else "plain text",
             "score": "recall",
+            "stops": self.greedy.stops,
             "decoding": "greedy with a KV cache, one prompt at a time, 30 to 128 tokens by task",
         }
         self.cells = {f"{task}-length-{length}": (task, length) for task in self.tasks for length in self.lengths}

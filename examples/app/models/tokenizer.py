@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from functools import cache
 
 from tokenizers import pre_tokenizers
@@ -42,6 +44,13 @@ def read_tokenizer(source: str, gguf_file: str | None = None) -> PreTrainedToken
     elif way not in AS_GPT2:
         _say_unknown(gguf_file, way)
     return tokenizer
+
+
+def sha256_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What tells a tokenizer, with its chat template, from any other."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256(json.dumps([content, tokenizer.chat_template]).encode()).hexdigest()
 
 
 # A run reads a tokenizer twice: for its text, and to write the model folder.

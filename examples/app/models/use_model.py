@@ -26,7 +26,7 @@ from app.models.four_bits import check_bitsandbytes, four_bits
 from app.models.gguf_rope import read_model_config
 from app.models.source import GGUF_HELP, check_config, find_model
 from app.models.suitable import check_attention, check_kernels, check_tokenizer
-from app.models.tokenizer import read_tokenizer
+from app.models.tokenizer import read_tokenizer, sha256_of_tokenizer
 from app.runs.command_line import TINY_LLAMA, Parser
 from app.runs.errors import one_clear_error
 from app.runs.json_files import json_object
@@ -226,6 +226,7 @@ def open_model(options: argparse.Namespace, attention: str = "dense", groups: in
         "model": os.path.join(os.path.abspath(path) if os.path.isdir(path) else path, gguf_file or "").rstrip("/"),
         "kind": "adapter" if isinstance(model, PeftModel) else "model",
         "weights": _sha256_of_weights(model),
+        "tokenizer": sha256_of_tokenizer(tokenizer),
         "dtype": str(dtype).removeprefix("torch.") + (", base model in 4 bits" if options.load_in_4bit else ""),
         "context": context_length(base_config),
         "scaled_without_training": scaled is not None,

@@ -161,7 +161,10 @@ class DataOptions:
     )
     eval_file: list[str] | None = field(
         default=None,
-        metadata={"help": "Text to evaluate on, in the same forms. Default: every 20th document is held out, or the end of a large one."},
+        metadata={
+            "help": "Text to evaluate on, in the same forms. Default: every 20th document is held out, or the end of a "
+            "large one."
+        },
     )
     text_column: str = field(
         default="text", metadata={"help": "Column that holds the text of JSON, Parquet and hub datasets."}
