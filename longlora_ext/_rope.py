@@ -17,6 +17,9 @@ _NEEDS_ORIGINAL = ("yarn", "llama3", "longrope")
 # Types that divide all frequencies by the factor, so that one on top of another multiplies.
 _OF_ALL_FREQUENCIES = ("linear", "proportional")
 _DEFAULTS: dict[str, dict[str, Any]] = {"llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0}}
+# Decoders of transformers that have no positions in layers that see all tokens, where others have a sliding window.
+# Not cohere2_moe, of which some such layers have them.
+_ROTATE_IN_WINDOWS = ("afmoe", "cohere2", "exaone4", "exaone_moe")
 #: A larger theta and no scaling, which is no type of transformers': the config that comes of it is of type "default".
 NTK = "ntk"
 #: All that a context can be extended by.
@@ -43,6 +46,16 @@ def to_extend(config: PreTrainedConfig, layer_types: dict[str, Any], context: An
     if holds_all or (are_alike and not any("sliding" in name for name in used)):
         return list(layer_types)  # all see all tokens
     return full or list(layer_types)
+
+
+def only_windows_rotate(config: PreTrainedConfig, context: int) -> bool:
+    """Whether only layers with a sliding window have positions, in a model whose other layers see all tokens.
+
+    The windows stay what they were, and so does what RoPE does within them: a scaled one would be another, for nothing.
+    """
+    window, used = getattr(config, "sliding_window", None), set(getattr(config, "layer_types", None) or ())
+    is_such = config.model_type in _ROTATE_IN_WINDOWS and {"sliding_attention", "full_attention"} <= used
+    return is_such and isinstance(window, int) and window < context
 
 
 def with_one_rope(config: PreTrainedConfig, layer_types: dict[str, dict[str, Any]]) -> PreTrainedConfig:
@@ -78,6 +91,11 @@ def extended_rope(config: PreTrainedConfig, context: int, rope_type: str, given:
             "a search, not computed from the context length"
         )
     present_type = rope_type_of(config)
+    if present_type == rope_type == "dynamic" and present.get("alpha"):
+        raise ValueError(
+            f"this model's RoPE is scaled by alpha {present['alpha']:g}, for all lengths: transformers does not look "
+            "at a factor then, and nothing would be extended"
+        )
     if present_type not in ("default", rope_type):
         raise ValueError(
             f"this model's RoPE is scaled with rope_type {present_type!r} already and cannot be extended "

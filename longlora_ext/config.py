@@ -25,6 +25,7 @@ from longlora_ext._rope import (
     check_rope,
     extended_rope,
     fill_in_head_dim,
+    only_windows_rotate,
     original_of_linear,
     to_extend,
     with_one_rope,
@@ -200,7 +201,8 @@ def extend_config(
         A config with changed `rope_parameters`, `max_position_embeddings` (the new
         context; for `"dynamic"` it stays, as transformers scales only beyond it), `s2attn_context_length` and
         `s2attn_group_size`, and `s2attn_sink`, `s2attn_window` and `s2attn_dense_layers` where they are asked for.
-        Where layer types have RoPE parameters of their own, those of layers with a sliding window stay as they are.
+        Where layer types have RoPE parameters of their own, those of layers with a sliding window stay as they are, and
+        so does RoPE where these alone have positions (Cohere 2, EXAONE 4, Afmoe), unless `rope_parameters` are given.
         Linear scaling is given
         `original_max_position_embeddings` too, so that nobody has to ask whether `max_position_embeddings` is the
         length before or after it. A `head_dim` of `None` is filled in.
@@ -208,6 +210,8 @@ def extend_config(
     Raises:
         ValueError: An argument is out of its range, or the config's RoPE cannot be extended as asked.
     """
+    if is_int(context_length) and only_windows_rotate(config, context_length) and not rope_parameters:
+        rope_type = "default"
     by_type = copy.deepcopy(getattr(config, "rope_parameters", None) or {})
     layer_types = of_layer_types(by_type)
     concerned = to_extend(config, layer_types, context_length)
