@@ -26,6 +26,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 __all__ = ["IGNORED_LABEL", "tile_loss", "why_not_tiled"]
 
@@ -52,6 +53,9 @@ def why_not_tiled(model: PreTrainedModel | PeftModel) -> str | None:
         return "it has no output layer"
     if "logits_to_keep" not in inspect.signature(base.forward).parameters:
         return "its forward takes no logits_to_keep"
+    loss = base.loss_function
+    if loss is not ForCausalLMLoss and not isinstance(loss, _TiledLoss):
+        return f"its loss function is {getattr(loss, '__name__', type(loss).__name__)}, not transformers' cross entropy"
     return None
 
 

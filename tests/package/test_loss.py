@@ -119,12 +119,26 @@ def test_without_labels_and_with_logits_asked_for_nothing_is_different() -> None
 def test_models_that_change_their_logits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = cohere()
     assert why_not_tiled(model) == "its logits are more than its output layer's result (config.logit_scale)"
+
     with pytest.raises(ValueError, match=r"CohereForCausalLM cannot be tiled: .*config\.logit_scale"):
         tile_loss(model)
     monkeypatch.setattr("longlora_ext.loss._CHANGES_LOGITS", ())  # as for a model that nobody has thought of
     tile_loss(model)
     with pytest.raises(ValueError, match="cannot be tiled: its logits are more than its output layer's result"):
         model(**batch())
+
+
+def test_a_loss_function_of_one_s_own_is_kept() -> None:
+    model = tiny_model()
+
+    def with_something_besides(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **kwargs: Any) -> None:
+        raise AssertionError
+
+    model.loss_function = with_something_besides
+    reason = "its loss function is with_something_besides, not transformers' cross entropy"
+    assert why_not_tiled(model) == reason
+    with pytest.raises(ValueError, match=reason):
+        tile_loss(model)
 
 
 class FloatLogits(LlamaForCausalLM):
