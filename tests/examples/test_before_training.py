@@ -56,7 +56,13 @@ def with_thetas() -> tuple[Any, Any]:
 
 
 def test_models_that_the_old_positions_do_not_reach() -> None:
-    """Nor where attention scales by what RoPE's factor says, as DeepSeek's does."""
+    """Moshi's has one in each layer. Nor where attention scales by what RoPE's factor says, as DeepSeek's does."""
+    model, config = with_thetas()
+    (model.model.rotary_emb,) = model.model.rotary_embs
+    del model.model.rotary_embs
+    assert why_not_before(model, config) is None
+    model.model.layers[0].self_attn.rotary_emb = type(model.model.rotary_emb)(config)
+    assert "rotary_emb counts positions as well" in str(why_not_before(model, config))
     assert "model.rotary_embs.0 counts positions as well" in str(why_not_before(*with_thetas()))
     rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "mscale_all_dim": 0.7}
     scaled = LlamaConfig(rope_parameters={**rope, "original_max_position_embeddings": 512})

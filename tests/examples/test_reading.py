@@ -62,6 +62,7 @@ def test_text_is_as_it_is_less_its_mark(tmp_path: Path, content: bytes, expected
         ("text".encode("utf-16"), "at byte 0; .* byte order mark of UTF-16 "),
         ("text".encode("utf-16-le"), "much of it is zeros"),
         (b"\0" * 5000, "much of it is zeros"),
+        (b"a text " * 500 + b"\0" * 5000, "much of it is zeros"),
     ],
 )
 def test_what_is_no_utf_8_is_refused(tmp_path: Path, content: bytes, message: str) -> None:

@@ -69,7 +69,7 @@ def decoded(data: bytes) -> str:
     except UnicodeDecodeError as error:
         place = error.start + len(data) - len(text)
         raise ValueError(f"is no text in UTF-8: {error.reason} at byte {place:,} (0x{data[place]:02x})") from error
-    if found[:1000].count("\0") > len(found[:1000]) // 4:
+    if found[:1000].count("\0") > len(found[:1000]) // 4 or "\0" * 256 in found:
         raise ValueError("is no text in UTF-8: much of it is zeros, as in UTF-16, or where a file was not written")
     return found
 

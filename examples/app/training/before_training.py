@@ -58,9 +58,9 @@ class BeforeTraining(TrainerCallback):
 
 def why_not_before(model: torch.nn.Module, base_config: PreTrainedConfig) -> str | None:
     """Why `old_rotary_embedding` does not make a model what it was, in words; `None` if it does."""
-    for path, module in model.named_modules():
-        if type(module).__name__.endswith("RotaryEmbedding") and not path.endswith("rotary_emb"):
-            return f"{path} counts positions as well (granite_swa has such, one for each theta)"
+    rotate = [path for path, module in model.named_modules() if type(module).__name__.endswith("RotaryEmbedding")]
+    if other := next((path for path in rotate if not path.endswith("rotary_emb") or len(rotate) > 1), None):
+        return f"{other} counts positions as well (granite_swa has such for each theta, Moshi for each layer)"
     rope: Any = base_config.rope_parameters or {}
     if rope.get("mscale_all_dim"):
         return "the model's attention too depends on RoPE's factor (mscale_all_dim, as in DeepSeek-V2 and V3)"
