@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from app.runs.checkpoints import complete_checkpoints
+from app.training.shared_memory import SHARED_MEMORY
 from finetune_runs import ROOT, SCRIPT, deepspeed, environment, losses, make_model, make_text, run, small_run, torchrun
 from longlora_ext.adapter import load
 from patience import wait_until
@@ -60,8 +61,12 @@ def together(arguments: Callable[[Path], list[str]], tmp_path_factory: pytest.Te
     def outcome(config: str) -> Path:
         if config not in made:
             output = tmp_path_factory.mktemp(config) / "out"
-            done = run(*arguments(output), *under(config), launcher=launcher(config))
+            start = launcher(config)
+            done = run(*arguments(output), *under(config), launcher=start)
             assert done.returncode == 0, done.stdout + done.stderr
+            if "--master_port" in start:  # it is part of the names in the machine's memory
+                port = start[start.index("--master_port") + 1]
+                assert not list(SHARED_MEMORY.glob(f"*_{port}_*"))
             assert done.stdout.count("measuring perplexity: before") == 1
             stage = re.fullmatch(r"zero(\d).*", config)
             said = {"torchrun": "2, no DeepSpeed", "fsdp": "2, FSDP"}

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from app.runs.launch import leave_group, prepare_deepspeed
+from app.training.shared_memory import remove_names
 from longlora_ext.adapter import lora_config, prepare_model
 from longlora_ext.adapter._precision import fp32_state
 from longlora_ext.attention import s2attn_forward
@@ -35,6 +36,7 @@ def main() -> None:
 
     prepare_deepspeed()
     deepspeed.init_distributed()
+    remove_names()
     found = {f"{kind} {case}": zero(kind, case) for kind in ("zero2", "zero3") for case in ("tied", "full")}
     found |= {name: shared(*case) for name, case in SHARED.items()} | {"no position_ids": without_positions()}
     found |= ulysses()

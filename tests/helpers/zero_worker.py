@@ -15,6 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from app.runs.launch import leave_group, prepare_deepspeed
+from app.training.shared_memory import remove_names
 from longlora_ext.adapter import lora_config, prepare_model, save_adapter
 from longlora_ext.independence import check_documents_apart
 from tiny_training import LEARNING_RATE, batches, extended_model, lora_a
@@ -82,6 +83,7 @@ def start(kind: str) -> None:
 
     prepare_deepspeed()
     deepspeed.init_distributed()
+    remove_names()
 
 
 def deepspeed_config(kind: str, dtype: torch.dtype):

@@ -16,6 +16,7 @@ from app.training.data import TrainingData
 from app.training.measure import Measurement
 from app.training.options import ModelOptions
 from app.training.retrieval_guard import RetrievalGuard
+from app.training.shared_memory import KeepNoName
 from app.training.shared_sequences import trainer_of
 from app.training.stop_at_nan import StopAtNaN
 from longlora_ext.data import pad_rows
@@ -58,7 +59,7 @@ def make_trainer(
         train_dataset=torch.utils.data.Subset(data.rows, [0]) if is_over else data.rows,
         eval_dataset=data.eval_rows,
         data_collator=partial(pad_rows, pad_token_id=data.pad_token_id),
-        callbacks=[StopAtNaN(), marker, *filter(None, (*further, measurement, guard))],
+        callbacks=[KeepNoName(), StopAtNaN(), marker, *filter(None, (*further, measurement, guard))],
     )
 
 
