@@ -21,15 +21,18 @@ device=cuda
 [[ ${2:-} == --cpu ]] && device=cpu
 cd "$(dirname "$0")/.."
 deadline=$((SECONDS + ${SESSION_SECONDS:-690}))
+[[ $device == cpu ]] && deadline=$((SECONDS + 3600))
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 : >"$out/summary.txt"
 
 note() { printf '%-12s %-8s %4ss  %s\n' "$@" >>"$out/summary.txt"; }
 
-# step NAME SECONDS COMMAND...: runs it for at most SECONDS, and what is left of the session.
+# step NAME SECONDS COMMAND...: runs it for at most SECONDS, and what is left of the session. A rehearsal, on a machine that
+# others may use, takes its time.
 step() {
   local name=$1 limit=$2 begin=$SECONDS status=0 verdict=passed
   shift 2
+  [[ $device == cpu ]] && limit=3600
   ((limit > deadline - SECONDS)) && limit=$((deadline - SECONDS))
   ((limit < 5)) && note "$name" "NOT RUN" 0 "no time left" && return
   printf '== %s: %s\n' "$name" "$*"
