@@ -8,11 +8,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, TrainingArguments
 
-from app.training import arguments
+from app.training import arguments, report
 from app.training.context import new_context
 from app.training.options import DataOptions, ModelOptions
 from app.training.recipe import CHECKPOINTING, TINY_RECIPE
-from app.training.report import rate
 from finetune_runs import ROOT
 
 
@@ -55,6 +54,22 @@ def test_what_is_given_wins_over_every_default() -> None:
         assert (args.save_steps, text.eval_tokens, getattr(args, CHECKPOINTING)) == (5, 9, False)
     _, _, args = parsed("--model-name-or-path", "some/model", "--num-train-epochs=2")
     assert (args.num_train_epochs, args.max_steps) == (2, -1)
+
+
+@pytest.mark.parametrize(
+    ("steps", "rate", "warmup"), [(1, 2e-4, 0), (16, 2e-4, 2), (200, 1e-4, 20), (1000, 2e-5, 20), (4000, 2e-5, 20)]
+)
+def test_fewer_steps_than_the_paper_s_go_further_in_each(steps: int, rate: float, warmup: int) -> None:
+    own = ("--model_name_or_path", "some/model", "--max_steps", str(steps))
+    _, _, args = parsed(*own)
+    assert (args.learning_rate, args.warmup_steps) == (pytest.approx(rate), warmup)
+    assert ("in each" in report.rate(args, 1)) == (steps < 1000)
+    _, _, args = parsed(*own, "--learning_rate", "3e-5", "--warmup_steps", "5")
+    assert (args.learning_rate, args.warmup_steps) == (3e-5, 5)
+    for others in (["--recipe", "paper"], ["--full_finetune"], ["--task", "sft", "--train_file", "x.jsonl"]):
+        _, _, args = parsed(*own, *others)
+        assert (args.learning_rate, args.warmup_steps) == (2e-5, 20)
+    assert parsed("--max_steps", str(steps))[2].learning_rate == TINY_RECIPE["learning_rate"]
 
 
 @pytest.mark.parametrize("name", ["activation", "gradient"])
@@ -130,13 +145,14 @@ def test_a_model_of_ones_own_is_scaled_by_yarn_or_as_it_is(
 @pytest.mark.parametrize(
     ("given", "warned"),
     [
-        ("--max_steps 16", True),
-        ("--max_steps 16 --learning_rate 2e-4", False),
+        ("--max_steps 16 --learning_rate 2e-5", True),
+        ("--max_steps 16", False),
+        ("--max_steps 16 --learning_rate 1e-4", False),
         ("--max_steps 1000", False),
         ("--task sft --train_file x.jsonl", False),  # so many passes: the tokens are not known
     ],
 )
 def test_few_tokens_at_the_papers_learning_rate_are_said(given: str, warned: bool) -> None:
     _, _, args = parsed("--model_name_or_path", "some/model", *given.split())
-    said = rate(args, 64 * 8192)
+    said = report.rate(args, 64 * 8192)
     assert said.startswith(f"learning rate {args.learning_rate:g}") and ("these are 8,388,608" in said) == warned

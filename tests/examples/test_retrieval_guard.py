@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,8 +45,12 @@ def row(nats: float, found: int) -> dict[str, Any]:
         ((0.28, 6), (0.55, 0), True, "Perplexity improved, but retrieval did not survive. What may help: let each"),
         ((0.28, 6), (0.55, 0), False, "Retrieval did not survive. What may help"),
         ((0.28, 6), (0.28, 3), None, "Retrieval did not survive"),
+        ((0.28, 2), (0.10, 0), True, "Perplexity improved, but retrieval did not survive"),
+        ((0.23, 7), (0.52, 5), True, "Perplexity improved, but retrieval has suffered. What may help"),
+        ((0.23, 7), (0.60, 7), False, "Retrieval has suffered"),
+        ((0.23, 7), (math.nan, 7), False, "Retrieval has suffered"),
+        ((0.23, 7), (0.43, 8), True, "Retrieval has survived"),
         ((0.28, 6), (0.31, 5), True, "Retrieval has survived"),
-        ((0.28, 2), (0.10, 0), True, "Retrieval has survived"),
         ((4.2, 0), (6.0, 0), True, "The base model does not find them either: it had nothing to lose"),
     ],
 )  # fmt: skip
@@ -56,9 +61,17 @@ def test_the_verdict_is_in_words(tmp_path: Path, before, after, better: bool | N
     perplexity: Any = None if better is None else SimpleNamespace(lengths=[512, 1024], rows=rows)
     verdict = asked.verdict(perplexity)
     assert verdict.startswith(
-        f"pass keys at 256 tokens, the model's own context: {before[0]:.2f} nats per token before"
+        f"pass keys at 256 tokens, the model's own context: {before[0]:.2f} nats per token before (median), "
     )
     assert f"{before[1]} and {after[1]} of 8 found. " in verdict and says in verdict
+
+
+def test_a_key_that_is_never_found_does_not_hide_the_others(tmp_path: Path) -> None:
+    asked = guard(tmp_path, {BEFORE: row(0.2, 7)})
+    asked.record[BEFORE]["nats"][0] = 3.5  # their mean is that of the row after, 0.61
+    asked.record[AFTER] = row(0.61, 7)
+    assert "0.20 nats per token before (median), 0.61 after; " in asked.verdict()
+    assert "Retrieval has suffered" in asked.verdict()
 
 
 def test_without_a_before_there_is_nothing_to_compare(tmp_path: Path) -> None:

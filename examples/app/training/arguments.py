@@ -26,7 +26,10 @@ from app.training.recipe import (
     CHECKPOINTING,
     CHECKPOINTING_NAMES,
     GLOBAL_BATCH,
+    HIGHEST_RATE,
+    RECIPE,
     accumulation,
+    for_steps,
     recipe_of,
 )
 from app.training.refusals import check_options
@@ -55,6 +58,9 @@ HELP = {
     'takes more memory and sends less; either with offload, to the host\'s memory ("full_shard offload"). Start the '
     "program with torchrun.",
     "fsdp_config": f"More about that, a JSON file or object with {', '.join(FIELDS)}. docs/gpus.md tells of them.",
+    "learning_rate": "The learning rate once warmed up. Default: 2e-3 for the tiny Llama, else the paper's 2e-5. With "
+    f"fewer than the paper's 1000 steps it is as many times higher, up to {HIGHEST_RATE:g}, but not with --task sft, "
+    "--full_finetune or --recipe paper.",
     "use_cpu": "Train on the CPU. Default: only if there is no GPU.",
     "bf16": "Compute in bfloat16. Default: on a GPU that has it, and on a CPU that multiplies it (AVX512_BF16, AMX).",
     "do_train": argparse.SUPPRESS,  # these three are for scripts that look at them
@@ -151,6 +157,8 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingArgum
         parser.error(f"unknown argument: {' '.join(unknown)}")
     if is_given(argv, "num_train_epochs") and not is_given(argv, "max_steps"):
         parser.set_defaults(max_steps=-1)
+    if recipe is RECIPE and options.max_steps > 0 and not options.full_finetune:
+        parser.set_defaults(**for_steps(options.max_steps))
     if (named or options.recipe) and not is_given(argv, "gradient_accumulation_steps"):
         batch = options.per_device_train_batch_size * WORLD_SIZE // max(1, options.sequence_parallel_size)
         parser.set_defaults(gradient_accumulation_steps=accumulation(batch))

@@ -35,6 +35,18 @@ RECIPE: dict[str, Any] = {
 }
 GLOBAL_BATCH = 64
 
+#: The most that a run of few steps gets: of two rates the one at which pass keys stayed likelier (docs/extend.md).
+HIGHEST_RATE = 2e-4
+
+
+def for_steps(steps: int) -> dict[str, Any]:
+    """Learning rate and warmup of `RECIPE` in a run of `steps`, which may be fewer than the paper's.
+
+    AdamW moves a weight by about the learning rate in each step: in fewer steps it gets as far at a higher rate.
+    """
+    rate = RECIPE["learning_rate"] * max(1, RECIPE["max_steps"] / steps)
+    return {"learning_rate": min(HIGHEST_RATE, rate), "warmup_steps": min(RECIPE["warmup_steps"], steps // 8)}
+
 
 def accumulation(at_once: int) -> int:
     """How many times `at_once` sequences make a step of `GLOBAL_BATCH`, or of the most below it."""

@@ -17,7 +17,7 @@ from app.training.arguments import compute_dtype
 from app.training.data import TrainingData
 from app.training.measure import Measurement
 from app.training.options import ModelOptions
-from app.training.recipe import RECIPE
+from app.training.recipe import RECIPE, for_steps
 from longlora_ext._pattern import dense_layers, in_words
 from longlora_ext.adapter._norms import norms_of
 from longlora_ext.config import context_length
@@ -79,15 +79,18 @@ def held_out(data: TrainingData) -> str:
 
 
 def rate(args: TrainingArguments, tokens_a_step: int) -> str:
-    """The learning rate; where it is the paper's and the tokens are few, what is known of that."""
-    tokens = args.max_steps * tokens_a_step
+    """The learning rate: where it is that of a short run, why; where it is the paper's and the tokens are few, what is
+    known of that."""
+    paper, tokens = RECIPE["learning_rate"], args.max_steps * tokens_a_step
     said = f"learning rate {args.learning_rate:g}"
-    if not 0 < tokens < FEW or args.learning_rate != RECIPE["learning_rate"]:
-        return said
-    return (
-        f"{said}, the paper's for half a billion tokens;\n"
-        f"these are {tokens:,}: docs/extend.md says what --learning_rate 2e-4 and 5e-4 did with 262,144"
-    )
+    if 0 < args.max_steps < RECIPE["max_steps"] and args.learning_rate == for_steps(args.max_steps)["learning_rate"]:
+        return f"{said}:\nthe paper's {paper:g} is for {RECIPE['max_steps']:,} steps, and these go further in each"
+    if args.learning_rate == paper and 0 < tokens < FEW:
+        return (
+            f"{said}, the paper's for half a billion tokens;\n"
+            f"these are {tokens:,}: docs/extend.md says what --learning_rate 2e-4 and 5e-4 did with 262,144"
+        )
+    return said
 
 
 def seen(config: PreTrainedConfig) -> str:
