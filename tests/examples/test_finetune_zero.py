@@ -27,10 +27,11 @@ FULL = pytest.mark.full
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], list[str]]:
-    """The command line of a run of six steps, four sequences each, to an output folder."""
+    """The command line of a run of six steps, four sequences each, to an output folder: all that the pattern can be,
+    the first token too, which is the default."""
     folder = tmp_path_factory.mktemp("inputs")
     inputs = make_model(folder / "model"), make_text(folder / "text.jsonl")
-    return lambda output: small_run(*inputs, output)
+    return lambda output: [*small_run(*inputs, output), "--window", "20", "--dense_layers", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,7 @@ def alone(arguments: Callable[[Path], list[str]], tmp_path_factory: pytest.TempP
     output = tmp_path_factory.mktemp("alone") / "out"
     done = run(*arguments(output))
     assert done.returncode == 0, done.stderr
+    assert "in them a window of 20, and the first token, dense in layers 1 in training" in done.stdout
     return output
 
 
