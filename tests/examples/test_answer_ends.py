@@ -140,10 +140,10 @@ def test_a_model_taught_in_chatml_stops(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_an_adapter_taught_in_chatml_stops(tmp_path: Path) -> None:
-    """Loaded by itself and merged; the base model's own end of a text stays."""
+    """Loaded by itself and merged; the base model's own end of a text stays. With all that the pattern can be."""
     base, text = make_chatml_base(tmp_path / "base"), write_chats(tmp_path / "chats.jsonl")
-    run = small_run(base, text, tmp_path / "out", steps=1)
-    finetune_llama.main([*run, "--task", "sft", "--eval_tokens", "0"])
+    run = [*small_run(base, text, tmp_path / "out", steps=2), "--window", "20", "--dense_layers", "1"]
+    finetune_llama.main([*run, "--dense_steps", "1", "--task", "sft", "--eval_tokens", "0"])
     adapter, merged = tmp_path / "out" / "adapter", tmp_path / "merged"
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     both = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
