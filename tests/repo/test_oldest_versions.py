@@ -9,6 +9,8 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
+from patience import patience
+
 try:
     import tomllib
 except ImportError:  # Python 3.10, where pytest brings it under its older name
@@ -60,6 +62,10 @@ def test_oldest_versions(tmp_path: Path) -> None:
     assert installed.returncode == 0, installed.stdout
     files = [ALL[name] for name in sorted(ALL.keys() - LEFT_OUT)]
     command = [venv / "bin" / "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", *TWO_AT_A_TIME, *files]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    print(" ".join(pins), result.stdout[-3000:], sep="\n")
-    assert result.returncode == 0, result.stdout[-10000:]
+    log = tmp_path / "log"
+    with log.open("w") as output:  # no pipe, which a process that is left behind would hold open, and keep us waiting
+        limit = patience(3000)
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=output, stderr=output, timeout=limit)
+    printed = log.read_text()
+    print(" ".join(pins), printed[-3000:], sep="\n")
+    assert done.returncode == 0, printed[-10000:]
