@@ -54,10 +54,6 @@ def new_context(base_config: PreTrainedConfig, options: ModelOptions) -> PreTrai
     if options.context_length is None and is_scaled:
         say(f"note: the model's RoPE is scaled already, to {old:,} tokens; --context_length {old} leaves it at that")
     check_context("--context_length", new, old)
-    if new == old and (options.rope_parameters or options.rope_type not in (None, "linear")):
-        raise ValueError(f"--context_length {new} is the model's own: RoPE is not scaled for it")
-    if new == old and (options.group_size or 0) > 2 * new:
-        raise ValueError(f"--group_size {options.group_size} is more than twice the context of {new}")
     return config_for(
         base_config,
         new,
