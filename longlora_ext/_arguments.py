@@ -23,6 +23,28 @@ class Arguments(NamedTuple):
     window: int | None = None
 
 
+def in_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v in the dtype of autocast, where that is on."""
+    if torch.amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
+    return q, k, v
+
+
+def with_defaults(q: Tensor, first_shifted_head: int | None, scale: float | None) -> tuple[int, float]:
+    """`first_shifted_head` and `scale`, filled in where they are not given."""
+    first = q.shape[2] // 2 if first_shifted_head is None else first_shifted_head
+    return first, 1 / math.sqrt(q.shape[3]) if scale is None else scale
+
+
+def with_positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """The same products by a scale that is not negative.
+
+    Kernels take the largest score of a row for the largest of its products with scale.
+    """
+    return (-q, -scale) if scale < 0 else (q, scale)
+
+
 def check(ok: bool, message: str) -> None:
     """Raise `RuntimeError`, as the library does."""
     if not ok:

@@ -7,7 +7,6 @@ dispatcher picks that kernel still.
 """
 
 import functools
-import math
 import warnings
 from typing import Any
 
@@ -16,7 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from longlora_ext._arguments import DTYPES, Arguments, check, check_arguments
+from longlora_ext._arguments import (
+    DTYPES,
+    Arguments,
+    check,
+    check_arguments,
+    in_autocast,
+    with_defaults,
+    with_positive_scale,
+)
 from longlora_ext._kernels import padded, why_unsupported
 from longlora_ext._strided import strided
 from longlora_ext.sinks import add_key
@@ -64,16 +71,10 @@ def _attend(
     if forward_ad._current_level >= 0:
         tangents = [forward_ad.unpack_dual(x).tangent for x in (q, k, v)]
         check(all(tangent is None for tangent in tangents), "cannot be differentiated in forward mode")
-    if torch.amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
-    if first_shifted_head is None:
-        first_shifted_head = q.shape[2] // 2
+    q, k, v = in_autocast(q, k, v)
     check(q.shape[3] >= 1, f"head_dim must be at least 1, but is {q.shape[3]}")
-    if scale is None:
-        scale = 1 / math.sqrt(q.shape[3])
-    if scale < 0:  # kernels take the largest score of a row for the largest of its products with scale
-        q, scale = -q, -scale
+    first_shifted_head, scale = with_defaults(q, first_shifted_head, scale)
+    q, scale = with_positive_scale(q, scale)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     head_dim = v.shape[-1]
     q, k, v = _with_one_head_dim(q, k, v)
@@ -118,15 +119,7 @@ def _wrapped(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, with_lse: bo
         group_size > 0 and group_size % 2 == 0 and seqlen % group_size == 0,
         f"wrap=True needs a seqlen divisible by an even group_size, but they are {seqlen} and {group_size}",
     )
-    check(
-        0 <= first_shifted_head <= heads,
-        f"first_shifted_head must be from 0 to the number of query heads {heads}, but is {first_shifted_head}",
-    )
-    check(
-        k.dim() == 4 and v.dim() == 4 and k.shape[2] >= 1 and heads % k.shape[2] == 0,
-        f"k and v must be [batch, seqlen, kv_heads, head_dim] with kv_heads dividing {heads}, but k is {list(k.shape)}",
-    )
-    check(k.shape == v.shape, f"k and v must have the same shape, but are {list(k.shape)} and {list(v.shape)}")
+    check_arguments(q, k, v, arguments)
     check(k.shape[1] == seqlen, f"wrap=True needs as many keys as queries, but they are {k.shape[1]} and {seqlen}")
     # One KV head for each query head: with GQA the boundary may fall between two heads of one KV head.
     k, v = (x.repeat_interleave(heads // k.shape[2], dim=2) for x in (k, v))

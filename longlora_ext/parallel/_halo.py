@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from longlora_ext._arguments import with_positive_scale
 from longlora_ext._kernels import padded
 from longlora_ext.parallel._call import prepare
 from longlora_ext.parallel._exchange import Exchange
@@ -82,9 +83,7 @@ def halo_s2attn(
         window=window,
         sink=sink,
     )
-    scale = call.scale
-    if scale < 0:  # kernels take the largest score of a row for the largest of its products with scale
-        q, scale = -q, -scale
+    q, scale = with_positive_scale(q, call.scale)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     places = position_ids.expand(batch, -1)
     exchange = Exchange(layout, dist.get_rank(call.group), call.group)

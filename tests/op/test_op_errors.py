@@ -68,7 +68,7 @@ def with_value(tensor: torch.Tensor, index: int, value: int) -> torch.Tensor:
         ({"wrap": True, "doc_start": DOCUMENTS}, r"wrap=True takes no doc_start"),
         ({"wrap": True, "group_size": 1}, r"wrap=True needs a seqlen divisible by an even group_size"),
         ({"wrap": True, "first_shifted_head": 3}, r"first_shifted_head must be from 0 to .* 2, but is 3"),
-        ({"wrap": True, "q": torch.randn(1, 64, 3, 16)}, r"kv_heads dividing 3"),
+        ({"wrap": True, "q": torch.randn(1, 64, 3, 16)}, r"heads of q must be a positive multiple .* 3 and 2"),
         (
             {"wrap": True, "k": torch.randn(1, 80, 2, 16), "v": torch.randn(1, 80, 2, 16)},
             r"wrap=True needs as many keys as queries, but they are 80 and 64",

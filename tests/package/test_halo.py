@@ -103,9 +103,9 @@ def test_what_ranks_have_to_know_is_asked_once(found: list[dict[str, Any]]) -> N
 MESSAGES = {
     "length": "seqlen must be the same on all ranks, but is 8 on rank 0 and 6 on rank {last}; the number of ranks must",
     "group": "group_size must be the same on all ranks, but is 8 on rank 0 and 10 on rank {last}",
-    "odd": "rank {last} of {ranks}: group_size must be a positive even integer, but is 7",
+    "odd": "rank {last} of {ranks}: group_size must be a positive even number, but is 7",
     "shape": "rank {last} of {ranks}: position_ids must be [1, 8] or [1, 8], but are [1, 7]",
-    "dtype": "rank {last} of {ranks}: v must be like k, [1, 8, 24, 8] of q's dtype torch.float32, but is",
+    "dtype": "rank {last} of {ranks}: v must have q's dtype torch.float32, but is torch.float64",
     "before": "position_ids of rank 0 begin with 1 in sequence 0, but only 0 tokens precede them",
     "gap": "rank 0 of {ranks}: position_ids must count each document from 0, but go from 2 to 7 at its token 3",
     "negative": "rank 0 of {ranks}: position_ids must not be negative, but begin with -1",
