@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from longlora_ext._lengths import ORIGINAL
+from longlora_ext._lengths import ORIGINAL, of_layer_types
 
 _BESIDE = ("rope_theta", "partial_rotary_factor")  # what older versions look for beside `rope_scaling`, not in it
 #: Whose layer types have RoPE parameters of their own, under names that transformers 4 has for them.
@@ -31,7 +31,7 @@ def complete_config(folder: Path, **changes: Any) -> None:
 
 def _older_names(rope: dict[str, Any], model_type: str) -> dict[str, Any]:
     """The same RoPE as transformers 4 names it. Where kinds of layers differ, each model has names of its own."""
-    kinds = {name: value for name, value in rope.items() if isinstance(value, dict)}
+    kinds = of_layer_types(rope)
     beside = {}
     if kinds:
         if model_type not in _IN_TRANSFORMERS_4:

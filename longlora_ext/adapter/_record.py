@@ -35,7 +35,7 @@ _SHAPE_FIELDS = (
     "num_key_value_heads",
     _TIED,
 )
-_SAMPLES = 16  # weights a tensor in the fingerprint of the base model
+_SAMPLES = 16  # weights of a tensor that tell it from others
 _SAME = 0.01  # relative distance of two fingerprints: rounding to bf16 makes 0.002
 
 
@@ -127,12 +127,13 @@ def fingerprint(frozen: dict[str, torch.Tensor]) -> dict[str, list[float]]:
     """A few weights of the base model's matrices that are not trained: of the first two, as the very first may be the
     embedding, which many models that come of one another share, and of the last."""
     names = list(frozen)
-    return {name: _sample(frozen[name]) for name in dict.fromkeys(names[:2] + names[-1:])}
+    return {name: sample(fp32_weight(frozen[name])).tolist() for name in dict.fromkeys(names[:2] + names[-1:])}
 
 
-def _sample(weight: torch.Tensor) -> list[float]:
-    flat = fp32_weight(weight).flatten()
-    return flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].tolist()
+def sample(weight: torch.Tensor) -> torch.Tensor:
+    """A few numbers of a weight, to tell it from others by."""
+    flat = weight.flatten()
+    return flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES]
 
 
 def _base_shape(config: PreTrainedConfig) -> dict[str, Any]:
@@ -168,7 +169,7 @@ def check_weights(weight_of: Callable[[str], torch.Tensor | None], record: dict[
         if weight is not None and (weight.is_meta or not weight.is_floating_point()):
             continue  # on disk, or quantised to other numbers
         want = torch.tensor(values)
-        have = torch.tensor([] if weight is None else _sample(weight))
+        have = torch.tensor([] if weight is None else sample(fp32_weight(weight)).tolist())
         if have.shape != want.shape or not (have - want).norm() <= _SAME * want.norm():
             raise ValueError(
                 f"{base} is not the base model of this adapter: it has the same shape but other weights "

@@ -11,9 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import longlora_ext.attention  # noqa: F401
-from app.inputs.tokens import Documents
+from app.inputs.tokens import FEATURES, Documents
 
-FEATURES = datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32"))})
 PAD = 1
 
 

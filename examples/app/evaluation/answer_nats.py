@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import Cache, PreTrainedTokenizerBase
 
-from app.inputs.prompt import prompt_ids
+from app.inputs.prompt import prompt_ids, shared_start
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> tuple[list[int], list[int]]:
@@ -21,8 +21,7 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> 
     A tokenizer may take the prompt's end and the answer's beginning together: such a token belongs to the answer.
     """
     before, whole = prompt_ids(tokenizer, prompt), prompt_ids(tokenizer, prompt + answer)
-    shared = next((i for i, (one, other) in enumerate(zip(before, whole, strict=False)) if one != other), len(before))
-    shared = min(shared, len(whole) - 1)
+    shared = min(shared_start(before, whole), len(whole) - 1)
     return whole[:shared], whole[shared:]
 
 

@@ -23,7 +23,7 @@ from app.evaluation.perplexity import Window, fingerprint, perplexity_of, window
 from app.inputs.corpus import stdlib_documents
 from app.inputs.files import load_documents, search
 from app.inputs.reading import KNOWN, format_of
-from app.inputs.tokens import Documents, tokenise
+from app.inputs.tokens import FEATURES, Documents, tokenise
 from app.models.suitable import check_tokens
 from app.models.use_model import OpenedModel
 from app.runs.launch import say
@@ -119,8 +119,7 @@ class PerplexityTask:
         ids = [_read_ids(source) for source in self.sources if source.lower().endswith(TOKEN_IDS)]
         if len(ids) < len(self.sources):
             raise ValueError(f"--text: files of token ids ({TOKEN_IDS}) and of text cannot be mixed")
-        features = datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32"))})
-        return Documents(datasets.Dataset.from_dict({"input_ids": ids}, features=features))
+        return Documents(datasets.Dataset.from_dict({"input_ids": ids}, features=FEATURES))
 
     def cost(self, cell: str) -> int:
         """Tokens that are scored in a cell."""

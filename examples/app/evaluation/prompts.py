@@ -50,11 +50,16 @@ class Retrieval:
             places: Where each needle goes, as a share of the filler that is before it: 0 is the start, 1 the end.
         """
         sentences = [FILLER[i % len(FILLER)] for i in range(fillers)]
-        # From the last place to the first, so that what is inserted moves none of the places to come.
-        order = sorted(range(len(places)), key=lambda i: (round(places[i] * fillers), i), reverse=True)
-        for i in order:
-            sentences.insert(round(places[i] * fillers), self.needles[i])
-        return self.instruction + "".join(sentences) + self.question
+        return self.instruction + "".join(hidden(sentences, self.needles, places)) + self.question
+
+
+def hidden(sentences: Sequence[str], needles: Sequence[str], places: Sequence[float]) -> list[str]:
+    """Sentences with needles among them, each behind its share of the sentences."""
+    found, before = list(sentences), [round(place * len(sentences)) for place in places]
+    # From the last place to the first, so that what is inserted moves none of the places to come.
+    for i in sorted(range(len(places)), key=lambda i: (before[i], i), reverse=True):
+        found.insert(before[i], needles[i])
+    return found
 
 
 def passkey(rng: random.Random) -> Retrieval:

@@ -17,6 +17,8 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from app.evaluation.prompts import hidden
+
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLES = 4  # keys of multikey and multiquery, values of multivalue
 HOPS = 4  # of a chain
@@ -159,15 +161,6 @@ def recall(answer: str, wanted: Sequence[str]) -> float:
     """The share of what is wanted that the answer holds, in whatever case: RULER's `string_match_all`."""
     said = answer.lower()
     return sum(word.lower() in said for word in wanted) / len(wanted)
-
-
-def hidden(sentences: list[str], needles: Sequence[str], places: Sequence[float]) -> list[str]:
-    """Sentences with needles among them, each behind its share of the sentences."""
-    found = list(sentences)
-    order = sorted(range(len(needles)), key=lambda i: (round(places[i] * len(sentences)), i), reverse=True)
-    for i in order:
-        found.insert(round(places[i] * len(sentences)), needles[i])
-    return found
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from app.inputs.conversations import Conversation
 from app.inputs.messages import ASSISTANT, USER
+from app.inputs.prompt import shared_start
 from app.inputs.template import ChatTemplate
 from longlora_ext.loss import IGNORED_LABEL
 
@@ -163,14 +164,14 @@ def _by_comparison(conversation: Conversation, template: ChatTemplate) -> list[E
         prompt = template.write(messages[:turn], context, ask=True)
         whole = template.write(messages[: turn + 1], context)
         # Some templates end a conversation that no answer is asked for, which is no part of the messages.
-        before = prompt[: _common(prompt, template.write(messages[:turn], context))]
+        before = prompt[: shared_start(prompt, template.write(messages[:turn], context))]
         if not whole.startswith(before.rstrip()):
             raise ValueError(
                 "the model's chat template writes the messages before an answer otherwise when the answer is there: "
                 "mark the answers in it with {% generation %}"
             )
         ids = _tokens(whole, tokenizer)
-        start = _common(_tokens(prompt, tokenizer), ids)
+        start = shared_start(_tokens(prompt, tokenizer), ids)
         if start == len(ids):
             raise ValueError("the model's chat template leaves the answer out")
         labels = [IGNORED_LABEL] * start + ids[start:]
@@ -209,9 +210,3 @@ def _ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def _common(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """How many tokens, or letters, two texts begin with alike."""
-    differ = (place for place, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
-    return next(differ, min(len(first), len(second)))

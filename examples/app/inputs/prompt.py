@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from transformers import PreTrainedTokenizerBase
 
 
@@ -17,3 +20,9 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     while length and (added[length - 1] or ids[length - 1] == tokenizer.eos_token_id):
         length -= 1
     return ids[:length]
+
+
+def shared_start(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many tokens, or letters, two texts begin with alike."""
+    differ = (place for place, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    return next(differ, min(len(first), len(second)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from app.runs.checkpoints import MARKER, step_of
+from longlora_ext.adapter._load import check_one_model
 
 
 def is_adapter(path: str) -> bool:
@@ -15,11 +16,7 @@ def is_adapter(path: str) -> bool:
 def check_run_folder(path: str) -> None:
     """Raise `ValueError` for the folder of a run, or a checkpoint, where what a run made is meant; and for a folder
     with a model and an adapter, of which one is meant."""
-    if is_adapter(path) and (Path(path) / "config.json").is_file():
-        raise ValueError(
-            "this folder holds a model (config.json) and an adapter (adapter_config.json), and which is meant "
-            "is not clear: give each a folder of its own"
-        )
+    check_one_model(path)
     if is_adapter(path) and (Path(path) / MARKER).is_file():
         raise ValueError(
             "this is a checkpoint, to go on from. The run's command makes an adapter of it with "

@@ -36,11 +36,11 @@ from longlora_ext._errors import naming
 from longlora_ext._lengths import rope_type_of
 from longlora_ext.adapter import load, load_base
 from longlora_ext.adapter._load import base_of
+from longlora_ext.adapter._record import sample
 from longlora_ext.attention import NAME
 from longlora_ext.config import context_length, extend_config, group_size, settle_context
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-_SAMPLES = 16  # weights of each tensor that tell a model from others
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,5 @@ def _sha256_of_weights(model: torch.nn.Module) -> str:
     """SHA-256 of a few weights of each tensor: enough to tell two models apart, and fast for any size."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
-        flat = weight.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES]
-        digest.update(name.encode() + sample.float().cpu().numpy().tobytes())
+        digest.update(name.encode() + sample(weight.detach()).float().cpu().numpy().tobytes())
     return digest.hexdigest()
