@@ -53,3 +53,20 @@ def json_object(text: str) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}")
     return parsed
+
+
+def json_option(name: str, value: str) -> dict[str, Any]:
+    """The JSON object that is the value of an option, or in the file that this names.
+
+    Raises:
+        ValueError: There is none.
+    """
+    try:
+        parsed = json.loads(value if value.startswith("{") else Path(value).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--{name} {value}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"--{name} {value}: no JSON: {error}") from error
+    if not isinstance(parsed, dict):
+        raise ValueError(f"--{name} {value}: no JSON object")
+    return parsed

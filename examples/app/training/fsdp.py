@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -19,6 +18,8 @@ from packaging.version import Version
 from peft import PeftModel
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel, TrainingArguments
+
+from app.runs.json_files import json_option
 
 #: What may stand behind --fsdp, and what it says in terms of --fsdp_config.
 WORDS: dict[str, dict[str, bool]] = {
@@ -99,7 +100,8 @@ def fsdp_config(options: argparse.Namespace) -> dict[str, Any]:
         ValueError: They do not say what they should.
     """
     config: dict[str, Any] = {}
-    for name, value in _read(options.fsdp_config).items():
+    given = json_option("fsdp_config", options.fsdp_config) if options.fsdp_config else {}
+    for name, value in given.items():
         name = name.removeprefix("fsdp_")
         if name not in FIELDS:
             raise ValueError(f"--fsdp_config has {name!r}; with version 2 of FSDP it may have {', '.join(FIELDS)}")
@@ -117,20 +119,6 @@ def fsdp_config(options: argparse.Namespace) -> dict[str, Any]:
     whole = "FULL_STATE_DICT" if options.save_only_model else "SHARDED_STATE_DICT"
     defaults = {"reshard_after_forward": True, "cpu_offload": False, "cpu_ram_efficient_loading": False}
     return {"version": 2, **defaults, "state_dict_type": whole, **config}
-
-
-def _read(source: Any) -> dict[str, Any]:
-    if not source:
-        return {}
-    try:
-        config = json.loads(source if source.startswith("{") else Path(source).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"--fsdp_config {source}: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"--fsdp_config {source}: no JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"--fsdp_config {source}: no JSON object")
-    return config
 
 
 def _value(name: str, value: Any) -> Any:

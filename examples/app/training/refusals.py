@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers.integrations import get_available_reporting_integrations
@@ -17,7 +15,7 @@ from app.inputs.sources import read_source, read_sources
 from app.models.four_bits import check_bitsandbytes
 from app.runs.command_line import EXAMPLES, is_given
 from app.runs.errors import one_clear_error
-from app.runs.json_files import json_object
+from app.runs.json_files import json_object, json_option
 from app.runs.launch import WORLD_SIZE
 from app.training.fsdp import check_fsdp
 
@@ -163,7 +161,7 @@ def _check_4bit(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
         check_bitsandbytes()
     if options.full_finetune:
         parser.error("--load_in_4bit is for frozen weights, and --full_finetune trains all")
-    if options.deepspeed and _read_deepspeed(options.deepspeed).get("zero_optimization", {}).get("stage") == 3:
+    if options.deepspeed and json_option("deepspeed", options.deepspeed).get("zero_optimization", {}).get("stage") == 3:
         parser.error("--load_in_4bit does not work with ZeRO-3, which shards the weights: use ds_configs/zero2.json")
 
 
@@ -181,12 +179,6 @@ def _check_deepspeed(parser: argparse.ArgumentParser, config: str) -> None:
     if not config.startswith("{") and not Path(config).is_file():
         parser.error(f"--deepspeed {config}: no such file; ours are in {EXAMPLES / 'ds_configs'}")
     try:
-        parsed = _read_deepspeed(config)
+        json_option("deepspeed", config)
     except ValueError as error:
-        parser.error(f"--deepspeed {config}: no JSON: {error}")
-    if not isinstance(parsed, dict):
-        parser.error(f"--deepspeed {config}: no JSON object")
-
-
-def _read_deepspeed(config: str) -> Any:
-    return json.loads(config if config.startswith("{") else Path(config).read_text(encoding="utf-8"))
+        parser.error(str(error))
