@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, TypeGuard
 
 from transformers import PreTrainedConfig
 
@@ -86,7 +86,7 @@ def _one_rope(config: PreTrainedConfig) -> dict[str, Any]:
     return {} if any(other != first for other in others) else first
 
 
-def is_int(value: Any) -> bool:
+def is_int(value: Any) -> TypeGuard[int]:
     """Whether it is a whole number, which `True` is not."""
     return isinstance(value, int) and not isinstance(value, bool)
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from longlora_ext._lengths import is_int
+
 SINK = "s2attn_sink"
 WINDOW = "s2attn_window"
 DENSE_LAYERS = "s2attn_dense_layers"
@@ -82,11 +84,11 @@ def resolve_layers(asked: int | Sequence[int], layers: int) -> list[int]:
     Raises:
         ValueError: There is no such layer, or no such number of them.
     """
-    if isinstance(asked, int) and not isinstance(asked, bool):
+    if is_int(asked):
         if not 0 < asked <= layers:
             raise ValueError(f"dense_layers must be a number of layers from 1 to {layers}, but it is {asked}")
         return list(range(layers - asked, layers))
-    if isinstance(asked, (str, bool)) or not isinstance(asked, Sequence) or not asked:
+    if isinstance(asked, str) or not isinstance(asked, Sequence) or not asked:
         raise ValueError(f"dense_layers must be a number of layers or a list of their indices, but it is {asked!r}")
     wrong = [index for index in asked if not _is_index(index, -layers) or index >= layers]
     if wrong:
@@ -106,12 +108,12 @@ def in_words(layers: Sequence[int]) -> str:
 
 
 def _is_index(value: Any, least: int = 0) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return is_int(value) and value >= least
 
 
 def check_window(name: str, value: Any) -> int:
     """`value`, or `ValueError` if that is no number of tokens."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not is_int(value) or value < 1:
         raise ValueError(f"{name} must be a positive integer, but it is {value!r}")
     return value
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
@@ -81,10 +81,10 @@ def extended_rope(config: PreTrainedConfig, context: int, rope_type: str, given:
     present = dict(config.rope_parameters)
     if rope_type not in ROPE_TYPES:
         raise ValueError(f"rope_type must be one of {', '.join(ROPE_TYPES)}, but it is {rope_type!r}")
-    if rope_type == NTK:
-        return _ntk(config, context, given)
     if given.get("rope_type", rope_type) != rope_type:
         raise ValueError(f"rope_parameters say rope_type {given['rope_type']!r}, but rope_type is {rope_type!r}")
+    if rope_type == NTK:
+        return _ntk(config, context, given)
     if rope_type == "longrope" and not {"short_factor", "long_factor"} <= given.keys():
         raise ValueError(
             "rope_type 'longrope' needs rope_parameters with short_factor and long_factor: they are found by "
@@ -132,8 +132,6 @@ def _ntk(config: PreTrainedConfig, context: int, given: dict[str, Any]) -> dict[
     """
     if unknown := given.keys() - {"rope_type", "factor"}:
         raise ValueError(f"rope_type 'ntk' has no parameter {', '.join(sorted(unknown))}: only factor")
-    if given.get("rope_type", NTK) != NTK:
-        raise ValueError(f"rope_parameters say rope_type {given['rope_type']!r}, but rope_type is {NTK!r}")
     if getattr(config, "layer_rope_theta", None):
         raise ValueError(
             "rope_type 'ntk' changes rope_theta, but the layers of this model have thetas of their own "
@@ -146,13 +144,13 @@ def _ntk(config: PreTrainedConfig, context: int, given: dict[str, Any]) -> dict[
             f"which scales nothing but rope_theta: pass rope_type={present_type!r}"
         )
     factor = given.get("factor", context / context_length(config))
-    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 1 <= factor < math.inf:
+    if not _is_number(factor) or not 1 <= factor < math.inf:
         raise ValueError(f"factor must be a finite number of at least 1, but it is {factor!r}")
     new = {key: value for key, value in config.rope_parameters.items() if key not in _STALE}
     theta, rotated = new.get("rope_theta"), _rotated(config)
     if rotated <= 2:
         raise ValueError(f"rope_type 'ntk' needs heads of more than {rotated} rotated dimensions")
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)):
+    if not _is_number(theta):
         raise ValueError(f"rope_theta must be a finite number above 0, but it is {theta!r}")
     return {**new, "rope_type": "default", "rope_theta": theta * factor ** (rotated / (rotated - 2))}
 
@@ -164,6 +162,10 @@ def _rotated(config: PreTrainedConfig) -> int:
     plain.rope_parameters = {**plain.rope_parameters, "rope_type": "linear", "factor": 1.0}
     frequencies, _ = ROPE_INIT_FUNCTIONS["linear"](plain, "cpu")
     return 2 * len(frequencies)
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _number(factor: Any) -> float:
@@ -182,7 +184,7 @@ def original_of_linear(config: PreTrainedConfig, present: int) -> int:
 def check_rope(config: PreTrainedConfig, rope_type: str) -> None:
     """Compute the frequencies once, so that a wrong parameter is reported here and not when the model is built."""
     theta = config.rope_parameters.get("rope_theta")
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < math.inf:
+    if not _is_number(theta) or not 0 < theta < math.inf:
         raise ValueError(f"rope_theta must be a finite number above 0, but it is {theta!r}")
     if rope_type == "default":
         return

@@ -74,9 +74,14 @@ def group_size(config: PreTrainedConfig) -> int:
     size = getattr(config, GROUP_SIZE, None)
     if size is None:
         return even_group_size(config.max_position_embeddings * DEFAULT_GROUP_RATIO)
-    if isinstance(size, bool) or not isinstance(size, int) or size < 2 or size % 2:
+    if not is_int(size) or size < 2 or size % 2:
         raise ValueError(f"config.s2attn_group_size must be a positive even integer, but it is {size!r}")
     return size
+
+
+def kv_heads(config: PreTrainedConfig) -> int:
+    """The heads of keys and values of a model of this config: as many as of queries, if it does not say."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 def attention_mode(config: PreTrainedConfig) -> str:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig, Trainer, TrainingArguments
 
 import longlora_ext.attention  # noqa: F401  (registers attn_implementation="s2attn")
-from longlora_ext.config import rope_type_of
+from longlora_ext.config import kv_heads, rope_type_of
 from longlora_ext.loss import IGNORED_LABEL
 from longlora_ext.parallel._layers import SequenceGroup
 from longlora_ext.parallel._ulysses import why_not_ulysses
@@ -41,7 +41,7 @@ def check_sequence_parallel(config: PreTrainedConfig, sequence_parallel_size: in
     if size == 1:
         return
     heads: int = config.num_attention_heads
-    groups: int = getattr(config, "num_key_value_heads", None) or heads
+    groups = kv_heads(config)
     rope = rope_type_of(config)
     if by == "ulysses" and (reason := why_not_ulysses(heads, groups, size)):
         raise ValueError(f"sequence_parallel_size {size}, by Ulysses: {reason}; --sequence_parallel halo needs no such")

@@ -10,7 +10,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrain
 from app.inputs.tokenised import Tokenised
 from longlora_ext._routed import check_layer_types, check_routed
 from longlora_ext.attention import attention_window
-from longlora_ext.config import context_length
+from longlora_ext.config import context_length, kv_heads
 from longlora_ext.ops import check_runs
 
 LARGEST_HEAD_DIM = 256  # of a kernel
@@ -46,9 +46,8 @@ def check_attention(config: PreTrainedConfig, context: int | None = None) -> Non
             f'its attention has dropout ({config.attention_dropout}), which S2-Attn has not: set "attention_dropout": '
             "0.0 in its config.json"
         )
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    if heads and heads % kv_heads:
-        raise ValueError(f"its {heads} query heads are no multiple of its {kv_heads} key and value heads")
+    if heads and heads % kv_heads(config):
+        raise ValueError(f"its {heads} query heads are no multiple of its {kv_heads(config)} key and value heads")
 
 
 def _check_window(config: PreTrainedConfig, context: int | None) -> None:

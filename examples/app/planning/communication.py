@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from app.planning.planner import Plan, Run, Way
 from app.planning.shared_sequences import layout_of, own_windows
-from longlora_ext.config import context_length
+from longlora_ext.config import context_length, kv_heads
 from longlora_ext.parallel._layout import Layout
 
 #: GB that a GPU sends in a second, assumed: an H100's NVLink has 450, a 400 Gb/s network card 50.
@@ -57,7 +57,6 @@ def sent(
         group: Another group size.
     """
     heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
     size = (getattr(config, "head_dim", None) or config.hidden_size // heads) * itemsize
     part = tokens // gpus
     if way == "halo":
@@ -65,9 +64,9 @@ def sent(
             Counter(own_windows(config)), size, partial(layout_of, config, part * gpus, gpus, batch, group)
         )
     elif way == "ulysses":
-        forward = backward = size * batch * (2 * heads + 2 * max(kv_heads, gpus)) * part * (gpus - 1) // gpus
+        forward = backward = size * batch * (2 * heads + 2 * max(kv_heads(config), gpus)) * part * (gpus - 1) // gpus
     else:
-        forward = size * batch * 2 * kv_heads * part * (gpus - 1)
+        forward = size * batch * 2 * kv_heads(config) * part * (gpus - 1)
         backward = 2 * forward  # keys and values once more, and their gradients
     return Sent(forward, backward, config.num_hidden_layers * (2 * forward + backward))
 

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 from longlora_ext._mask import attention_window, s2attn_mask
 from longlora_ext._pattern import is_dense_layer, of_layer
-from longlora_ext.config import attention_mode, group_size
+from longlora_ext.config import attention_mode, group_size, kv_heads
 from longlora_ext.parallel._exchange import Exchange
 from longlora_ext.parallel._halo import HaloAttention
 from longlora_ext.parallel._layers import by_halo
@@ -83,7 +83,7 @@ def layout_of(
         length=part,
         positions=tuple((gpu * part,) * batch for gpu in range(gpus)),
         heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        kv_heads=kv_heads(config),
         group_size=group or group_size(config),
         first_shifted_head=heads // 2,
         **of_layer(config, own_window),
