@@ -140,20 +140,17 @@ def s2attn_forward(
 
 
 def _refuse_unsupported(module: torch.nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
-    what = next((text for name, text in _UNSUPPORTED.items() if kwargs.get(name) is not None), None)
-    is_causal = kwargs.get("is_causal")
-    if what is None and dropout > 0:
-        what = f"attention dropout (it is {dropout}; set config.attention_dropout=0.0)"
-    elif what is None and not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        what = "bidirectional attention (is_causal=False)"
-    elif (
-        what is None
-        and kwargs.get("s_aux") is not None
-        and (kwargs.get("sequence_group") is not None or sequence_parallel()[1] > 1)
-    ):
-        what = "learned sinks where processes share sequences"
-    elif what is None and kwargs.get("output_attentions"):
-        what = "output_attentions=True (the weights are never formed)"
+    is_causal, has_sinks = kwargs.get("is_causal"), kwargs.get("s_aux") is not None
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    is_shared = has_sinks and (kwargs.get("sequence_group") is not None or sequence_parallel()[1] > 1)
+    asked = [
+        *((kwargs.get(name) is not None, text) for name, text in _UNSUPPORTED.items()),
+        (dropout > 0, f"attention dropout (it is {dropout}; set config.attention_dropout=0.0)"),
+        (not is_causal, "bidirectional attention (is_causal=False)"),
+        (is_shared, "learned sinks where processes share sequences"),
+        (kwargs.get("output_attentions"), "output_attentions=True (the weights are never formed)"),
+    ]
+    what = next((text for is_asked, text in asked if is_asked), None)
     if what is not None:
         raise ValueError(
             f"attn_implementation='s2attn' cannot express {what}: use attn_implementation='eager' or 'sdpa' "

@@ -138,14 +138,11 @@ def frequent_words(rng: random.Random) -> Question:
         return (
             "Read the following coded text and track the frequency of each coded word. Find the three most frequently "
             f"appeared coded words. {' '.join(text)}\nQuestion: Do not provide any explanation. Please ignore the dots "
-            f"'....'. What are the {_NUMBERS[FREQUENT]} most frequently appeared words in the above coded text?"
+            "'....'. What are the three most frequently appeared words in the above coded text?"
         )
 
-    prefix = f" Answer: According to the coded text above, the {_NUMBERS[FREQUENT]} most frequently appeared words are:"
+    prefix = " Answer: According to the coded text above, the three most frequently appeared words are:"
     return Question(prompt, prefix, tuple(words))
-
-
-_NUMBERS = {3: "three"}
 
 
 def zipf_counts(length: int) -> list[int]:

@@ -127,7 +127,7 @@ def context_table(config: PreTrainedConfig, run: Run, contexts: Sequence[int], l
     lines = [
         f"GB that each of {gpus} GPUs sends in a layer's forward, seconds that a pass sends at {link / 1e9:g} GB/s,",
         "and GB that it holds",
-        f"{'context':>12}" + "".join(f"{f'{name}':>14}{'s':>8}" for name, _, _ in ways) + f"{'GB held':>10}{'fits':>6}",
+        f"{'context':>12}" + "".join(f"{name:>14}{'s':>8}" for name, _, _ in ways) + f"{'GB held':>10}{'fits':>6}",
     ]
     for tokens in contexts:
         if tokens < context_length(config):

@@ -16,7 +16,7 @@ def table(found: dict[str, Any]) -> str:
     run, parameters, context = found["run"], found["parameters"], found["context"]
     zero = f"ZeRO-{run['zero']}{' with offload' if run['offload'] else ''}" if run["zero"] else "no ZeRO"
     trained = "all weights" if run["full_finetune"] else f"LoRA r={run['lora_r']}, embedding and norms"
-    ways = found["memory"]
+    memory, total = found["memory"], found["total"]
     own, sharing = found["model_context"], run["sequence_parallel_size"]
     at_once = run["gpus"] * run["batch"] // sharing
     batch = f"batch {run['batch']} a GPU" if sharing == 1 else f"batch {run['batch']} for {sharing} GPUs together"
@@ -29,19 +29,18 @@ def table(found: dict[str, Any]) -> str:
         f"{parameters['frozen']:,} frozen{packed}",
         f"attention: {found['attention']} in training",
         "",
-        f"{'GB on each GPU':<32}" + "".join(f"{name:>16}" for name in ways),
+        f"{'GB on each GPU':<32}" + "".join(f"{name:>16}" for name in memory),
     ]
 
     def row(name: str, values: list[str]) -> str:
         return f"{name:<32}" + "".join(f"{value:>16}" for value in values)
 
-    memory, total = found["memory"], found["total"]
     for part in memory["default"]:
-        lines.append(row(part, [f"{memory[name][part] / 1e9:,.2f}" for name in ways]))
-    lines.append(row("together", [f"{total[name] / 1e9:,.2f}" for name in ways]))
-    fits = ["yes" if total[name] <= found["gpu_memory"] else "no" for name in ways]
+        lines.append(row(part, [f"{memory[name][part] / 1e9:,.2f}" for name in memory]))
+    lines.append(row("together", [f"{total[name] / 1e9:,.2f}" for name in memory]))
+    fits = ["yes" if total[name] <= found["gpu_memory"] else "no" for name in memory]
     lines.append(row(f"fits in {found['gpu_memory'] / 1e9:g} GB", fits))
-    lines.append(row("longest context that fits", [_tokens(found["longest_context"][name]) for name in ways]))
+    lines.append(row("longest context that fits", [_tokens(found["longest_context"][name]) for name in memory]))
     if run["offload"]:
         lines.append(f"in the host's memory: {found['host_memory'] * run['gpus'] / 1e9:,.1f} GB")
     if "sent" in found:

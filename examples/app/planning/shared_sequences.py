@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -108,11 +109,11 @@ def attend(
         layout = layout_of(config, tokens, gpus, batch, own_window=own_window)
         if dense:
             whole = tokens + tokens % 2
-            layout = Layout(gpus, part, layout.positions, heads, layout.kv_heads, whole, heads, own_window)
+            layout = replace(layout, group_size=whole, first_shifted_head=heads, window=own_window, sink=False)
         most = max(range(gpus), key=lambda gpu: sum(block.numbers for block in layout.lacking(gpu)))
         places = torch.empty(batch, part, dtype=torch.long, device=query.device)
         # The rows of sinks are not made: which there are is nothing that a shape says.
-        layout = Layout(**{**vars(layout), "sink": False})
+        layout = replace(layout, sink=False)
         exchange = Alone(layout, most, None)
         return HaloAttention.apply(*tensors, places, exchange, 1 / math.sqrt(head_dim), False), None
     first, size = (heads, tokens + tokens % 2) if dense else (heads // 2, group_size(config))
