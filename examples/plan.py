@@ -24,7 +24,7 @@ from app.models.source import GGUF_HELP
 from app.models.suitable import check_attention, check_context
 from app.planning.calibration import measure_rate
 from app.planning.communication import LINK, context_table, sending
-from app.planning.planner import Plan, Run, Way
+from app.planning.planner import Plan, PlannedRun, Way
 from app.planning.presets import PRESETS, read_config
 from app.planning.report import table
 from app.runs.command_line import Parser, as_program
@@ -133,9 +133,9 @@ def base_config(options: argparse.Namespace) -> PreTrainedConfig:
     return settle_context(read_config(options.model, options.gguf_file), options.present_context_length)
 
 
-def run_of(options: argparse.Namespace) -> Run:
+def run_of(options: argparse.Namespace) -> PlannedRun:
     """How the model is trained."""
-    return Run(
+    return PlannedRun(
         zero=options.zero,
         offload=options.offload,
         gpus=options.gpus,

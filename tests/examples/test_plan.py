@@ -12,7 +12,7 @@ import finetune_llama
 import plan as command
 from app.planning import calibration
 from app.planning.dry_run import Counts, cpu_scratch
-from app.planning.planner import Plan, Run, Way
+from app.planning.planner import Plan, PlannedRun, Way
 from longlora_ext.reference import s2attn_mask
 from measured_peak import small
 
@@ -146,7 +146,7 @@ def test_mistakes_end_in_one_line(options: list[str], message: str, capsys) -> N
 
 
 def test_hours_follow_from_one_measured_rate() -> None:
-    run = Run(zero=0, gpus=2)
+    run = PlannedRun(zero=0, gpus=2)
     plan = Plan(small(2), 512, run)
     rate = calibration.measure_rate(plan, enough=0.0)  # the first step is long enough
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"
@@ -162,9 +162,9 @@ def test_hours_follow_from_one_measured_rate() -> None:
 
 def test_the_rate_is_of_the_operations_that_run() -> None:
     """Two layers of the model, embedding and loss, as they run on real tensors."""
-    plan = Plan(small(), 512, Run(zero=0))
+    plan = Plan(small(), 512, PlannedRun(zero=0))
     rate = calibration.measure_rate(plan, enough=0.0)
-    model = Plan(small(2), 512, Run(zero=0, dtype=torch.float32, scratch=cpu_scratch)).model(Way(), device="cpu")
+    model = Plan(small(2), 512, PlannedRun(zero=0, dtype=torch.float32, scratch=cpu_scratch)).model(Way(), device="cpu")
     ids = torch.zeros(1, rate.tokens, dtype=torch.long)
     with Counts(model, cpu_scratch) as counts:
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 import plan as command
 from app.planning.communication import Sent, sent
 from app.planning.dry_run import Counts
-from app.planning.planner import Plan, Run, Way
+from app.planning.planner import Plan, PlannedRun, Way
 from longlora_ext._flops import attended_pairs
 
 
@@ -95,7 +95,7 @@ def attention_flops(config: PreTrainedConfig, tokens: int) -> int:
 def test_a_token_is_computed_with_the_experts_that_it_takes(name: str) -> None:
     """Of each weight that a token meets: a product forward, two backward, each a multiplication and an addition."""
     config = mixture(name)
-    plan = Plan(config, TOKENS, Run(full_finetune=True))
+    plan = Plan(config, TOKENS, PlannedRun(full_finetune=True))
     active = sum(ATTENTION + weights for weights in MIXTURES[name][2]) + HEAD
     flops = plan.step(ONCE).flops
     assert sum(flops.values()) == 6 * TOKENS * active + attention_flops(config, TOKENS)
@@ -105,7 +105,7 @@ def test_a_token_is_computed_with_the_experts_that_it_takes(name: str) -> None:
 def test_all_experts_are_in_memory(name: str) -> None:
     config = mixture(name)
     whole = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
-    plan = Plan(config, TOKENS, Run(full_finetune=True, zero=0))
+    plan = Plan(config, TOKENS, PlannedRun(full_finetune=True, zero=0))
     assert plan.parameters["trainable"] == whole
     assert plan.memory(Way())["trained weights"] == 2 * whole
 
@@ -129,7 +129,7 @@ ALTERNATING = [name for name in MIXTURES if len(set(MIXTURES[name][2])) > 1]
 def test_kinds_of_layers_add_up_to_the_model(name: str, changes: dict[str, Any], way: Way) -> None:
     """What is found from a few layers of each kind is what the whole model takes, run layer by layer."""
     config = AutoConfig.for_model("smollm3", **SIZES, pad_token_id=0) if name == "smollm3" else mixture(name, **changes)
-    plan = Plan(config, TOKENS, Run())
+    plan = Plan(config, TOKENS, PlannedRun())
     assert len(plan.kinds) == (2 if name in (*ALTERNATING, "smollm3") else 1)
     whole, found = plan._run(None, way), plan.step(way)
     assert (found.flops, found.kept, found.peak) == (whole.flops, whole.kept, whole.peak)
@@ -154,7 +154,7 @@ def test_windows_of_the_models_own_are_counted(name: str, window: int | None) ->
     """A row sees the smaller of the layer's window and the one asked for; the sink where the layer has no window."""
     changes, own = OWN_WINDOWS[name]
     config = AutoConfig.for_model(name.partition(",")[0], **{**SIZES, "pad_token_id": 0, **changes})
-    plan = Plan(config, TOKENS, Run(sink=True, window=window))
+    plan = Plan(config, TOKENS, PlannedRun(sink=True, window=window))
     limits = [min(x for x in (of_layer, window, TOKENS) if x is not None) for of_layer in own]
     pairs = {
         False: [attended_pairs(TOKENS, 64, 4, 2, limit, not layer) for layer, limit in zip(own, limits, strict=True)],

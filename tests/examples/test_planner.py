@@ -14,7 +14,7 @@ import measured_peak
 import plan as command
 from app.planning import shared_sequences
 from app.planning.dry_run import Counts, cpu_scratch, cuda_scratch
-from app.planning.planner import GRAIN, Plan, Run, Way
+from app.planning.planner import GRAIN, Plan, PlannedRun, Way
 from finetune_runs import environment, torchrun
 from longlora_ext._flops import attended_pairs
 from longlora_ext.adapter import lora_config, prepare_model
@@ -40,17 +40,17 @@ def test_parameters_are_those_of_the_model_that_trains(family: str, full: bool) 
     counts = {True: 0, False: 0}
     for parameter in model.parameters():
         counts[parameter.requires_grad] += parameter.numel()
-    found = Plan(config, 128, Run(full_finetune=full, lora_r=4)).parameters
+    found = Plan(config, 128, PlannedRun(full_finetune=full, lora_r=4)).parameters
     assert (found["trainable"], found["frozen"]) == (counts[True], counts[False])
     assert (found["lora"] > 0) == (not full)
 
 
 def test_parameters_of_llama_2_7b() -> None:
-    found = Plan(LLAMA_2_7B, 32768, Run()).parameters
+    found = Plan(LLAMA_2_7B, 32768, PlannedRun()).parameters
     embedding, norms = 32000 * 4096, 65 * 4096
     trainable, frozen = 8_388_608 + embedding + norms, 6_738_415_616
     assert found == {"trainable": trainable, "lora": 8_388_608, "frozen": frozen, "in_4_bits": 0}
-    packed = Plan(LLAMA_2_7B, 32768, Run(load_in_4bit=True)).parameters
+    packed = Plan(LLAMA_2_7B, 32768, PlannedRun(load_in_4bit=True)).parameters
     assert packed == found | {"in_4_bits": frozen - 2 * embedding - norms}
 
 
@@ -65,7 +65,7 @@ def test_parameters_of_llama_2_7b() -> None:
 def test_activations_take_what_the_allocator_saw(way: Way, tmp_path: Path, monkeypatch) -> None:
     """The peak of a step on the CPU, by torch's profiler, within 5%. The plan runs two and three layers of six."""
     monkeypatch.setattr(tile_loss, "__defaults__", (TILE,))
-    plan = Plan(small(), TOKENS, Run(dtype=torch.float32, scratch=cpu_scratch))
+    plan = Plan(small(), TOKENS, PlannedRun(dtype=torch.float32, scratch=cpu_scratch))
     planned = plan.step(way).peak
     measured = peak_of_a_step(with_numbers(plan.model(way)), torch.randint(0, 3000, (1, TOKENS)), tmp_path)
     assert planned == pytest.approx(measured, rel=0.05)
@@ -83,7 +83,7 @@ def test_what_a_shared_sequence_takes(tmp_path: Path, monkeypatch) -> None:
     planned = {}
     for by in ("halo", "ulysses"):
         shared = {"sequence_parallel_size": 2, "sequence_parallel": by}
-        plan = Plan(small(), TOKENS, Run(dtype=torch.float32, scratch=cpu_scratch, **shared))
+        plan = Plan(small(), TOKENS, PlannedRun(dtype=torch.float32, scratch=cpu_scratch, **shared))
         ways = {"default": Way(), "no checkpoints": Way(checkpointing=False)}
         planned |= {f"{by}, {name}": plan.step(way).peak for name, way in ways.items()}
     assert planned == pytest.approx(measured, rel=0.05)
@@ -93,7 +93,7 @@ def test_what_a_shared_sequence_takes(tmp_path: Path, monkeypatch) -> None:
 def test_of_a_shared_sequence_each_gpu_has_a_part(heads: int, kv_heads: int, gpus: int) -> None:
     config = small()
     config.num_attention_heads, config.num_key_value_heads = heads, kv_heads
-    alone, shared = (Plan(config, 4096, Run(gpus=gpus, sequence_parallel_size=n)) for n in (1, gpus))
+    alone, shared = (Plan(config, 4096, PlannedRun(gpus=gpus, sequence_parallel_size=n)) for n in (1, gpus))
     assert alone.step(Way()).kept / shared.step(Way()).kept == pytest.approx(gpus, rel=0.01)
     assert 1 / gpus < shared.step(Way()).peak / alone.step(Way()).peak < 1
     assert shared.flops() == alone.flops() and shared.parameters == alone.parameters
@@ -124,7 +124,7 @@ def test_a_shared_sequence_is_planned_as_it_is_run(
     monkeypatch.setattr(shared_sequences, "attend_by_heads", by_heads)
     for asked, expected in (("auto", by), ("halo", "halo"), ("ulysses", "ulysses")):
         by_heads.reset_mock()
-        run = Run(sequence_parallel_size=2, sequence_parallel=asked, dense_layers=dense_layers)
+        run = PlannedRun(sequence_parallel_size=2, sequence_parallel=asked, dense_layers=dense_layers)
         Plan(config, 2048, run).step(way)
         assert by_heads.called == (expected == "ulysses")
         assert {call.kwargs["window"] for call in by_heads.call_args_list} <= {window}
@@ -133,7 +133,7 @@ def test_a_shared_sequence_is_planned_as_it_is_run(
 def test_what_zero_divides() -> None:
     """The formulas of the ZeRO paper, for 16 bits and Adam, but gradients in fp32; trained and frozen weights."""
     config, gpus = small(), 4
-    parameters = Plan(config, 1024, Run()).parameters
+    parameters = Plan(config, 1024, PlannedRun()).parameters
     trained, frozen = parameters["trainable"], parameters["frozen"]
     states = ("frozen weights", "trained weights", "gradients", "fp32 masters, Adam's moments")
     expected = {
@@ -143,28 +143,28 @@ def test_what_zero_divides() -> None:
         3: (2 * frozen + 18 * trained) // gpus,
     }
     for zero, want in expected.items():
-        memory = Plan(config, 1024, Run(zero=zero, gpus=gpus)).memory(Way())
+        memory = Plan(config, 1024, PlannedRun(zero=zero, gpus=gpus)).memory(Way())
         assert sum(memory[part] for part in states) == pytest.approx(want, abs=gpus)
-    offload = Plan(config, 1024, Run(zero=3, gpus=gpus, offload=True))
+    offload = Plan(config, 1024, PlannedRun(zero=3, gpus=gpus, offload=True))
     parts = offload.memory(Way())
     assert [parts[part] for part in states] == [0, 0, 0, 0]  # gradients too go to the optimizer in the host's memory
     assert offload.host_memory() > (2 * frozen + 14 * trained) // gpus
 
 
 def test_the_longest_context_is_the_longest() -> None:
-    run, way = Run(zero=3, gpus=8), Way()
+    run, way = PlannedRun(zero=3, gpus=8), Way()
     config = command.read_config("llama-2-13b")
     longest = Plan(config, 65536, run).longest(way, 80 * 10**9)
     total = [sum(Plan(config, tokens, run).memory(way).values()) for tokens in (longest, longest + GRAIN)]
     assert total[0] <= 80 * 10**9 < total[1]
     assert longest > 65536  # what the paper trained on such a machine (Table 4), with the logits whole
-    assert Plan(config, 65536, Run(zero=2)).longest(way, 10 * 10**9) == 0
+    assert Plan(config, 65536, PlannedRun(zero=2)).longest(way, 10 * 10**9) == 0
 
 
 def test_the_attention_scratch_is_counted() -> None:
-    plan = Plan(LLAMA_2_7B, 8192, Run())
+    plan = Plan(LLAMA_2_7B, 8192, PlannedRun())
     q = torch.empty(1, 8192, 32, 128, device="meta")
-    without = Plan(LLAMA_2_7B, 8192, Run(scratch=lambda q: 0))
+    without = Plan(LLAMA_2_7B, 8192, PlannedRun(scratch=lambda q: 0))
     model = plan.model(Way(), [0])
     peaks = []
     for scratch in (lambda q: 0, cuda_scratch):
@@ -209,7 +209,7 @@ def test_table_11_of_the_paper(tokens: int, full: float, s2: float) -> None:
     """
     counted = {}
     for dense in (False, True):
-        plan = Plan(LLAMA_2_7B, tokens, Run(full_finetune=True))
+        plan = Plan(LLAMA_2_7B, tokens, PlannedRun(full_finetune=True))
         step = plan.step(Way(checkpointing=False, tiled_loss=False, dense=dense))
         # Of three products one is of the forward pass; of full fine-tuning, where each weight has its gradient.
         rest = step.flops["aten.mm"] / 3 / 1e12
@@ -225,6 +225,6 @@ def test_groups_are_a_quarter_of_the_context(tokens: int) -> None:
     """As in a run: of the context, whether it is the model's own or not, and whatever groups the model had before."""
     config = small()
     config.s2attn_group_size = 32
-    s2, dense = (Plan(config, tokens, Run()).flops(dense=dense)["attention"] for dense in (False, True))
+    s2, dense = (Plan(config, tokens, PlannedRun()).flops(dense=dense)["attention"] for dense in (False, True))
     pairs = attended_pairs(tokens, tokens // 4, 8, 4)
     assert s2 / dense == pytest.approx(pairs / (8 * tokens * (tokens + 1) / 2))

@@ -69,7 +69,7 @@ def peak_of(work: Callable[[], Any], folder: Path) -> int:
 def main() -> None:
     import torch.distributed as dist
 
-    from app.planning.planner import Plan, Run, Way
+    from app.planning.planner import Plan, PlannedRun, Way
     from longlora_ext.loss import tile_loss
     from longlora_ext.parallel import SequenceGroup
 
@@ -90,7 +90,7 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
     for name, way in {"default": Way(), "no checkpoints": Way(checkpointing=False)}.items():
         for by in ("halo", "ulysses"):
-            model = with_numbers(Plan(small(), TOKENS, Run(dtype=torch.float32)).model(way))
+            model = with_numbers(Plan(small(), TOKENS, PlannedRun(dtype=torch.float32)).model(way))
             group = SequenceGroup(by=by)
             inputs: Any = {"position_ids": positions, "shift_labels": ids, "sequence_group": group}
             found[f"{by}, {name}"] = peak_of_a_step(model, ids, folder, **inputs)

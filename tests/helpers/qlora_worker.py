@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import longlora_ext.attention  # noqa: F401
 from app.models.four_bits import four_bits
-from app.planning.planner import FOUR_BITS, Plan, Run
+from app.planning.planner import FOUR_BITS, Plan, PlannedRun
 from longlora_ext.adapter import load, lora_config, prepare_model, save_adapter
 from longlora_ext.config import extend_config
 from longlora_ext.loss import tile_loss
@@ -61,7 +61,7 @@ def main() -> None:
 
 def check_plan(model: Any, packed: list[Any]) -> None:
     """The planner knows how many weights are packed, and how much memory they are left with."""
-    planned = Plan(model.config, CONTEXT, Run(load_in_4bit=True)).parameters["in_4_bits"]
+    planned = Plan(model.config, CONTEXT, PlannedRun(load_in_4bit=True)).parameters["in_4_bits"]
     assert planned == 2 * sum(weight.numel() for weight in packed)
     states = [weight.quant_state for weight in packed]
     scales = [tensor for state in states for tensor in (state.absmax, state.state2.absmax)]

@@ -16,7 +16,7 @@ import longlora_ext
 import longlora_ext.attention as attention
 import plan as plan_command
 from app.planning.layers import kinds
-from app.planning.planner import Plan, Run, Way
+from app.planning.planner import Plan, PlannedRun, Way
 from app.training.dense_layers import asked_layers
 from finetune_runs import losses, make_model, make_text, small_run
 from longlora_ext import _dense
@@ -141,7 +141,7 @@ def test_the_planner_counts_them_as_dense() -> None:
         num_key_value_heads=2, max_position_embeddings=128,
     )  # fmt: skip
     once, tokens_ = Way(checkpointing=False, tiled_loss=False), 256
-    plan = Plan(config, tokens_, Run(dense_layers=[0, 2, 3]))
+    plan = Plan(config, tokens_, PlannedRun(dense_layers=[0, 2, 3]))
     pairs = attended_pairs(tokens_, 64, 4, 2) + 3 * attended_pairs(tokens_, tokens_, 4, 4)
     flops = plan.step(once).flops
     assert sum(count for name, count in flops.items() if name.startswith("longlora.")) == (2 + 5) * 2 * 8 * pairs
@@ -149,8 +149,8 @@ def test_the_planner_counts_them_as_dense() -> None:
     whole = plan._run(None, once)
     assert (plan.step(once).flops, plan.step(once).kept) == (whole.flops, whole.kept)
     assert len(kinds(config)) == 1
-    shared = Plan(config, tokens_, Run(dense_layers=2, gpus=2, sequence_parallel_size=2)).flops()["attention"]
-    assert shared == Plan(config, tokens_, Run(dense_layers=2)).flops()["attention"]
+    shared = Plan(config, tokens_, PlannedRun(dense_layers=2, gpus=2, sequence_parallel_size=2)).flops()["attention"]
+    assert shared == Plan(config, tokens_, PlannedRun(dense_layers=2)).flops()["attention"]
 
 
 def test_the_planning_program_takes_the_option(tmp_path: Path, capsys, monkeypatch) -> None:

@@ -9,7 +9,7 @@ from functools import partial
 
 from transformers import PreTrainedConfig
 
-from app.planning.planner import Plan, Run, Way
+from app.planning.planner import Plan, PlannedRun, Way
 from app.planning.shared_sequences import layout_of, own_windows
 from longlora_ext.config import context_length, kv_heads
 from longlora_ext.parallel._layout import Layout
@@ -104,7 +104,9 @@ def sent_lines(found: dict[str, dict[str, int]], link: float) -> list[str]:
     return [head, *(f"{name:<32}" + "".join(f"{text(way):>16}" for way in WAYS) for name, text in rows)]
 
 
-def context_table(config: PreTrainedConfig, run: Run, contexts: Sequence[int], link: float, memory: float) -> str:
+def context_table(
+    config: PreTrainedConfig, run: PlannedRun, contexts: Sequence[int], link: float, memory: float
+) -> str:
     """For each context what a GPU sends in a layer's forward pass, how long a pass sends, and what a GPU holds.
 
     Args:

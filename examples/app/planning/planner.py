@@ -43,7 +43,7 @@ DS_CONFIGS = EXAMPLES / "ds_configs"
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """How a model is trained."""
 
     zero: int = 2
@@ -86,7 +86,7 @@ class Plan:
         ValueError: The model cannot be extended so far, or has layers that cannot be counted.
     """
 
-    def __init__(self, config: PreTrainedConfig, tokens: int, run: Run, of: tuple[Kind, ...] = ()) -> None:
+    def __init__(self, config: PreTrainedConfig, tokens: int, run: PlannedRun, of: tuple[Kind, ...] = ()) -> None:
         self.base, self.tokens, self.run = config, tokens, run
         # Less than the model's own context is planned for in a search: in groups of that, and RoPE as it is.
         context = max(tokens, context_length(config))

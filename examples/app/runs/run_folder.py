@@ -69,10 +69,10 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def _is_free(folder: Path) -> bool:
     """Whether a new run may write there: nothing, or what a run left that failed before it had begun."""
-    return not folder.exists() or (folder.is_dir() and all(_is_begun(path.name) for path in folder.iterdir()))
+    return not folder.exists() or (folder.is_dir() and all(_may_be_left(path.name) for path in folder.iterdir()))
 
 
-def _is_begun(name: str) -> bool:
+def _may_be_left(name: str) -> bool:
     return name == LOCK or name.startswith(RUN_FILE)
 
 

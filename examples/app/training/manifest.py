@@ -32,7 +32,7 @@ from app.runs.provenance import commit, versions
 from app.runs.run import Run
 from app.runs.run_folder import RUN_FILE, differences
 from app.training.options import DataOptions, ModelOptions
-from longlora_ext._pattern import dense_layers
+from longlora_ext._pattern import dense_layers, sink, window
 from longlora_ext.config import context_length, group_size
 
 #: Arguments of one call, not of the run: where it wrote, what it went on from, what a launcher or a person added.
@@ -111,8 +111,8 @@ def describe(
         "attention": {
             "training": "s2attn",
             "group_size": group,
-            "sink": bool(getattr(config, "s2attn_sink", None)),
-            "window": getattr(config, "s2attn_window", None),
+            "sink": sink(config),
+            "window": window(config),
             "shift": group // 2,
             "shifted_heads": list(range(heads // 2, heads)),
             "dense_layers": dense_layers(config),
