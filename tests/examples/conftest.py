@@ -7,6 +7,7 @@ from pathlib import Path
 import datasets
 import pytest
 
+from evaluate_runs import make_books
 from finetune_runs import make_model, make_text
 
 
@@ -27,3 +28,15 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A tiny model's folder, and a text to train it on."""
     folder = tmp_path_factory.mktemp("inputs")
     return make_model(folder / "model"), make_text(folder / "text.jsonl")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model's folder."""
+    return make_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def books(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of texts that are shorter and longer than its context."""
+    return make_books(tmp_path_factory.mktemp("books"))

@@ -20,8 +20,8 @@ from app.evaluation import perplexity_task
 from app.evaluation.perplexity_task import PerplexityTask
 from app.inputs.files import load_documents
 from app.inputs.tokens import tokenise
-from evaluate_runs import make_books, refusal, run
-from finetune_runs import CONTEXT, ROOT, deepspeed, environment, make_model, torchrun
+from evaluate_runs import make_adapter, refusal, run
+from finetune_runs import CONTEXT, ROOT, deepspeed, environment, torchrun
 from longlora_ext.adapter import lora_config, merge, prepare_model, save_adapter
 from longlora_ext.config import extend_config
 from patience import patience
@@ -33,28 +33,8 @@ LONGER = 4 * CONTEXT
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def books(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_books(tmp_path_factory.mktemp("books"))
-
-
-@pytest.fixture(scope="module")
 def adapter(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter to four times the context that changes what the model says, as training would."""
-    config = extend_config(AutoConfig.from_pretrained(model), LONGER)
-    base = AutoModelForCausalLM.from_pretrained(model, config=config, attn_implementation="s2attn")
-    trained = prepare_model(base, lora_config(base))
-    torch.manual_seed(1)
-    for name, weight in trained.named_parameters():
-        if "lora_B" in name or ("norm" in name and weight.requires_grad):
-            torch.nn.init.normal_(weight, std=0.5)
-    folder = tmp_path_factory.mktemp("adapter") / "adapter"
-    save_adapter(trained, folder, AutoTokenizer.from_pretrained(model))
-    return folder
+    return make_adapter(model, tmp_path_factory.mktemp("adapter") / "adapter", LONGER)
 
 
 def test_perplexity_is_that_of_each_token_by_itself(model: Path, books: Path) -> None:

@@ -15,20 +15,9 @@ from safetensors.torch import load_file, save_file
 import evaluate
 import generate
 from app.models import use_model
-from evaluate_runs import make_books, refusal
-from finetune_runs import make_model
+from evaluate_runs import refusal
 
 pytestmark = pytest.mark.usefixtures("alone")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def books(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_books(tmp_path_factory.mktemp("books"))
 
 
 def test_the_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:

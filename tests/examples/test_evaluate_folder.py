@@ -13,21 +13,10 @@ import evaluate
 from app.evaluation import evaluation_folder
 from app.evaluation.perplexity_task import PerplexityTask
 from app.evaluation.retrieval_task import RetrievalTask
-from evaluate_runs import make_books, refusal, run
-from finetune_runs import make_model
+from evaluate_runs import refusal, run
 from held_folder import held
 
 pytestmark = pytest.mark.usefixtures("alone")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def books(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_books(tmp_path_factory.mktemp("books"))
 
 
 def test_another_chat_template_or_stop_is_another_evaluation(

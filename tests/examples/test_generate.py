@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import processors
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import generate
 from app.models.use_model import OpenedModel
+from evaluate_runs import make_adapter
 from finetune_runs import make_model
-from longlora_ext.adapter import lora_config, merge, prepare_model, save_adapter
-from longlora_ext.config import extend_config
+from longlora_ext.adapter import merge
 
 CONTEXT = 512
 TEXT = "The ship is called Pequod. " * 10
@@ -28,18 +28,8 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter of a random model whose norms are changed, so that it says something else than the base model."""
     folder = tmp_path_factory.mktemp("models")
-    base = make_model(folder / "base")
-    config = extend_config(AutoConfig.from_pretrained(base), CONTEXT)
-    model = AutoModelForCausalLM.from_pretrained(base, config=config, attn_implementation="s2attn")
-    trained = prepare_model(model, lora_config(model))
-    torch.manual_seed(1)
-    for name, weight in trained.named_parameters():
-        if "lora_B" in name or ("norm" in name and weight.requires_grad):
-            torch.nn.init.normal_(weight, std=0.5)
-    save_adapter(trained, folder / "adapter", AutoTokenizer.from_pretrained(base))
-    return folder / "adapter"
+    return make_adapter(make_model(folder / "base"), folder / "adapter", CONTEXT)
 
 
 @pytest.fixture

@@ -95,9 +95,7 @@ def ulysses() -> Found:
     """Loss and gradients of a packed row that two processes share, against those of the whole row in one."""
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
-    rank, ids = dist.get_rank(), tokens(1, LENGTH)
-    positions = torch.cat([torch.arange(n) for n in (5, 19, 8)])[None]  # one document is cut by the halves
-    labels = torch.where(positions == 0, -100, ids)
+    rank, (ids, positions, labels) = dist.get_rank(), packed_row()
     shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
     count = (shifted != -100).sum()
 

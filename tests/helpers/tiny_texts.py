@@ -23,7 +23,7 @@ def tokenised(documents: list[list[int]], chunks: int = 1) -> Documents:
     return Documents(datasets.concatenate_datasets(rows))
 
 
-def character_tokenizer(add_eos: bool = False) -> PreTrainedTokenizerFast:
+def character_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2} | {chr(97 + i): 3 + i for i in range(26)} | {" ": 29}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
