@@ -92,6 +92,10 @@ PHI_3 = """\
 {%- if add_generation_prompt %}<|assistant|>
 {% else %}{{ eos_token }}{% endif %}"""
 
+#: As DeepSeek-R1's and QwQ's: thoughts that stand in the content are cut off, of the last answer as well.
+SPLITS = CHATML.replace("{{ message.content }}", "{{ message.content.split('</think>')[-1] }}")
+SPLITS_STRIPPED = SPLITS.replace("[-1] }}", "[-1].lstrip('\n') }}")
+
 SPECIAL = {
     CHATML: ("<|im_start|>", "<|im_end|>"),
     QWEN_3: ("<|im_start|>", "<|im_end|>"),
