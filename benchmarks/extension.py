@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import longlora_ext.attention  # noqa: F401  (registers attn_implementation="s2attn")
-from extending import ROOT
+from environment import ROOT
 from extending.arms import ARMS, Arm
 from extending.material import MODEL, Text, model_and_tokenizer, read_text
 from extending.measures import by_position, copying, measuring, pass_keys, short_windows
-from extending.results import add, check_setting, claim, made, write
+from extending.results import add, check_setting, claim, kept, made
 from extending.show import draw, table
 from extending.training import Recipe, check_steps, train
 
@@ -107,14 +106,14 @@ def _result_of(name: str, recipe: Recipe, work: Path) -> Path:
     return folder / "result.json"
 
 
-def run(name: str, recipe: Recipe, kept: Path, folder: str, tokenizer: Any, text: Text) -> dict[str, Any]:
+def run(name: str, recipe: Recipe, all_arms: Path, folder: str, tokenizer: Any, text: Text) -> dict[str, Any]:
     """Train and measure one arm, or what is left of that."""
-    arm, training, done = ARMS[name], folder_of(name, recipe, kept), _result_of(name, recipe, kept)
+    arm, training, done = ARMS[name], folder_of(name, recipe, all_arms), _result_of(name, recipe, all_arms)
     work = done.parent
     work.mkdir(parents=True, exist_ok=True)
     if done.exists():
         return dict(json.loads(done.read_text()))
-    print(f"--- {work.relative_to(kept)}: {arm.says}", flush=True)
+    print(f"--- {work.relative_to(all_arms)}: {arm.says}", flush=True)
     base = AutoConfig.from_pretrained(folder)
     own = base.max_position_embeddings
     model, cost = opened(arm, folder, base, recipe, tokenizer, text, training)
@@ -126,24 +125,10 @@ def run(name: str, recipe: Recipe, kept: Path, folder: str, tokenizer: Any, text
         "pass_key_own": lambda: pass_keys(model, tokenizer, own * 125 // 128),
         "pass_key_new": lambda: pass_keys(model, tokenizer, context * 125 // 128),
     }
-    found = {}
     with measuring(model):
-        for what, measure in measures.items():
-            path = work / f"{what}.json"
-            if not path.exists():
-                began = time.perf_counter()
-                write(path, measure())
-                print(f"{what}: measured in {time.perf_counter() - began:.0f} s", flush=True)
-            found[what] = json.loads(path.read_text())
-    result = {
-        "arm": name,
-        "seed": recipe.seed,
-        "training": cost,
-        "made": made(recipe.device),
-        **found,
-    }
-    write(done, result)
-    return result
+        found = {what: kept(work / f"{what}.json", measure) for what, measure in measures.items()}
+    result = {"arm": name, "seed": recipe.seed, "training": cost, "made": made(recipe.device), **found}
+    return kept(done, lambda: result)
 
 
 def opened(

@@ -18,9 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from environment import ROOT
 from sass import Kernel, disassemble
 
-ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "cmake"
 OBJECTS = BUILD / "CMakeFiles" / "cuda_kernels.dir" / "cuda"
 RESULTS = ROOT / "benchmarks" / "results" / "resources.json"

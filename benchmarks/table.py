@@ -16,10 +16,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from environment import ROOT
 from extending.show import summary
 from providers import PROVIDERS
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / name for name in ("README.md", "benchmarks/README.md", "docs/extend.md")]
 MARKED = re.compile(r"(<!-- table of (\S+)((?: \w+=\S+)*) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 SHAPE = ("dtype", "head_dim", "heads", "kv_heads")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+from app.runs.json_files import write_json
 from app.runs.provenance import commit
 from extending.arms import ARMS
 from longlora_ext.env import processor
@@ -41,7 +43,16 @@ def claim(work: Path, setting: dict[str, Any]) -> None:
     path = work / "setting.json"
     if path.exists() and (there := json.loads(path.read_text())) != setting:
         raise ValueError(f"{work} holds arms of another experiment: {there}; give another --work")
-    write(path, setting)
+    write_json(path, setting)
+
+
+def kept(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a file holds; where there is none, what is measured now, and written to it."""
+    if not path.exists():
+        began = time.perf_counter()
+        write_json(path, measure())
+        print(f"{path.name} written after {time.perf_counter() - began:.0f} s", flush=True)
+    return dict(json.loads(path.read_text()))
 
 
 def add(path: Path, result: dict[str, Any], setting: dict[str, Any]) -> None:
@@ -51,17 +62,10 @@ def add(path: Path, result: dict[str, Any], setting: dict[str, Any]) -> None:
     others = [r for r in there["arms"] if _place(r) != _place(result)]
     there["arms"] = sorted([*others, result], key=_place)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, there)
+    write_json(path, there)
 
 
 def _place(result: dict[str, Any]) -> tuple[int, int, float, int]:
     """Where a result stands among the others, of which each has a place of its own."""
     training = result["training"] or {"steps": 0, "learning_rate": 0.0}
     return list(ARMS).index(result["arm"]), training["steps"], training["learning_rate"], result["seed"]
-
-
-def write(path: Path, content: Any) -> None:
-    """Write a file at once or not at all."""
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n")
-    unfinished.replace(path)

@@ -23,8 +23,8 @@ from transformers import (
     set_seed,
 )
 
+from app.runs.json_files import write_json
 from extending.arms import Arm
-from extending.results import write
 from longlora_ext import lora_config, prepare_model
 from longlora_ext.data import PackedSequences, pad_rows
 from longlora_ext.loss import tile_loss
@@ -63,7 +63,7 @@ class StepTimes(TrainerCallback):
             torch.cuda.synchronize()
         now = time.perf_counter(), time.process_time()
         self.seconds[str(state.global_step)] = (now[0] - self.began[0], now[1] - self.began[1])
-        write(self.path, self.seconds)
+        write_json(self.path, self.seconds)
 
 
 def train(

@@ -20,11 +20,11 @@ from torch import Tensor
 from attention import check, measure
 from clock import Clock
 from exercise import slowest
-from finetune_runs import torchrun
+from finetune_runs import ROOT, torchrun
 from longlora_ext import s2attn
 from longlora_ext.reference import s2attn_mask
 from providers import PROVIDERS, Attention, NotHere, Pattern, Point, original, s2_pattern
-from table import MARKED, PAGES, ROOT, tables, with_tables
+from table import MARKED, PAGES, tables, with_tables
 
 POINT = Point("cpu", "float32", head_dim=16, heads=4, kv_heads=2, seqlen=96, batch=2, group_size=24)
 RAGGED = replace(POINT, seqlen=101)
