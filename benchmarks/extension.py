@@ -26,10 +26,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import longlora_ext.attention  # noqa: F401  (registers attn_implementation="s2attn")
 from environment import ROOT
 from extending.arms import ARMS, Arm
+from extending.draw import draw
 from extending.material import MODEL, Text, model_and_tokenizer, read_text
 from extending.measures import by_position, copying, measuring, pass_keys, short_windows
 from extending.results import add, check_setting, claim, kept, made
-from extending.show import draw, table
+from extending.show import table
 from extending.training import Recipe, check_steps, train
 
 BUILD = ROOT / "build" / "extension"

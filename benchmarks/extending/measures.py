@@ -110,7 +110,7 @@ def copying(model: Any, documents: dict[str, list[int]], context: int) -> dict[s
     """
     span = span_of(context)
     known = span // 8
-    sums: dict[int, list[float]] = {distance: [] for distance in distances(context)}
+    of_each: dict[int, list[float]] = {distance: [] for distance in distances(context)}
     first: list[float] = []
     words = sorted({token for ids in documents.values() for token in ids})
     for number, ids in enumerate(list(documents.values())[:ROWS]):
@@ -126,12 +126,13 @@ def copying(model: Any, documents: dict[str, list[int]], context: int) -> dict[s
             # losses[i] is that of token i + 1
             first.append(float(losses[begin + known - 1 : begin + span - 1].mean()))
             again = begin + distance
-            sums[distance].append(float(losses[again + known - 1 : again + span - 1].mean()))
+            of_each[distance].append(float(losses[again + known - 1 : again + span - 1].mean()))
     return {
         "span": span,
-        "distances": list(sums),
-        "nats": [mean(values) for values in sums.values()],
-        "pairs": [len(values) for values in sums.values()],
+        "distances": list(of_each),
+        "nats": [mean(values) for values in of_each.values()],
+        "of_each": list(of_each.values()),
+        "pairs": [len(values) for values in of_each.values()],
         "first_time": mean(first),
     }
 

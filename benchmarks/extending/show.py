@@ -1,15 +1,16 @@
-"""The table and the plots of what the experiment found."""
+"""The table of what the experiment found, and the few columns of it that pages show."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean, median, stdev
 from typing import Any
 
 from extending.arms import ARMS
+
+COSTS = ("seconds_a_step", "processor_seconds_a_step", "tokens_a_second")
 
 
 def table(content: dict[str, Any]) -> str:
@@ -17,7 +18,7 @@ def table(content: dict[str, Any]) -> str:
     setting, arms = content["setting"], content["arms"]
     context = setting["context"]
     bounds = arms[0]["by_position"]["edges"]
-    spans = [f"{_k(begin)}-{_k(end)}" for begin, end in pairwise(bounds)]
+    spans = [f"{thousands(begin)}-{thousands(end)}" for begin, end in pairwise(bounds)]
     far = arms[0]["copying"]["distances"]
     own, new = (arms[0][f"pass_key_{which}"]["length"] for which in ("own", "new"))
     head = [
@@ -25,16 +26,19 @@ def table(content: dict[str, Any]) -> str:
         "steps",
         "rate",
         *(f"ppl {span}" for span in spans),
-        f"ppl of {_k(arms[0]['short']['window'])} alone",
+        f"ppl of {thousands(arms[0]['short']['window'])} alone",
         f"key at {own:,}",
         f"key at {new:,}",
     ]
-    head += [*(f"copy {_k(distance)}" for distance in far), "s a step"]
+    head += [f"copy {thousands(distance)}" for distance in far]
+    head += ["s a step", "s of a core", "tokens a s", "peak GiB"]
     said = (
         f"{setting['model']} to {context:,} tokens, one sequence of it a step, "
-        f"{setting['text']}; dense attention. Perplexity of held-out "
-        "documents by position; pass keys: nats per token of the right one, the median over the depths, and how many "
-        "are found; copying: nats per token of the repetition."
+        f"{setting['text']}; dense attention. Perplexity of held-out documents by position; pass keys: nats per token "
+        "of the right one, the median over the depths, and how many are found; copying: nats per token of the "
+        "repetition, the mean over the spans ± its standard error, where those of each span were kept. Seconds a step "
+        "are by the clock, which other programs disturb, and of the process on its cores. The peak of memory is the "
+        "training's on a GPU, and on a CPU the process's, with all that it did before."
     )
 
     def cells(result: dict[str, Any]) -> Iterable[str]:
@@ -42,12 +46,14 @@ def table(content: dict[str, Any]) -> str:
         yield from (
             f"{result['training'][what]:g}" if result["training"] else "" for what in ("steps", "learning_rate")
         )
-        yield from map(_perplexity, [*_by_position(result), result["short"]["nats"]])
+        yield from map(_perplexity, [*losses_by_position(result), result["short"]["nats"]])
         for which in ("own", "new"):
             keys = result[f"pass_key_{which}"]
             yield f"{median(keys['nats']):.3f} ({_found(keys)})"
-        yield from (f"{nats:.2f}" for nats in result["copying"]["nats"])
-        yield f"{result['training']['seconds_a_step']:.3g}" if result["training"] else ""
+        yield from _copies(result["copying"])
+        cost = result["training"]
+        yield from (f"{cost[what]:.3g}" if cost else "" for what in COSTS)
+        yield f"{cost['peak_memory'] / 2**30:.2f}" if cost else ""
 
     return f"{said}\n\n{_rows(head, map(cells, arms))}"
 
@@ -76,16 +82,16 @@ def summary(content: dict[str, Any], arms: str | None = None, rate: str | None =
     own, new = (first[f"pass_key_{which}"]["length"] for which in ("own", "new"))
     head = [
         "SmolLM2-135M",
-        f"perplexity, tokens 0 to {_k(first['by_position']['edges'][1])}",
-        f"{_k(begin)} to {_k(end)}",
+        f"perplexity, tokens 0 to {thousands(first['by_position']['edges'][1])}",
+        f"{thousands(begin)} to {thousands(end)}",
         f"pass keys found at {own:,} tokens (loss)",
         f"at {new:,} (loss)",
-        f"copying over {_k(far)} (loss)",
+        f"copying over {thousands(far)} (loss)",
     ]
 
     def cells(result: dict[str, Any]) -> Iterable[str]:
         yield _name_and_steps(result, with_rate=rate is None)
-        by_position = _by_position(result)
+        by_position = losses_by_position(result)
         yield from map(_perplexity, (by_position[0], by_position[-1]))
         for which in ("own", "new"):
             keys = result[f"pass_key_{which}"]
@@ -93,38 +99,6 @@ def summary(content: dict[str, Any], arms: str | None = None, rate: str | None =
         yield f"{result['copying']['nats'][-2]:.2f}"
 
     return _rows(head, map(cells, results))
-
-
-def draw(content: dict[str, Any], path: Path) -> None:
-    """Perplexity over position, copying over distance, pass keys over depth, and what was gained over time spent."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, ((text, copies), (keys, costs)) = pyplot.subplots(2, 2, figsize=(13, 9), layout="constrained")
-    for index, result in enumerate(content["arms"]):
-        style = {"color": f"C{index % 10}", "ls": "-" if result["training"] else ":", "marker": "o", "ms": 4}
-        bounds = result["by_position"]["edges"]
-        middles = [(begin + end) / 2 for begin, end in pairwise(bounds)]
-        text.plot(middles, _by_position(result), label=_name_and_steps(result), **style)
-        copies.plot(result["copying"]["distances"], result["copying"]["nats"], **style)
-        keys.plot(result["pass_key_new"]["depths"], result["pass_key_new"]["nats"], **style)
-        if result["training"]:
-            spent = result["training"]["processor_seconds_a_step"] * result["training"]["steps"] / 60
-            costs.plot(spent, median(result["pass_key_own"]["nats"]), **style)
-    new = content["arms"][0]["pass_key_new"]["length"]
-    text.set(title="text by position", xlabel="position (tokens)", ylabel="nats per token", ylim=(0, 6))
-    copies.set(title="copying", xlabel="distance (tokens)", ylabel="nats per token of the repetition", xscale="log")
-    keys.set(title=f"pass key at {new:,} tokens", xlabel="depth", ylabel="nats per token of the key")
-    costs.set(
-        title="pass keys at the model's own length",
-        xlabel="minutes of a processor in training",
-        ylabel="nats per token",
-    )
-    figure.legend(*text.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
-    figure.savefig(path.with_suffix(".png"), dpi=110)
-    pyplot.close(figure)
 
 
 def _rows(head: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
@@ -144,9 +118,16 @@ def _name_and_steps(result: dict[str, Any], with_rate: bool = True) -> str:
     return f"{_name(result)}, {training['steps']} steps{rate}"
 
 
-def _by_position(result: dict[str, Any]) -> list[float]:
+def losses_by_position(result: dict[str, Any]) -> list[float]:
     """Nats per token by position, the mean over the documents."""
     return list(map(fmean, zip(*result["by_position"]["nats"].values(), strict=True)))
+
+
+def _copies(copying: dict[str, Any]) -> Iterable[str]:
+    """The mean of each distance, and its standard error where the spans' own were kept, which older results lack."""
+    spans = copying.get("of_each", [[]] * len(copying["nats"]))
+    for nats, of_each in zip(copying["nats"], spans, strict=True):
+        yield f"{nats:.2f} ± {stdev(of_each) / math.sqrt(len(of_each)):.2f}" if len(of_each) > 1 else f"{nats:.2f}"
 
 
 def _perplexity(nats: float) -> str:
@@ -157,5 +138,6 @@ def _found(keys: dict[str, Any]) -> str:
     return f"{sum(keys['found'])} of {len(keys['found'])}"
 
 
-def _k(tokens: int) -> str:
+def thousands(tokens: int) -> str:
+    """Tokens in words: 8k."""
     return f"{tokens // 1024}k" if tokens % 1024 == 0 and tokens else str(tokens)

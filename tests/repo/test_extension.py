@@ -20,6 +20,7 @@ from app.evaluation.prompts import DEPTHS
 from app.inputs.corpus import stdlib_documents
 from extending import measures, training
 from extending.arms import ARMS
+from extending.draw import COLOURS
 from extending.material import HELD_OUT, Text, read_text
 from extending.results import add
 from extending.training import Recipe
@@ -89,7 +90,10 @@ def test_copying_finds_who_copies_and_who_does_not(text: Text, monkeypatch: pyte
         and far["nats"] == pytest.approx([0, 0, 0], abs=0.5)
         and far["first_time"] > 8
     )
-    assert nats(600)["nats"] == pytest.approx([0, 0, 9], abs=0.5)
+    near = nats(600)
+    assert near["nats"] == pytest.approx([0, 0, 9], abs=0.5)
+    assert [sum(each) / len(each) for each in near["of_each"]] == near["nats"]
+    assert list(map(len, near["of_each"])) == near["pairs"]
     assert nats(10)["nats"] == pytest.approx([9, 9, 9], abs=0.5)
 
 
@@ -194,9 +198,15 @@ def test_more_steps_go_on_from_fewer(text: Text, tmp_path: Path) -> None:
         run("s2-sink", tmp_path / "on", text, "--steps", "5")
 
 
+def test_every_arm_has_a_colour_of_its_own() -> None:
+    assert COLOURS.keys() == ARMS.keys() and len({*COLOURS.values()}) == len(ARMS)
+
+
 def test_results_are_shown(text: Text, tmp_path: Path) -> None:
     for arm in ("yarn", "base", "short"):
         result = run(arm, tmp_path, text)
+        if arm == "yarn":
+            del result["copying"]["of_each"]  # as in results of before
         add(
             tmp_path / "r.json",
             result,
@@ -207,6 +217,7 @@ def test_results_are_shown(text: Text, tmp_path: Path) -> None:
         "| the model as it is", "| YaRN alone", "| dense attention in rows of N/8 tokens",
     ]  # fmt: skip
     assert "ppl 0-128" in shown[2] and "copy 896" in shown[2]
+    assert [line.count("±") for line in shown[4:]] == [3, 0, 3]
     assert matplotlib.image.imread(tmp_path / "r.png").ndim == 3
     made = json.loads((tmp_path / "r.json").read_text())["arms"][0]["made"]
     assert made["torch"] == torch.__version__ and made["date"] and made["commit"] and made["device"]
