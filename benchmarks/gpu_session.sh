@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that a GPU can say about this checkout, in less than twelve minutes: what the machine is; the tests on
 # CUDA, compute-sanitizer and a fine-tuning, all at once; then, each alone, the benchmark, an earlier checkout against
-# this one, a real model, and a profile. A step that fails or runs out of time stops none after it.
+# this one, a real model, a training step of a large one, and a profile. A step that fails or runs out of time stops none after it.
 #
 #   benchmarks/gpu_session.sh OUT           from a checkout, with a CUDA torch and what requirements.txt names
 #   benchmarks/gpu_session.sh OUT --cpu     a rehearsal: the same steps, tiny and on the CPU, without the CUDA tools
@@ -118,6 +118,7 @@ if [[ $device == cpu ]]; then
     --dtype float32 --output "$out/attention_cpu.json"
   step compare $session bash -c compare
   step real_model $session bash -c real_model
+  step step_time $session python3 benchmarks/step_time.py --device cpu --steps 1 --output "$out/step_time.json"
 else
   # Is it right? No time is taken here, so all of it runs beside each other.
   step tests 150 python3 -m pytest -q -n 6 --maxfail=20 -p no:cacheprovider -m gpu tests/op tests/package &
@@ -136,6 +137,9 @@ else
     --output "$out/attention_cuda.json"
   [[ -n $BEFORE ]] && step compare 100 bash -c compare
   step real_model 130 bash -c real_model
+  # Four layers of 32, for the time: what is printed says so.
+  step step_time 100 python3 benchmarks/step_time.py --layers 4 --seqlen 16384 32768 65536 --steps 3 \
+    --ways s2_sink flash cudnn --output "$out/step_time.json"
   # Mangled names carry the namespace. The clocks stay as they are.
   step profile 50 ncu --set full --clock-control none --kernel-name-base mangled --kernel-name regex:longlora \
     --force-overwrite --export "$out/profile" python3 benchmarks/exercise.py --slowest_of "$out/attention_cuda.json"
@@ -146,7 +150,7 @@ else
 fi
 
 printf '\n'
-for log in benchmark flex; do
+for log in benchmark step_time flex; do
   [[ -f $out/$log.log ]] && cat "$out/$log.log"
 done
 printf '\n'
