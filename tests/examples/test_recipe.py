@@ -46,6 +46,15 @@ def test_the_tiny_llama_gets_its_own() -> None:
     assert args.gradient_accumulation_steps == 1
 
 
+def test_epochs_take_the_place_of_the_recipes_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    """They are what the other options are checked against, too."""
+    model, _, args = parsed("--num_train_epochs", "2", "--dense_steps", "300")
+    assert (args.max_steps, args.num_train_epochs, model.dense_steps) == (-1, 2, 300)
+    with pytest.raises(SystemExit):
+        parsed("--num_train_epochs", "0")
+    assert "nothing to train: give --max_steps or --num_train_epochs above 0" in capsys.readouterr().err
+
+
 def test_what_is_given_wins_over_every_default() -> None:
     given = "--learning_rate 1e-4 --gradient_accumulation_steps 3 --max_steps 7 --save_steps 5 --eval_tokens 9"
     for model in ([], ["--model_name_or_path", "some/model"]):

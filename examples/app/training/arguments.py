@@ -157,6 +157,7 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingArgum
         parser.error(f"unknown argument: {' '.join(unknown)}")
     if is_given(argv, "num_train_epochs") and not is_given(argv, "max_steps"):
         parser.set_defaults(max_steps=-1)
+        options.max_steps = -1
     if recipe is RECIPE and options.max_steps > 0 and not options.full_finetune:
         parser.set_defaults(**for_steps(options.max_steps))
     if (named or options.recipe) and not is_given(argv, "gradient_accumulation_steps"):
