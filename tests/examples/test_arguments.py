@@ -73,6 +73,7 @@ from longlora_ext.parallel import check_sequence_parallel
         ("--task sft --train_file {character}", "character.txt is text; rows are read from .json, .jsonl and .parquet"),
         ("--eval_file x.txt", "--eval_file needs --train_file"),
         ("--resume_from_checkpoint latest", "needs the --output_dir of the run to go on with"),
+        ("--resume_from_checkpoint true", "--resume_from_checkpoint latest needs the --output_dir of the run to go on"),
         ("--resume_from_checkpoint gone", "gone: no complete checkpoint"),
         ("--deepspeed gone.json", "--deepspeed gone.json: no such file"),
         ("--deepspeed {empty}.bad", "empty.jsonl.bad: no JSON: "),
@@ -136,6 +137,14 @@ def test_a_machine_without_the_kernels_is_told_at_once(inputs: tuple[Path, Path]
     suitable.check_kernels(config, torch.float32, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"S2-Attn does not run here, on cpu in torch\.complex64: "):
         suitable.check_kernels(config, torch.complex64, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [("true", "latest"), ("True", "latest"), ("latest", "latest"), ("out/checkpoint-2",) * 2]
+)
+def test_true_is_the_latest_checkpoint_as_the_trainer_has_it(given: str, meant: str) -> None:
+    words = ["--output_dir", "out", "--resume_from_checkpoint", given]
+    assert arguments.parse(words)[2].resume_from_checkpoint == meant
 
 
 def test_4_bit_weights_neither_train_nor_are_cut_up(

@@ -65,7 +65,7 @@ def test_settings_are_compared_when_they_become_known(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{}")
     marker = {"step": 2, "resumable": True, "settings": {"seed": 1, "train_sha256": "a", "template_date": "2024-07-26"}}
     (checkpoint / "complete.json").write_text(json.dumps({**marker, "perplexity": {"before": 2.0}}))
-    run = Run.open(str(tmp_path), "true", "model-64", {"seed": 1})
+    run = Run.open(str(tmp_path), "latest", "model-64", {"seed": 1})
     assert (run.step, run.marker["perplexity"], run.recorded("template_date")) == (2, {"before": 2.0}, "2024-07-26")
     with pytest.raises(ValueError, match="checkpoint-2 belongs to another run: train_sha256 was 'a' and is 'b'"):
         run.settle({"train_sha256": "b"})
@@ -151,7 +151,7 @@ def test_rows_made_in_another_way_are_another_run(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{}")
     marker = {"step": 2, "resumable": True, "settings": {"seed": 1, "train_sha256": "a"}}
     (checkpoint / "complete.json").write_text(json.dumps(marker))
-    run = Run.open(str(tmp_path), "true", "model-64", {"seed": 1})
+    run = Run.open(str(tmp_path), "latest", "model-64", {"seed": 1})
     with pytest.raises(ValueError, match="checkpoint-2 belongs to another run: rows was 'packed' and is 'padded'"):
         run.settle({"train_sha256": "a", "rows": "padded"})
     run.settle({"train_sha256": "a", "rows": "packed"})

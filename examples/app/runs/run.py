@@ -55,7 +55,7 @@ class Run:
 
         Args:
             output_dir: The folder to write to. Default: one below `finetuned/`.
-            resume_from: None, `latest` (or `true`, as the Trainer has it), or the folder of a checkpoint.
+            resume_from: None, `latest`, or the folder of a checkpoint.
             default_name: What to call the folder by default; a number is added where that exists.
             settings: What the losses depend on, as far as it is known.
             repeats: The manifest of a run that is to be done again.
@@ -64,9 +64,6 @@ class Run:
             ValueError: The folder holds something already and the run does not resume, or it cannot resume from
                 there; another run writes to it; it cannot be made; or the run before had other settings.
         """
-
-        if resume_from in ("true", "True"):
-            resume_from = "latest"
 
         def find() -> tuple[Path, Path | None, dict[str, Any]]:
             folder = take_folder(output_dir, resume_from, default_name)

@@ -151,6 +151,8 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingArgum
         action.help = HELP.get(action.dest, action.help)
         if action.dest == "gradient_accumulation_steps" and named is not None:
             action.help = ACCUMULATION_HELP
+        if action.dest == "resume_from_checkpoint":
+            action.type = _checkpoint
 
     options, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -195,6 +197,11 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingArgum
     if os.path.isdir(model.model_name_or_path):
         model.model_name_or_path = os.path.abspath(model.model_name_or_path)
     return model, data, training
+
+
+def _checkpoint(given: str) -> str:
+    """Where to resume from, in which the Trainer says `true` for the newest checkpoint."""
+    return "latest" if given in ("true", "True") else given
 
 
 def _prepare_fsdp(parser: Parser, options: argparse.Namespace) -> list[str]:
