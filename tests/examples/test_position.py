@@ -58,6 +58,12 @@ def test_the_parts_are_all_of_what_a_window_scores() -> None:
         assert sum(cell["by_position"]) == pytest.approx(cell["negative_log_likelihood"]) and cell["scored"] == 31
 
 
+def test_as_many_parts_as_are_allowed_have_a_token_each() -> None:
+    """Of one more, the first part would be the first token alone, which nothing predicts."""
+    done = run("perplexity", "--model", "tiny", "--text", "books", "--lengths", 12, "--by_position", 8)
+    assert len(done["summary"]["scored"]) == 8 and min(done["summary"]["scored"].values()) >= 1
+
+
 def test_a_loss_that_is_no_number_is_shown_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the file it is the text "nan", from which the same command makes its table."""
     words = ("perplexity", "--model", "tiny", "--text", "books", "--lengths", 30, "--by_position", 2)
@@ -75,7 +81,8 @@ def test_a_loss_that_is_no_number_is_shown_again(monkeypatch: pytest.MonkeyPatch
         (["--lengths", 16, 32], "--by_position reads windows of one length: give one --lengths"),
         (["--stride", 8], "--stride has no effect with --by_position"),
         (["--score", "all"], "--score has no effect with --by_position"),
-        (["--lengths", 8], "--by_position 8 is more parts than a window of 8 has tokens"),
+        (["--lengths", 8], "--by_position 8 is too many parts for windows of 8 tokens: at most 5"),
+        (["--lengths", 11], "--by_position 8 is too many parts for windows of 11 tokens: at most 7"),
         (["--lengths", 200, "--beyond_trained_length", "--keep_short"], "no document has 200 tokens"),
     ],
 )

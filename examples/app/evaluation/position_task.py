@@ -27,18 +27,19 @@ class PositionTask(PerplexityTask):
         opened: The model.
 
     Raises:
-        ValueError, OSError: As there, or more than one length, or more parts than tokens.
+        ValueError, OSError: As there, or more than one length, or too many parts.
     """
 
-    numbers = ("negative_log_likelihood", "scored")
-
     def __init__(self, options: argparse.Namespace, opened: OpenedModel) -> None:
-        if len(options.lengths or [0]) > 1:
+        length, *others = options.lengths or [opened.trained_length]
+        if others:
             raise ValueError("--by_position reads windows of one length: give one --lengths")
+        most = 2 * length // 3  # of more, the first part would be the first token alone, which nothing predicts
+        if options.by_position > most:
+            raise ValueError(
+                f"--by_position {options.by_position} is too many parts for windows of {length} tokens: at most {most}"
+            )
         super().__init__(options, opened)
-        (length,) = self.lengths
-        if options.by_position >= length:
-            raise ValueError(f"--by_position {options.by_position} is more parts than a window of {length} has tokens")
         self.edges = [round(part * length / options.by_position) for part in range(options.by_position + 1)]
         del self.settings["stride"]
         self.settings |= {"score": "all tokens of windows that do not overlap", "by_position": self.edges}
