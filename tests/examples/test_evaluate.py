@@ -285,9 +285,11 @@ def test_an_adapter_takes_no_other_context(adapter: Path, capsys: pytest.Capture
 
 
 def test_of_a_folder_hidden_files_are_left_alone_and_names_are_no_patterns(tmp_path: Path) -> None:
+    folder = tmp_path / "books[1]"
     for name in (".git/x.bin", "X.BIN", "a1.bin", "a[1].bin"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(b"ab")
-    found = perplexity_task._expanded(str(tmp_path))
-    assert [Path(file).name for file in found] == ["X.BIN", "a1.bin", "a[1].bin"]
-    assert perplexity_task._expanded(str(tmp_path / "a[1].bin")) == [str(tmp_path / "a[1].bin")]
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"ab")
+    for named in (folder, folder / "*.[bB]*"):
+        found = perplexity_task._expanded(str(named))
+        assert [Path(file).name for file in found] == ["X.BIN", "a1.bin", "a[1].bin"]
+    assert perplexity_task._expanded(str(folder / "a[1].bin")) == [str(folder / "a[1].bin")]

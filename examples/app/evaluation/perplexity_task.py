@@ -9,7 +9,6 @@ the context alone: a document shorter than the longest length is left out, or ke
 from __future__ import annotations
 
 import argparse
-import glob
 import math
 from collections.abc import Callable
 from itertools import groupby
@@ -21,7 +20,7 @@ import numpy as np
 
 from app.evaluation.perplexity import Window, fingerprint, perplexity_of, windows, windows_loss
 from app.inputs.corpus import stdlib_documents
-from app.inputs.files import load_documents, search
+from app.inputs.files import load_documents, matching, search
 from app.inputs.reading import KNOWN, format_of
 from app.inputs.tokens import FEATURES, Documents, tokenise
 from app.models.suitable import check_tokens
@@ -174,7 +173,7 @@ def _expanded(source: str) -> list[str]:
         FileNotFoundError: A folder without any file that can be read.
     """
     path = Path(source).expanduser()
-    found = search(path)[0] if path.is_dir() else [str(path)] if path.exists() else glob.glob(str(path), recursive=True)
+    found = search(path)[0] if path.is_dir() else [str(path)] if path.exists() else matching(path)
     files = [file for file in found if Path(file).is_file()]
     ids = sorted(file for file in files if file.lower().endswith(TOKEN_IDS))
     texts = any(map(format_of, files))

@@ -23,7 +23,7 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}")
 def is_there(source: str) -> bool:
     """Whether a file, a folder or files of a glob pattern are there under just that name."""
     path = Path(source).expanduser()
-    return os.path.lexists(path) or bool(_matching(path))
+    return os.path.lexists(path) or bool(matching(path))
 
 
 def find_files(source: str) -> list[str]:
@@ -65,7 +65,7 @@ def _find(source: str) -> tuple[list[str], Counter[str]]:
         if not files:
             raise FileNotFoundError(f"the folder {source} holds no file to train on; looked for {KNOWN}")
     else:
-        found = [str(path)] if os.path.lexists(path) else _matching(path)
+        found = [str(path)] if os.path.lexists(path) else matching(path)
         files = [file for file in found if not os.path.isdir(file)]
         entered = {parent for file in files for parent in Path(file).parents}  # as of the pattern **
         left_out = Counter("folder" for file in found if os.path.isdir(file) and Path(file) not in entered)
@@ -181,7 +181,7 @@ def _each(sources: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
         yield source, find_files(source)
 
 
-def _matching(pattern: Path) -> list[str]:
+def matching(pattern: Path) -> list[str]:
     """The files of a glob pattern, in which folders that are there as they are written are no patterns."""
     folder = next(parent for parent in pattern.parents if parent.exists())
     return sorted(glob.glob(str(Path(glob.escape(str(folder)), pattern.relative_to(folder))), recursive=True))
