@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import finetune_llama
 import merge_adapter
+from app.training import manifest
 from finetune_runs import deepspeed, environment, losses, make_model, make_text, run, small_run
 from patience import patience
 
@@ -148,3 +149,16 @@ def test_what_is_no_manifest_is_refused(
     if content is not None:
         (tmp_path / "run.json").write_text(content)
     assert message in refusal(["--from_manifest", str(tmp_path / "run.json")], capsys)
+
+
+def test_paths_that_are_there_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a run takes them: a name is no pattern, and ~ is the home folder. What is not there stays as it is."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for path in ("books[1]/a.txt", "home/b.txt"):
+        Path(path).parent.mkdir()
+        Path(path).touch()
+    inline = json.dumps({"zero_optimization": {"stage": 3}, "comment": 256 * "x", "nvme_path": "/gone"})
+    given = ["books[1]/a.txt", "books[1]/*.txt:0.5", "~/b.txt", "owner/name", "--deepspeed", inline, "--lora_r", "home"]
+    there = [str(tmp_path / path) for path in ("books[1]/a.txt", "books[1]/*.txt:0.5", "home/b.txt")]
+    assert manifest._absolute(["--train_file", *given]) == ["--train_file", *there, *given[3:]]

@@ -183,7 +183,7 @@ def _each(sources: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
 
 def matching(pattern: Path) -> list[str]:
     """The files of a glob pattern, in which folders that are there as they are written are no patterns."""
-    folder = next(parent for parent in pattern.parents if parent.exists())
+    folder = next(parent for parent in pattern.parents if os.path.exists(parent))
     return sorted(glob.glob(str(Path(glob.escape(str(folder)), pattern.relative_to(folder))), recursive=True))
 
 

@@ -11,7 +11,6 @@ literal command are all in the file, which lies beside what the run wrote and in
 from __future__ import annotations
 
 import argparse
-import glob
 import json
 import os
 import platform
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, TrainingArguments
 
+from app.inputs.files import is_there
 from app.runs.command_line import EXAMPLES
 from app.runs.json_files import read_json
 from app.runs.launch import launcher, say
@@ -148,8 +148,8 @@ def _absolute(arguments: Sequence[str]) -> list[str]:
 def _absolute_path(value: str) -> str:
     """A path, perhaps with a weight behind a colon, made absolute if it is there."""
     for path, weight in ((value, ""), value.rpartition(":")[::2]):
-        if path and glob.glob(path, recursive=True):
-            return os.path.abspath(path) + (f":{weight}" if weight else "")
+        if path and is_there(path):
+            return os.path.abspath(os.path.expanduser(path)) + (f":{weight}" if weight else "")
     return value
 
 
