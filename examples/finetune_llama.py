@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
         tokenizer = load_tokenizer(options, text.task)
     with one_clear_error():
         data = read_data(text, tokenizer, base_config, config, run, args.seed)
-        check_training(args, data)
+        check_training(args, data, options)
         run.settle(data.settings)
         check_versions(earlier)
         guard = make_guard(options, tokenizer, base_config, run)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from transformers import AutoConfig
 
+from app.training import checks
 from finetune_runs import ROOT, deepspeed, losses, make_model, make_text, run, small_run, torchrun
 from longlora_ext.adapter import merge
 from same_run import assert_same_run
@@ -57,3 +60,15 @@ def test_it_trains_as_one_and_goes_on(task: str, by: str, rows: str, sharding: t
     assert_same_run(tmp_path / "whole", stopped)
     merge(stopped / "adapter", tmp_path / "merged")
     assert AutoConfig.from_pretrained(tmp_path / "merged").max_position_embeddings == 128
+
+
+def test_processes_that_share_a_sequence_are_one_for_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four processes that share by two have as many sequences at a time as two that do not."""
+    monkeypatch.setattr(checks, "WORLD_SIZE", 4)
+    args: Any = SimpleNamespace(per_device_train_batch_size=3, dataloader_drop_last=True)
+    data: Any = SimpleNamespace(rows=range(6), train=SimpleNamespace(check_rows=lambda rows: None))
+    options: Any = SimpleNamespace(sequence_parallel_size=2)
+    checks.check_training(args, data, options)
+    data.rows = range(5)
+    with pytest.raises(ValueError, match="5 sequences are no batch of 6"):
+        checks.check_training(args, data, options)

@@ -8,13 +8,14 @@ from transformers import TrainingArguments
 from app.runs.launch import WORLD_SIZE
 from app.training.arguments import compute_dtype
 from app.training.data import TrainingData
+from app.training.options import ModelOptions
 from longlora_ext.independence import check_documents_apart
 
 
-def check_training(args: TrainingArguments, data: TrainingData) -> None:
+def check_training(args: TrainingArguments, data: TrainingData, options: ModelOptions) -> None:
     """Raise `ValueError` if there would be nothing to learn, or not a step to do."""
     data.train.check_rows(data.rows)
-    batch = args.per_device_train_batch_size * WORLD_SIZE
+    batch = args.per_device_train_batch_size * (WORLD_SIZE // options.sequence_parallel_size)
     if args.dataloader_drop_last and len(data.rows) < batch:
         raise ValueError(
             f"--dataloader_drop_last leaves nothing to train on: {len(data.rows)} sequences are no batch of {batch}"
