@@ -19,7 +19,7 @@ import import_longlora
 import merge_adapter
 import plan
 from app.runs import launch
-from app.runs.command_line import CLOSED, INTERRUPTED, Parser, as_program
+from app.runs.command_line import CLOSED, INTERRUPTED, HelpFormatter, Parser, as_program
 from app.runs.errors import one_clear_error
 from app.runs.full_disk import writing_to
 from app.runs.launch import fail
@@ -147,6 +147,15 @@ def test_each_program_says_what_a_bug_report_needs(name: str, capsys: pytest.Cap
         PROGRAMS[name].main(["--help"])
     printed = capsys.readouterr().out
     assert "LONGLORA_TRACEBACK=1" in printed and "python -m longlora_ext.env" in printed
+
+
+@pytest.mark.parametrize("told", ["so many. Default: all.", "so many; default: all"])
+def test_a_default_that_the_text_tells_is_not_shown_again(told: str) -> None:
+    parser = Parser(formatter_class=HelpFormatter)
+    parser.add_argument("--told", default=3, help=told)
+    parser.add_argument("--shown", default=3, help="so many")
+    lines = parser.format_help().splitlines()
+    assert [line.split("  ")[-1] for line in lines if "so many" in line] == [told, "so many (default: 3)"]
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

@@ -32,7 +32,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Examples stay as they are laid out; defaults are shown, except where the text tells them, and "None"."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        told = action.default is None or "Default:" in (action.help or "")
+        told = action.default is None or "default:" in (action.help or "").lower()
         return action.help if told else super()._get_help_string(action)
 
 
