@@ -38,10 +38,12 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     gpus = {weight.device for weight in model.parameters() if weight.device.type not in ("cpu", "meta")}
     kind = next(iter(gpus)).type if gpus else "cuda"
-    with torch.random.fork_rng([gpu.index or 0 for gpu in gpus], device_type=kind):
-        yield
-    for buffer, kept in buffers:
-        buffer.data.copy_(kept)  # what a backward pass needs of it counts as unchanged
+    try:
+        with torch.random.fork_rng([gpu.index or 0 for gpu in gpus], device_type=kind):
+            yield
+    finally:
+        for buffer, kept in buffers:
+            buffer.data.copy_(kept)  # what a backward pass needs of it counts as unchanged
 
 
 @contextmanager

@@ -206,6 +206,15 @@ def test_nothing_changes(leaks: bool) -> None:
     model(tokens(1, 5), labels=tokens(1, 5)).loss.backward()
 
 
+def test_what_a_model_remembers_is_taken_back_if_it_fails() -> None:
+    """Behind the layer that remembers, there is one that fails: out of memory, say."""
+    model = with_layer(BatchStatistics())
+    model.model.norm.register_forward_hook(lambda *_: torch.zeros(1 << 62))
+    with pytest.raises(RuntimeError):
+        check_documents_apart(model)
+    assert not model.model.layers[-1].mlp[0].mean.any()
+
+
 def test_a_model_that_takes_no_position_ids() -> None:
     model = model_of("mamba", "eager", state_size=8)
     with pytest.raises(ValueError, match=r"MambaForCausalLM takes no position_ids, .* --rows padded"):
