@@ -120,6 +120,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(f"--sequence_parallel_size {options.sequence_parallel_size} does not divide --gpus {options.gpus}")
     if options.sequence_parallel_size == 1 and (options.contexts or options.sequence_parallel != "auto"):
         parser.error("--contexts and --sequence_parallel are about --sequence_parallel_size above 1")
+    for name in ("context", "calibrate", "json"):
+        if options.contexts and getattr(options, name):
+            parser.error(f"--{name} has no effect with --contexts, which prints a table of its own")
     options.lora_r = options.lora_r or 8
     try:
         options.dense_layers = asked_layers(options.dense_layers)

@@ -145,6 +145,15 @@ def test_mistakes_end_in_one_line(options: list[str], message: str, capsys) -> N
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--context=8192", "--calibrate", "--json"])
+def test_what_a_table_of_contexts_takes_no_notice_of_is_refused(option: str, capsys) -> None:
+    shared = ["--model", "llama-2-7b", "--gpus", "2", "--sequence_parallel_size", "2", "--contexts", "8192"]
+    with pytest.raises(SystemExit, match="2"):
+        command.main([*shared, option])
+    name = option.partition("=")[0]
+    assert f"{name} has no effect with --contexts, which prints a table of its own" in capsys.readouterr().err
+
+
 def test_hours_follow_from_one_measured_rate() -> None:
     run = PlannedRun(zero=0, gpus=2)
     plan = Plan(small(2), 512, run)
