@@ -88,8 +88,8 @@ def attend(
     config: Any = module.config
     if position_ids is None or told.padded or kwargs.get("cu_seq_lens_q") is not None:
         raise ValueError(
-            f"{type(module).__name__} shares its sequences: documents and padding are told by position_ids alone, "
-            "which it was given no, or something besides"
+            f"{type(module).__name__} shares its sequences, and learns of documents and padding by position_ids alone: "
+            "pass these, and neither cu_seq_lens_q nor a mask with padding"
         )
     if query.shape[2] != key.shape[2]:
         raise ValueError("processes that share a sequence have no KV cache: pass use_cache=False")
