@@ -31,8 +31,8 @@ from app.runs.command_line import Parser, as_program
 from app.runs.errors import one_clear_error
 from app.training.dense_layers import asked_layers
 from app.training.report import seen
+from app.training.shared_sequences import check_sharing
 from longlora_ext.config import context_length, settle_context
-from longlora_ext.parallel import check_sequence_parallel
 
 WAYS = {
     "default": Way(),
@@ -164,7 +164,7 @@ def figures(options: argparse.Namespace) -> dict[str, Any]:
     check_context("--context", context, own)
     if (options.group_size or 0) > 2 * context:
         raise ValueError(f"--group_size {options.group_size} is more than twice the context of {context}")
-    check_sequence_parallel(config, options.sequence_parallel_size, options.sequence_parallel)
+    check_sharing(config, options.sequence_parallel_size, options.sequence_parallel)
     run = run_of(options)
     plan = Plan(config, context, run)
     memory, available = {name: plan.memory(way) for name, way in WAYS.items()}, int(options.gpu_memory * 1e9)
@@ -189,7 +189,7 @@ def figures(options: argparse.Namespace) -> dict[str, Any]:
 def contexts(options: argparse.Namespace) -> str:
     """The table of `--contexts`."""
     config = base_config(options)
-    check_sequence_parallel(config, options.sequence_parallel_size, options.sequence_parallel)
+    check_sharing(config, options.sequence_parallel_size, options.sequence_parallel)
     link, memory = options.link * 1e9, options.gpu_memory * 1e9
     return context_table(config, run_of(options), options.contexts, link, memory)
 

@@ -36,7 +36,7 @@ def context_length(config: PreTrainedConfig) -> int:
         f"the model's RoPE is scaled by a factor of {_one_rope(config)['factor']:g} ({rope_type_of(config)}), and "
         f"its config does not say whether max_position_embeddings, {config.max_position_embeddings}, is the length "
         f"before that, so that it reads {longer} tokens, or after it, so that it reads {shorter}: pass "
-        f"present_context_length (--present_context_length) {longer} or {shorter}"
+        f"present_context_length {longer} or {shorter}"
     )
 
 

@@ -44,10 +44,10 @@ def check_sequence_parallel(config: PreTrainedConfig, sequence_parallel_size: in
     groups = kv_heads(config)
     rope = rope_type_of(config)
     if by == "ulysses" and (reason := why_not_ulysses(heads, groups, size)):
-        raise ValueError(f"sequence_parallel_size {size}, by Ulysses: {reason}; --sequence_parallel halo needs no such")
+        raise ValueError(f"sequence_parallel_size {size} with by='ulysses': {reason}; by='halo' has no such limit")
     if rope in ("dynamic", "longrope"):
         raise ValueError(
-            f"sequence_parallel_size {size} is not for --rope_type {rope}: it depends on a sequence's length, of which "
+            f"sequence_parallel_size {size} is not for rope_type {rope!r}: it depends on a sequence's length, of which "
             "each process sees a part"
         )
 

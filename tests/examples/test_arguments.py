@@ -162,9 +162,9 @@ def test_4_bit_weights_neither_train_nor_are_cut_up(
 @pytest.mark.parametrize(
     ("config", "processes", "by", "message"),
     [
-        ({}, 3, "ulysses", "3 ranks do not divide 4 query heads and 2 key and value heads"),
+        ({}, 3, "ulysses", "by='ulysses': 3 ranks do not divide 4 query heads .*; by='halo' has no such limit"),
         ({"num_attention_heads": 6, "num_key_value_heads": 3}, 2, "ulysses", "6 query heads and 3 key and value heads"),
-        ({"rope_parameters": {"rope_type": "dynamic"}}, 2, "auto", "is not for --rope_type dynamic"),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, 2, "auto", "size 2 is not for rope_type 'dynamic'"),
         ({}, 4, "ulysses", None),  # two key and value heads, each for two processes
         ({"num_attention_heads": 9}, 2, "auto", None),
         ({"num_attention_heads": 9}, 2, "halo", None),

@@ -131,7 +131,7 @@ def test_models_of_other_kinds_are_refused(config: PreTrainedConfig, reason: str
         (["--model", "llama-2-7b", "--gpus", "3", "--sequence_parallel_size", "2"], "does not divide --gpus 3"),
         (
             ["--model", "llama-2-7b", "--gpus=3", "--sequence_parallel_size=3", "--sequence_parallel=ulysses"],
-            "3 ranks do not divide 32 query heads",
+            "--sequence_parallel ulysses: sequence_parallel_size 3 with by='ulysses': 3 ranks do not divide 32",
         ),
         (["--model", "llama-2-7b", "--sequence_parallel", "halo"], "are about --sequence_parallel_size above 1"),
         (["--model", "llama-2-7b", "--window", "0"], "--window must be above 0 and below a billion, got 0"),

@@ -48,7 +48,7 @@ def model_of(kind: str, attention: str = "s2attn", **changes: Any) -> PreTrained
 def test_a_hybrid_needs_rows_of_its_documents_own(kind: str) -> None:
     fields, where = HYBRIDS[kind]
     model = model_of(kind, **fields)
-    with pytest.raises(ValueError, match=rf"see each other, beginning in model.{where} .*--rows padded"):
+    with pytest.raises(ValueError, match=rf"see each other, beginning in model.{where} .*, padded .packed=False"):
         check_documents_apart(model)
     check_documents_apart(model, packed=False)
 
@@ -217,7 +217,7 @@ def test_what_a_model_remembers_is_taken_back_if_it_fails() -> None:
 
 def test_a_model_that_takes_no_position_ids() -> None:
     model = model_of("mamba", "eager", state_size=8)
-    with pytest.raises(ValueError, match=r"MambaForCausalLM takes no position_ids, .* --rows padded"):
+    with pytest.raises(ValueError, match=r"MambaForCausalLM takes no position_ids, .* padded .packed=False"):
         check_documents_apart(model)
     check_documents_apart(model, packed=False)
 
@@ -289,7 +289,8 @@ def test_a_run_gives_documents_of_a_hybrid_rows_of_their_own(
         finetune_llama.main(command)
     said = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert len(said) == 1 and "documents packed into one row see each other" in said[0]
-    assert "beginning in model.layers.0.linear_attn (Qwen3NextGatedDeltaNet)" in said[0] and "--rows padded" in said[0]
+    assert "beginning in model.layers.0.linear_attn (Qwen3NextGatedDeltaNet)" in said[0]
+    assert f"{hybrid[0]}: --rows packed: in Qwen3Next" in said[0] and "a row of its own, padded" in said[0]
     assert not (tmp_path / "out" / "adapter").exists()
     finetune_llama.main([*command, "--rows", "padded"])
     assert "a document or a piece of one in each" in capsys.readouterr().out or task == "sft"

@@ -42,7 +42,7 @@ def extended(base_config: PreTrainedConfig, options: ModelOptions, args: Trainin
     dtype = compute_dtype(args)
     check_kernels(base_config, dtype, args.device, sink=options.sink, window=options.window)
     config = new_context(base_config, options)
-    check_sharing(config, options)
+    check_sharing(config, options.sequence_parallel_size, options.sequence_parallel)
     return config
 
 
