@@ -55,7 +55,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         usage="python examples/demo.py [MODEL] [OPTIONS]",
         description=DESCRIPTION,
         formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("named", nargs="?", metavar="MODEL", help="the same as --model MODEL")
     group = parser.add_argument_group("page")

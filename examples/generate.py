@@ -90,7 +90,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
     group = parser.add_argument_group("text")
     group.add_argument(

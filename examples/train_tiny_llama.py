@@ -21,7 +21,6 @@ import json
 import math
 import os
 import platform
-import sys
 import time
 from pathlib import Path
 
@@ -42,9 +41,10 @@ from transformers import (
 
 from app.inputs.corpus import sha256_of_texts, stdlib_documents
 from app.runs.checkpoints import CompletionMarker, find_resumable, remove_incomplete, take_over_rotation
-from app.runs.command_line import as_program
+from app.runs.command_line import Parser, as_program
 from app.runs.errors import one_clear_error
 from app.runs.json_files import write_json
+from app.runs.launch import fail
 from longlora_ext._folders import appearing
 
 CONTEXT_LENGTH = 256
@@ -197,7 +197,7 @@ def _edit_json(path: Path, **changes: object) -> None:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--output_dir", type=Path, required=True, help="the model folder to write; it must not exist yet")
     add("--max_steps", type=int, default=1000, help="optimizer steps (default: %(default)s)")
@@ -227,7 +227,7 @@ def partial_folder(options: argparse.Namespace) -> Path:
     wanted = {name: value for name, value in sorted(vars(options).items()) if name != "output_dir"}
     record = folder / "arguments.json"
     if record.exists() and (found := json.loads(record.read_text())) != wanted:
-        sys.exit(f"error: {folder} holds an unfinished run with other arguments; remove it first: {found}")
+        fail(f"{folder} holds an unfinished run with other arguments; remove it first: {found}")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(record, wanted)
     return folder
@@ -246,7 +246,7 @@ def main(arguments: list[str] | None = None) -> None:
     stream = torch.cat(encode(tokenizer, train_documents))
     held_out = held_out_windows(encode(tokenizer, held_out_documents), max(EVAL_LENGTHS), options.eval_windows)
     if not len(held_out) or len(stream) < 2 * CONTEXT_LENGTH:
-        sys.exit(f"error: --max_documents {options.max_documents} leaves too little text; allow more documents")
+        fail(f"--max_documents {options.max_documents} leaves too little text; allow more documents")
     model = new_model(tokenizer)
     windows = options.max_steps * options.batch_size
     print(

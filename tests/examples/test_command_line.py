@@ -18,6 +18,7 @@ import generate
 import import_longlora
 import merge_adapter
 import plan
+import train_tiny_llama
 from app.runs import launch
 from app.runs.command_line import CLOSED, INTERRUPTED, HelpFormatter, Parser, as_program
 from app.runs.errors import one_clear_error
@@ -29,6 +30,7 @@ from longlora_ext._processes import on_first_process
 PROGRAMS = {
     "evaluate.py": evaluate, "finetune_llama.py": finetune_llama, "generate.py": generate,
     "import_longlora.py": import_longlora, "merge_adapter.py": merge_adapter, "plan.py": plan,
+    "train_tiny_llama.py": train_tiny_llama,
 }  # fmt: skip
 
 
@@ -162,6 +164,14 @@ def test_a_default_that_the_text_tells_is_not_shown_again(told: str) -> None:
 def test_an_unknown_option_is_one_line_of_the_program(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     (line,) = said_by(capsys, lambda: PROGRAMS[name].main(["--nonsense", "1"]))
     assert line.startswith(f"{name}: error: ")
+
+
+def test_options_are_not_abbreviated(capsys: pytest.CaptureFixture[str]) -> None:
+    """An abbreviation may mean another option in a later version."""
+    (line,) = said_by(capsys, lambda: plan.main(["--model", "llama-2-7b", "--cal"]))
+    assert "unrecognized arguments: --cal" in line
+    (line,) = said_by(capsys, lambda: evaluate.main(["passkey", "--trial", "3"]))
+    assert "unrecognized arguments: --trial 3" in line
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

@@ -163,10 +163,14 @@ def test_refuses_to_overwrite(run: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert {path: path.read_bytes() for path in run.iterdir()} == before
 
 
-def test_refuses_to_continue_a_run_with_other_arguments(run: Path, tmp_path: Path) -> None:
+def test_refuses_to_continue_a_run_with_other_arguments(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(run.with_name("model.partial"), tmp_path / "model.partial")
-    with pytest.raises(SystemExit, match="unfinished run with other arguments"):
+    with pytest.raises(SystemExit, match="2"):
         train(tmp_path / "model", "--seed", "1")
+    said = capsys.readouterr().err
+    assert "train_tiny_llama.py: error: " in said and "unfinished run with other arguments" in said
 
 
 @pytest.mark.parametrize(
@@ -195,10 +199,11 @@ def test_says_so_when_there_is_no_text(tmp_path: Path, monkeypatch: pytest.Monke
     assert not list(tmp_path.iterdir())
 
 
-def test_too_little_text_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_text_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(script, "stdlib_documents", lambda: (["some = text\n" * 200], ["too short\n"]))
-    with pytest.raises(SystemExit, match="--max_documents 8 leaves too little text"):
+    with pytest.raises(SystemExit, match="2"):
         train(tmp_path / "model")
+    assert "train_tiny_llama.py: error: --max_documents 8 leaves too little text" in capsys.readouterr().err
 
 
 def test_windows_cover_the_text_and_repeat_with_the_seed() -> None:

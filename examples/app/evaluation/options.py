@@ -6,7 +6,6 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from app.evaluation.evaluation_folder import check_folder
 from app.evaluation.perplexity_task import SCORES
@@ -66,9 +65,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
         SystemExit: On a mistake, after saying what it is; and after --help.
     """
-    layout: dict[str, Any] = {"formatter_class": HelpFormatter, "allow_abbrev": False}
     usage = "python examples/evaluate.py TASK [OPTIONS]   (or torchrun or deepspeed in place of python)"
-    parser = Parser(prog=launch.program, usage=usage, description=DESCRIPTION, epilog=EXAMPLES, **layout)
+    parser = Parser(
+        prog=launch.program, usage=usage, description=DESCRIPTION, epilog=EXAMPLES, formatter_class=HelpFormatter
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the deepspeed launcher
     tasks = parser.add_subparsers(
         dest="task", metavar="TASK", required=True, help="perplexity, passkey, needles or ruler"
@@ -79,7 +79,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         ("needles", "one of several codes in a long text, over length x depth"),
         ("ruler", "the synthetic tasks of RULER, over task x length"),
     ):
-        task = tasks.add_parser(name, prog=f"python examples/{launch.program} {name}", description=help_text, **layout)
+        prog = f"python examples/{launch.program} {name}"
+        task = tasks.add_parser(name, prog=prog, description=help_text, formatter_class=HelpFormatter)
         _add_options(task, name)
     options = parser.parse_args(argv)
     _check(parser, options)

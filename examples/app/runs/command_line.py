@@ -37,7 +37,10 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 class Parser(HfArgumentParser):
-    """Fails, and helps, on one process only."""
+    """Fails, and helps, on one process only. Options are not abbreviated."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def format_help(self) -> str:
         return f"{super().format_help()}\n{FOR_BUG_REPORTS}\n"

@@ -130,7 +130,6 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingArgum
         description=DESCRIPTION,
         epilog=EXAMPLE_COMMANDS,
         formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(  # read by `manifest.repeated`, before
         "--from_manifest",
