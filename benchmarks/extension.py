@@ -24,6 +24,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import longlora_ext.attention  # noqa: F401  (registers attn_implementation="s2attn")
+from app.runs.precision import machine_dtype
 from environment import ROOT
 from extending.arms import ARMS, Arm
 from extending.draw import draw
@@ -70,10 +71,12 @@ def main(argv: Sequence[str]) -> None:
         return
     folder, tokenizer = model_and_tokenizer(options.cache)
     text = read_text(options.cache, tokenizer, options.context)
+    if options.device == "cpu" and machine_dtype() == torch.float32:
+        print("note: in float32, as this processor does not multiply bfloat16 (AVX512_BF16, AMX): that takes longer")
     print(f"{len(text.train)} documents of {text.source} to train on, held out: {', '.join(text.held_out)}", flush=True)
     setting = {"model": MODEL, "context": options.context, **text.description()}
     check_setting(options.results, setting)
-    claim(options.work, {**setting, "device": options.device})
+    claim(options.work, {**setting, "device": options.device, "dtype": str(machine_dtype())})
     runs = [
         (name, rate, seed)
         for rate in options.learning_rate
@@ -140,7 +143,7 @@ def opened(
     if arm.trained:
         return train(arm, folder, config, text.train, tokenizer.eos_token_id, recipe, work)
     model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=torch.bfloat16, attn_implementation="s2attn"
+        folder, config=config, dtype=machine_dtype(), attn_implementation="s2attn"
     )
     return model.to(recipe.device), None
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from app.evaluation.answer_nats import answer_ids, answer_losses
 from app.evaluation.prompts import DEPTHS, passkey
+from app.runs.precision import machine_dtype
 
 SHORT_WINDOWS = 4  # of each document
 PAIRS = 4  # of a span and its repetition, for each distance and row
@@ -27,12 +28,12 @@ LOGITS = 1024  # tokens whose logits exist at once
 @contextmanager
 def measuring(model: Any) -> Iterator[Any]:
     """Dense attention, no gradients. On a CPU by the operator, which is faster there than torch's."""
-    config, training = model.config, model.training
+    config, training, dtype = model.config, model.training, machine_dtype()
     mode = getattr(config, "s2attn_mode", "auto")
     config.s2attn_mode = "dense"
     model.train(model.device.type == "cpu")
     try:
-        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16):
+        with torch.no_grad(), torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
             yield model
     finally:
         config.s2attn_mode = mode

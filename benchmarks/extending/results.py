@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from app.runs.json_files import write_json
+from app.runs.precision import machine_dtype
 from app.runs.provenance import commit
 from extending.arms import ARMS
 from longlora_ext.env import processor
@@ -22,6 +23,7 @@ def made(kind: str) -> dict[str, Any]:
     device = torch.cuda.get_device_name() if kind == "cuda" else processor()
     return {
         "device": device,
+        "dtype": str(machine_dtype()).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from app.runs.json_files import write_json
+from app.runs.precision import machine_dtype
 from extending.arms import Arm
 from longlora_ext import lora_config, prepare_model
 from longlora_ext.data import PackedSequences, pad_rows
@@ -86,7 +87,7 @@ def train(
     set_seed(recipe.seed)
     is_gpu = recipe.device == "cuda"
     base = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=torch.bfloat16, attn_implementation="s2attn"
+        folder, config=config, dtype=machine_dtype(), attn_implementation="s2attn"
     )
     model = tile_loss(prepare_model(base, lora_config(base)))
     documents = list(documents)
@@ -101,7 +102,7 @@ def train(
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=WARMUP,
         weight_decay=0.0,
-        bf16=True,
+        bf16=machine_dtype() == torch.bfloat16,
         use_cpu=not is_gpu,
         gradient_checkpointing=True,
         gradient_checkpointing_kwargs={"use_reentrant": False},

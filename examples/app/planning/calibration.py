@@ -17,7 +17,7 @@ import torch
 
 from app.planning.dry_run import cpu_scratch
 from app.planning.planner import Plan, Way
-from app.runs.precision import computes_in_bf16
+from app.runs.precision import machine_dtype
 from app.runs.wording import counted
 from app.training.recipe import RECIPE, accumulation
 
@@ -49,7 +49,7 @@ def measure_rate(plan: Plan, enough: float = ENOUGH) -> Rate:
     on_gpu = torch.cuda.is_available()
     run = replace(plan.run, batch=1, sequence_parallel_size=1, load_in_4bit=False)
     if not on_gpu:
-        run = replace(run, dtype=torch.bfloat16 if computes_in_bf16() else torch.float32, scratch=cpu_scratch)
+        run = replace(run, dtype=machine_dtype(), scratch=cpu_scratch)
     layers = [plan.kinds[0].first] * min(2, plan.config.num_hidden_layers)
     model = Plan(plan.base, plan.tokens, run, plan.kinds).model(Way(), layers, device="cuda" if on_gpu else "cpu")
 

@@ -25,3 +25,8 @@ def computes_in_bf16() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
     return cpu_multiplies_bf16() and os.environ.get("ACCELERATE_MIXED_PRECISION") != "no"
+
+
+def machine_dtype() -> torch.dtype:
+    """The dtype to compute in where none is asked for: bfloat16 where `computes_in_bf16`, else float32."""
+    return torch.bfloat16 if computes_in_bf16() else torch.float32
