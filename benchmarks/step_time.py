@@ -79,7 +79,8 @@ def made_model(shape: dict[str, Any], context: int, device: str) -> Any:
     with torch.device(device):
         base: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="s2attn")
     base.gradient_checkpointing_enable({"use_reentrant": False})
-    return tile_loss(prepare_model(base, lora_config(base)).to(device)).train()
+    model: Any = prepare_model(base, lora_config(base))
+    return tile_loss(model.to(device)).train()
 
 
 def attend_by(way: Way, model: Any, seqlen: int) -> None:

@@ -49,7 +49,8 @@ def draw(content: dict[str, Any], path: Path) -> None:
         f"{setting['model']} extended to {setting['context']:,} tokens on {setting['text']}, "
         "measured with dense attention"
     )
-    above, below = figure.subfigures(2, 1, height_ratios=(1, 1.1))
+    halves: Any = figure.subfigures(2, 1, height_ratios=(1, 1.1))
+    above, below = halves
     rate = f", trained at {styles.rates[0]:g}" if styles.rates else ""
     above.suptitle(f"Some arms{rate}: lower is better", weight="bold")
     below.suptitle("All arms, a mark for each seed: further left is better", weight="bold")
