@@ -21,10 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 import longlora_ext.attention  # noqa: F401  (registers attn_implementation="s2attn")
-from app.runs.precision import machine_dtype
 from environment import ROOT
 from extending.arms import ARMS, Arm
 from extending.draw import draw
@@ -32,7 +31,7 @@ from extending.material import MODEL, Text, model_and_tokenizer, read_text
 from extending.measures import by_position, copying, measuring, pass_keys, short_windows
 from extending.results import add, check_setting, claim, kept, made
 from extending.show import table
-from extending.training import Recipe, check_steps, train
+from extending.training import Recipe, check_steps, pretrained, train
 
 BUILD = ROOT / "build" / "extension"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -71,12 +70,13 @@ def main(argv: Sequence[str]) -> None:
         return
     folder, tokenizer = model_and_tokenizer(options.cache)
     text = read_text(options.cache, tokenizer, options.context)
-    if options.device == "cpu" and machine_dtype() == torch.float32:
+    dtype = made(options.device)["dtype"]
+    if dtype == "float32":
         print("note: in float32, as this processor does not multiply bfloat16 (AVX512_BF16, AMX): that takes longer")
     print(f"{len(text.train)} documents of {text.source} to train on, held out: {', '.join(text.held_out)}", flush=True)
     setting = {"model": MODEL, "context": options.context, **text.description()}
     check_setting(options.results, setting)
-    claim(options.work, {**setting, "device": options.device, "dtype": str(machine_dtype())})
+    claim(options.work, {**setting, "device": options.device, "dtype": dtype})
     runs = [
         (name, rate, seed)
         for rate in options.learning_rate
@@ -142,10 +142,7 @@ def opened(
     config = arm.config(base, recipe.context)
     if arm.trained:
         return train(arm, folder, config, text.train, tokenizer.eos_token_id, recipe, work)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=machine_dtype(), attn_implementation="s2attn"
-    )
-    return model.to(recipe.device), None
+    return pretrained(folder, config).to(recipe.device), None
 
 
 def show(path: Path) -> str:

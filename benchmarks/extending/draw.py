@@ -35,7 +35,7 @@ COLOURS = {
 
 
 def draw(content: dict[str, Any], path: Path) -> None:
-    """Curves of text by position and of copying over distance, and below them a row for each arm."""
+    """Curves of text by position, copying by distance and keys by depth, what training took, and a row for each arm."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -44,19 +44,21 @@ def draw(content: dict[str, Any], path: Path) -> None:
     setting = content["setting"]
     results = sorted(content["arms"], key=lambda result: list(COLOURS).index(result["arm"]))
     styles = Styles(results)
-    figure = pyplot.figure(figsize=(13, 11.5), layout="constrained")
+    figure = pyplot.figure(figsize=(13, 16), layout="constrained")
     figure.suptitle(
         f"{setting['model']} extended to {setting['context']:,} tokens on {setting['text']}, "
         "measured with dense attention"
     )
-    halves: Any = figure.subfigures(2, 1, height_ratios=(1, 1.1))
+    halves: Any = figure.subfigures(2, 1, height_ratios=(1.8, 1.1))
     above, below = halves
     rate = f", trained at {styles.rates[0]:g}" if styles.rates else ""
     above.suptitle(f"Some arms{rate}: lower is better", weight="bold")
     below.suptitle("All arms, a mark for each seed: further left is better", weight="bold")
-    text, copies = above.subplots(1, 2)
+    (text, copies), (keys, costs) = above.subplots(2, 2)
     draw_text(text, results, styles)
     draw_copies(copies, results, styles)
+    draw_keys(keys, results, styles)
+    draw_costs(costs, results, styles)
     columns = columns_of(results[0])
     for axis, column in zip(below.subplots(1, len(columns), sharey=True), columns, strict=True):
         draw_rows(axis, column, results, styles)
@@ -145,6 +147,32 @@ def draw_copies(axis: Any, results: Sequence[Result], styles: Styles) -> None:
     axis.grid(alpha=0.3)
     axis.set_ylabel("nats per token of the repetition")
     axis.legend(loc="lower right", fontsize="small")
+
+
+def draw_keys(axis: Any, results: Sequence[Result], styles: Styles) -> None:
+    """Losses of the pass keys at the new length by depth; what is beyond 5 is cut off."""
+    for result in filter(styles.has_curve, results):
+        axis.plot(result["pass_key_new"]["depths"], result["pass_key_new"]["nats"], **styles.of(result))
+    length = results[0]["pass_key_new"]["length"]
+    axis.set(title=f"pass keys at {length:,} tokens by depth", xlabel="share of the text before the key")
+    axis.set(ylabel="nats per token of the key", yscale="log", ylim=(0.05, 5))
+    axis.set_yticks([0.1, 0.2, 0.5, 1, 2, 5], ["0.1", "0.2", "0.5", "1", "2", "5"])
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+
+
+def draw_costs(axis: Any, results: Sequence[Result], styles: Styles) -> None:
+    """What copying became for the time that a processor spent on the training. By the clock, arms that ran beside other
+    work could not be compared."""
+    for result in results:
+        cost = result["training"]
+        spent = cost["processor_seconds_a_step"] * cost["steps"] / 60 if cost else 0
+        if cost or result["arm"] == "yarn":
+            axis.plot(spent, result["copying"]["nats"][-2], **styles.of(result) | {"ls": "", "ms": 8})
+    far = thousands(results[0]["copying"]["distances"][-2])
+    axis.set(title=f"copying over {far} by time spent (all arms)", ylabel="nats per token of the repetition")
+    axis.set(xlabel="minutes of a processor in training")
+    axis.grid(alpha=0.3)
 
 
 class Column(NamedTuple):

@@ -67,6 +67,13 @@ class StepTimes(TrainerCallback):
         write_json(self.path, self.seconds)
 
 
+def pretrained(folder: str, config: PreTrainedConfig) -> Any:
+    """The model of a folder with an arm's config, in the dtype that the machine computes in."""
+    return AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=machine_dtype(), attn_implementation="s2attn"
+    )
+
+
 def train(
     arm: Arm,
     folder: str,
@@ -86,9 +93,7 @@ def train(
     """
     set_seed(recipe.seed)
     is_gpu = recipe.device == "cuda"
-    base = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=machine_dtype(), attn_implementation="s2attn"
-    )
+    base = pretrained(folder, config)
     model = tile_loss(prepare_model(base, lora_config(base)))
     documents = list(documents)
     random.Random(f"order {recipe.seed}").shuffle(documents)
