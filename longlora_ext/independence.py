@@ -39,7 +39,7 @@ NONE = 1e-7
 #: is not changed at all. Then logits may move so far, also in 16 bits, where rounding may choose another expert.
 ROUNDING, ROUNDING_IN_16_BITS = 1e-3, 0.1
 
-_OWN_ROWS = "give each document a row of its own, padded (packed=False)"
+_OWN_ROWS = "give each document a row of its own (rows padded, packed=False)"
 #: What may leak, and what to do about it; where there are several, the first is told.
 _LEAKS = {
     "rows": ("rows of a batch see each other", "Documents are mixed, however they are laid out"),

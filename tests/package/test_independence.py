@@ -48,7 +48,7 @@ def model_of(kind: str, attention: str = "s2attn", **changes: Any) -> PreTrained
 def test_a_hybrid_needs_rows_of_its_documents_own(kind: str) -> None:
     fields, where = HYBRIDS[kind]
     model = model_of(kind, **fields)
-    with pytest.raises(ValueError, match=rf"see each other, beginning in model.{where} .*, padded .packed=False"):
+    with pytest.raises(ValueError, match=rf"see each other, beginning in model.{where} .* .rows padded, packed=False"):
         check_documents_apart(model)
     check_documents_apart(model, packed=False)
 
@@ -217,7 +217,7 @@ def test_what_a_model_remembers_is_taken_back_if_it_fails() -> None:
 
 def test_a_model_that_takes_no_position_ids() -> None:
     model = model_of("mamba", "eager", state_size=8)
-    with pytest.raises(ValueError, match=r"MambaForCausalLM takes no position_ids, .* padded .packed=False"):
+    with pytest.raises(ValueError, match=r"MambaForCausalLM takes no position_ids, .* .rows padded, packed=False"):
         check_documents_apart(model)
     check_documents_apart(model, packed=False)
 
