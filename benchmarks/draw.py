@@ -40,7 +40,7 @@ def draw(run: dict[str, Any], path: Path) -> None:
                     if direction in p["results"][name]
                 ]
                 if curve:
-                    axis.plot(*zip(*curve, strict=True), ".-", **style(index, name), label=PROVIDERS[name].label)
+                    axis.plot(*zip(*curve, strict=True), marker=".", **style(index, name), label=PROVIDERS[name].label)
             axis.axhline(run["matmul_tflops"][shape[0]] * scale, color="0.5", ls="--", lw=1, label="torch.mm")
             axis.set(ylim=(0, None))
         for index, name in enumerate(chosen[0]["results"]):
@@ -50,7 +50,7 @@ def draw(run: dict[str, Any], path: Path) -> None:
                 if {"forward", "backward"} <= p["results"][name].keys()
             ]
             if both:
-                axes[2, column].plot(*zip(*both, strict=True), ".-", **style(index, name))
+                axes[2, column].plot(*zip(*both, strict=True), marker=".", **style(index, name))
         axes[2, column].set(yscale="log")
         for axis in axes[:, column]:
             axis.set(xscale="log")

@@ -170,7 +170,7 @@ def asked(tokenizer: PreTrainedTokenizerBase, answer, **changes) -> RulerTask:
 
 def test_who_reads_all_of_it_is_right_and_who_does_not_is_wrong(tokenizer, tmp_path: Path) -> None:
     """A token is a byte here: of the five names 30 bytes hold four and a half, as the definition has it."""
-    task = asked(tokenizer, solved)
+    task = asked(tokenizer, solved, trials=1)
     results = {cell: task.compute(cell, lambda _: None) for cell in task.cells}
     shares = dict(zip(task.tasks, task.shares(results).tolist(), strict=True))
     assert shares.pop("vt") == pytest.approx([0.8, 0.8])
