@@ -290,7 +290,7 @@ def test_a_run_gives_documents_of_a_hybrid_rows_of_their_own(
     said = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert len(said) == 1 and "documents packed into one row see each other" in said[0]
     assert "beginning in model.layers.0.linear_attn (Qwen3NextGatedDeltaNet)" in said[0]
-    assert f"{hybrid[0]}: --rows packed: in Qwen3Next" in said[0] and "a row of its own, padded" in said[0]
+    assert f"{hybrid[0]}: --rows packed: in Qwen3Next" in said[0] and "(rows padded, packed=False)" in said[0]
     assert not (tmp_path / "out" / "adapter").exists()
     finetune_llama.main([*command, "--rows", "padded"])
     assert "a document or a piece of one in each" in capsys.readouterr().out or task == "sft"
