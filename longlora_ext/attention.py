@@ -139,18 +139,24 @@ def s2attn_forward(
     )
 
 
+def _unsupported(module: torch.nn.Module, dropout: float, kwargs: dict[str, Any]) -> str | None:
+    """What is asked of an attention that S2-Attn cannot express, if anything."""
+    for name, text in _UNSUPPORTED.items():
+        if kwargs.get(name) is not None:
+            return text
+    if dropout > 0:  # formatted here alone: to torch.compile it may be a symbol, which goes into no text
+        return f"attention dropout (it is {dropout}; set config.attention_dropout=0.0)"
+    is_causal = kwargs.get("is_causal")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        return "bidirectional attention (is_causal=False)"
+    is_shared = kwargs.get("sequence_group") is not None or sequence_parallel()[1] > 1
+    if is_shared and kwargs.get("s_aux") is not None:
+        return "learned sinks where processes share sequences"
+    return "output_attentions=True (the weights are never formed)" if kwargs.get("output_attentions") else None
+
+
 def _refuse_unsupported(module: torch.nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
-    is_causal, has_sinks = kwargs.get("is_causal"), kwargs.get("s_aux") is not None
-    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    is_shared = has_sinks and (kwargs.get("sequence_group") is not None or sequence_parallel()[1] > 1)
-    asked = [
-        *((kwargs.get(name) is not None, text) for name, text in _UNSUPPORTED.items()),
-        (dropout > 0, f"attention dropout (it is {dropout}; set config.attention_dropout=0.0)"),
-        (not is_causal, "bidirectional attention (is_causal=False)"),
-        (is_shared, "learned sinks where processes share sequences"),
-        (kwargs.get("output_attentions"), "output_attentions=True (the weights are never formed)"),
-    ]
-    what = next((text for is_asked, text in asked if is_asked), None)
+    what = _unsupported(module, dropout, kwargs)
     if what is not None:
         raise ValueError(
             f"attn_implementation='s2attn' cannot express {what}: use attn_implementation='eager' or 'sdpa' "
