@@ -149,8 +149,8 @@ def _unsupported(module: torch.nn.Module, dropout: float, kwargs: dict[str, Any]
     is_causal = kwargs.get("is_causal")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         return "bidirectional attention (is_causal=False)"
-    is_shared = kwargs.get("sequence_group") is not None or sequence_parallel()[1] > 1
-    if is_shared and kwargs.get("s_aux") is not None:
+    has_sinks = kwargs.get("s_aux") is not None
+    if has_sinks and (kwargs.get("sequence_group") is not None or sequence_parallel()[1] > 1):
         return "learned sinks where processes share sequences"
     return "output_attentions=True (the weights are never formed)" if kwargs.get("output_attentions") else None
 
