@@ -5,17 +5,16 @@ That finetune_llama.py trains under it what it trains alone is in test_finetune_
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import forks
 from app.training import arguments, fsdp
-from finetune_runs import environment, torchrun
+from finetune_runs import environment
 from longlora_ext.adapter import lora_config, prepare_model
-from patience import patience
 from tiny_models import tiny_model
 from tiny_training import save_base
 
@@ -30,8 +29,7 @@ def test_two_processes_share_a_model(check: str, tmp_path: Path) -> None:
     """What is checked is told by the functions of fsdp_worker.py."""
     for name in ("tied", "untied"):
         save_base(tmp_path / name, tie_word_embeddings=name == "tied")
-    command = [*torchrun(2), str(WORKER), str(tmp_path), check]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=patience())
+    done = forks.run([WORKER, tmp_path, check], environment(), processes=2)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 

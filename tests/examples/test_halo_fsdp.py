@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import subprocess
-
 import pytest
 
-from finetune_runs import ROOT, environment, torchrun
-from patience import patience
+import forks
+from finetune_runs import ROOT, environment
 
 SCRIPT = ROOT / "examples" / "halo_fsdp.py"
 
 
 def losses(processes: int) -> list[float]:
-    command = [*torchrun(processes), str(SCRIPT)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=patience())
+    done = forks.run([SCRIPT], environment(), processes)
     assert done.returncode == 0, done.stdout + done.stderr
     return [float(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("step ")]
 

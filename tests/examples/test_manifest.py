@@ -7,7 +7,6 @@ import os
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import finetune_llama
+import forks
 import merge_adapter
 from app.training import manifest
 from finetune_runs import deepspeed, environment, losses, make_model, make_text, run, small_run
@@ -44,7 +44,7 @@ def test_the_stored_command_does_the_run_again(first: Path, tmp_path: Path) -> N
     command = manifest_of(first / "out")["command"]
     program, *words = shlex.split(command)
     assert program == "python"
-    done = subprocess.run([sys.executable, *words], cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    done = forks.run(words, environment(), folder=tmp_path)
     assert done.returncode == 0, done.stderr
     again = tmp_path / "finetuned" / "model-128"
     assert losses(again) == pytest.approx(losses(first / "out"), abs=1e-6) and len(losses(again)) == 4

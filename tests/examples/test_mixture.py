@@ -17,7 +17,7 @@ from app.inputs.document_lengths import Lengths
 from app.inputs.mixture import mix
 from app.inputs.sources import Source, read_sources
 from app.runs.json_files import read_json
-from finetune_runs import deepspeed, losses, make_model, run, small_run
+from finetune_runs import losses, make_model, run, small_run
 from same_run import assert_same_run
 from tiny_texts import tokenised
 
@@ -287,7 +287,7 @@ def test_several_processes_choose_the_same(material: list[str], tmp_path: Path) 
     words = [*material, *MIXED]
     words[words.index("out")] = "two"
     words[words.index("--gradient_accumulation_steps") + 1] = "1"
-    done = run(*words, launcher=deepspeed(2), cwd=tmp_path)
+    done = run(*words, processes=2, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     ours, theirs = (read_json(Path(name, "run.json"))["settings"] for name in ("out", "two"))
     assert ours["train_sha256"] == theirs["train_sha256"]

@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoConfig
 
 from app.training import checks
-from finetune_runs import ROOT, deepspeed, losses, make_model, make_text, run, small_run, torchrun
+from finetune_runs import ROOT, losses, make_model, make_text, run, small_run
 from longlora_ext.adapter import merge
 from same_run import assert_same_run
 
@@ -44,10 +44,9 @@ def test_it_trains_as_one_and_goes_on(task: str, by: str, rows: str, sharding: t
         return [*small_run(model, text, tmp_path / name, steps=4), "--task", task, "--rows", rows]
 
     shared = ["--sequence_parallel_size", "2", "--sequence_parallel", by, *sharding]
-    launcher = deepspeed(2) if sharding == ZERO_2 else torchrun(2)
     alone = run(*arguments("alone"))
     assert alone.returncode == 0, alone.stdout + alone.stderr
-    whole = run(*arguments("whole"), *shared, launcher=launcher)
+    whole = run(*arguments("whole"), *shared, processes=2)
     assert whole.returncode == 0, whole.stdout + whole.stderr
     assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
 
@@ -55,7 +54,7 @@ def test_it_trains_as_one_and_goes_on(task: str, by: str, rows: str, sharding: t
     shutil.copytree(tmp_path / "whole", stopped)
     for gone in (*stopped.glob("adapter*"), stopped / "checkpoint-4"):
         shutil.rmtree(gone)
-    resumed = run(*arguments("stopped"), *shared, "--resume_from_checkpoint", "latest", launcher=launcher)
+    resumed = run(*arguments("stopped"), *shared, "--resume_from_checkpoint", "latest", processes=2)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert_same_run(tmp_path / "whole", stopped)
     merge(stopped / "adapter", tmp_path / "merged")

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import finetune_llama
+import forks
 from app.training.step_log import peak_memory
-from finetune_runs import ROOT, environment, make_model, make_text, small_run, torchrun
+from finetune_runs import ROOT, environment, make_model, make_text, small_run
 
 #: The last two of four steps are dense, and the text of two sequences a step has 128 tokens in each.
 DENSE = ["--dense_steps", "2", "--gradient_accumulation_steps", "2"]
@@ -71,8 +72,8 @@ def test_the_tokens_of_all_processes_are_counted(arguments: list[str], tmp_path:
     )
     (tmp_path / "timed.py").write_text(code)
     for output, words in (("own", []), ("shared", ["--sequence_parallel_size", "2"])):
-        call = [*torchrun(2), "timed.py", *arguments, "--output_dir", output, "--dense_steps", "0", *words]
-        done = subprocess.run(call, env=with_examples(), capture_output=True, text=True)
+        call = [tmp_path / "timed.py", *arguments, "--output_dir", output, "--dense_steps", "0", *words]
+        done = forks.run(call, with_examples(), processes=2)
         assert done.returncode == 0, done.stdout + done.stderr
     sequences = {"own": 2 * 2 * 2, "shared": 2 * 2}
     for output, count in sequences.items():

@@ -5,17 +5,16 @@ Compiling the kernels takes a minute, and what a mistake changes in them is seld
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import forks
 import simt_build
 from simt_build import Kernel
 
@@ -61,24 +60,12 @@ def copy_sources(to: Path) -> Path:
     return to
 
 
-@cache
-def forked_pytest() -> subprocess.Popen[str]:
-    """The process that runs pytest in forks of itself; it ends with this one, whose end closes its input."""
-    command = [sys.executable, str(Path(__file__).with_name("forked_pytest.py"))]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
 def run_tests(tree: Path, expression: str, mutant: int = 0, *options: str) -> subprocess.CompletedProcess[str]:
     """Of the emulated kernels, those of both tiers that pytest's `-k expression` selects, until one fails."""
-    arguments = ["--full", "-x", "-q", "-p", "no:cacheprovider", "-k", expression, *options]
-    arguments += map(str, sorted((tree / "tests" / "kernels").glob("test_cuda_emulated_*.py")))
-    out, err = tree / "out.txt", tree / "err.txt"
-    environment = {**os.environ, CHOSEN: str(mutant)}
-    run = {"arguments": arguments, "folder": tree, "environment": environment, "out": out, "err": err}
-    runner = forked_pytest()
-    assert runner.stdin and runner.stdout
-    print(json.dumps(run, default=str), file=runner.stdin, flush=True)
-    return subprocess.CompletedProcess(arguments, int(runner.stdout.readline()), out.read_text(), err.read_text())
+    words = ["-m", "pytest", "--full", "-x", "-q", "-p", "no:cacheprovider", "-k", expression, *options]
+    files = sorted((tree / "tests" / "kernels").glob("test_cuda_emulated_*.py"))
+    environment = os.environ | {CHOSEN: str(mutant)}
+    return forks.run([*words, *files], environment, modules=("hypothesis", "pytest", "torch"), folder=tree)
 
 
 def build_kernels(tree: Path, kernels: Sequence[Kernel], sanitizer: str) -> Path:

@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import forks
 import longlora_ext
 from patience import patience
 
@@ -53,9 +54,13 @@ def environment() -> dict[str, str]:
     return {**kept, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
-def run(*arguments: object, launcher: tuple[str, ...] = (), cwd: Path | None = None) -> subprocess.CompletedProcess:
-    """Run the script as a user does. `launcher`: what stands before it on the command line; default: python."""
-    command = [*(launcher or (sys.executable,)), str(SCRIPT), *map(str, arguments)]
+def run(
+    *arguments: object, launcher: tuple[str, ...] = (), processes: int | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess:
+    """Run the script: by the `launcher` that a user types before it, or else quickly, in a fork or as torchrun does."""
+    if not launcher:
+        return forks.run([SCRIPT, *arguments], environment(), processes, folder=cwd)
+    command = [*launcher, str(SCRIPT), *map(str, arguments)]
     return subprocess.run(command, env=environment(), cwd=cwd, capture_output=True, text=True, timeout=patience())
 
 

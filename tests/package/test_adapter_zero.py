@@ -1,7 +1,6 @@
 """Adapters under DeepSpeed and DDP: two processes on a CPU train for twenty steps, save and end well."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import forks
 from longlora_ext.adapter import load, lora_config, merge, prepare_model, save_adapter
-from patience import patience
 from tiny_models import tokens
 from tiny_training import began, extended_model, joined_batches, moved, save_base, train
 
@@ -20,14 +19,8 @@ WORKER = Path(__file__).resolve().parents[1] / "helpers" / "zero_worker.py"
 def run(folder: Path, kind: str, *cases: str) -> None:
     """Start the workers, with the test environment's programs (ninja) to be found and one thread each."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, str(WORKER), str(folder), kind, *cases],
-        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
-        capture_output=True,
-        text=True,
-        timeout=patience(),
-    )
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    done = forks.run([WORKER, folder, kind, *cases], environment, processes=2)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     assert "terminate called" not in done.stderr
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from finetune_runs import environment, torchrun
+import forks
+from finetune_runs import environment
 from halo_cases import CASES, HEAD_DIM, Case
 from longlora_ext.parallel._layout import Layout, rows_before
 from longlora_ext.reference import s2attn_mask
@@ -29,10 +30,8 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     result = tmp_path_factory.mktemp("halo") / "result.json"
     environment_here = environment()
     path = f"{HELPERS}:{ROOT / 'benchmarks'}:{environment_here['PYTHONPATH']}"
-    command = [*torchrun(request.param), str(HELPERS / "halo_worker.py"), str(result)]
-    done = subprocess.run(
-        command, env={**environment_here, "PYTHONPATH": path}, capture_output=True, text=True, timeout=patience()
-    )
+    words = [HELPERS / "halo_worker.py", result]
+    done = forks.run(words, environment_here | {"PYTHONPATH": path}, request.param, modules=("torch.distributed",))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return json.loads(result.read_text())
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -11,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from finetune_runs import ROOT, deepspeed, environment, make_model, make_text, run, torchrun
+import forks
+from finetune_runs import ROOT, environment, make_model, make_text, run
 from longlora_ext._deepspeed_ulysses import first_shifted_head, sequence_parallel
 from parallel_worker import SHARED, ULYSSES
-from patience import patience
 
 WORKER = Path(__file__).resolve().parents[1] / "helpers" / "parallel_worker.py"
 
@@ -22,8 +21,7 @@ WORKER = Path(__file__).resolve().parents[1] / "helpers" / "parallel_worker.py"
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     result = tmp_path_factory.mktemp("parallel") / "result.json"
-    command = [*torchrun(2), str(WORKER), str(result)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=patience())
+    done = forks.run([WORKER, result], environment(), processes=2)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return json.loads(result.read_text())
 
@@ -99,10 +97,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
         "logging_steps": 1, "max_grad_norm": 1e9, "dense_steps": 1, "eval_strategy": "steps", "eval_steps": 2,
     }  # fmt: skip
 
-    def steps(*launcher: str, **more: Any) -> Run:
+    def steps(processes: int | None = None, **more: Any) -> Run:
         output = folder / f"out{len(list(folder.glob('out*')))}"
         given = [str(part) for name, value in (options | more).items() for part in (f"--{name}", value)]
-        done = run(*given, "--output_dir", output, launcher=launcher)
+        done = run(*given, "--output_dir", output, processes=processes)
         assert done.returncode == 0, done.stdout + done.stderr
         history = json.loads((output / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
         evaluated = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
@@ -116,6 +114,12 @@ def alone(trained: Callable[..., Run]) -> Callable[[str], Run]:
     return cache(lambda pattern: trained(**PATTERNS[pattern]))
 
 
+def sharding(config: str) -> dict[str, object]:
+    """The options under which each process has a part of the model, or "whole", all of it."""
+    others: dict[str, dict[str, object]] = {"whole": {}, "fsdp": {"fsdp": "full_shard"}}
+    return others.get(config, {"deepspeed": ROOT / "examples" / "ds_configs" / f"{config}.json"})
+
+
 @pytest.mark.parametrize(
     ("processes", "config", "by", "pattern"),
     [
@@ -125,8 +129,8 @@ def alone(trained: Callable[..., Run]) -> Callable[[str], Run]:
             for case in (
                 (4, "zero2", "halo", "window and sink"), (4, "zero3", "auto", "window and sink"),
                 (2, "zero2", "ulysses", "window and sink"), (2, "zero3", "ulysses", "group"),
-                (2, "zero3_offload", "auto", "group"), (2, "torchrun", "halo", "window and sink"),
-                (4, "torchrun", "ulysses", "group"), (2, "fsdp", "auto", "group"),
+                (2, "zero3_offload", "auto", "group"), (2, "whole", "halo", "window and sink"),
+                (4, "whole", "ulysses", "group"), (2, "fsdp", "auto", "group"),
                 (2, "fsdp", "ulysses", "window and sink"),
             )
         ),
@@ -136,17 +140,13 @@ def test_the_trainer_shares_sequences(
     trained: Callable[..., Run], alone: Callable[[str], Run], processes: int, config: str, by: str, pattern: str
 ) -> None:
     """Pairs of processes, in all steps and their last, dense one."""
-    sharding: dict[str, Any] = {"deepspeed": ROOT / "examples" / "ds_configs" / f"{config}.json"}
-    launcher = deepspeed(processes)
-    if config in ("torchrun", "fsdp"):
-        sharding, launcher = {"fsdp": "full_shard"} if config == "fsdp" else {}, torchrun(processes)
     found, evaluated = trained(
-        *launcher,
+        processes,
         sequence_parallel_size=2,
         sequence_parallel=by,
         gradient_accumulation_steps=4 * 2 // processes,
         **PATTERNS[pattern],
-        **sharding,
+        **sharding(config),
     )
     assert len(found) == 3 and len(evaluated) == 2
     losses_alone, evaluated_alone = alone(pattern)
@@ -161,10 +161,7 @@ def test_the_sink_and_the_window_reach_the_operator(
     trained: Callable[..., Run], alone: Callable[[str], Run], config: str
 ) -> None:
     """On two processes, which have a sequence each. Evaluation is dense, and so is the last step."""
-    sharding: dict[str, Any] = {"deepspeed": ROOT / "examples" / "ds_configs" / f"{config}.json"}
-    sharding = {"fsdp": "full_shard"} if config == "fsdp" else sharding
-    launcher = torchrun(2) if config == "fsdp" else deepspeed(2)
-    found, _ = trained(*launcher, **PATTERNS["window and sink"], gradient_accumulation_steps=2, **sharding)
+    found, _ = trained(2, **PATTERNS["window and sink"], gradient_accumulation_steps=2, **sharding(config))
     for ours, theirs in zip(found, alone("window and sink")[0], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
     norms = [steps[0][1] for steps in (found, alone("group")[0])]  # the gradient's of the first step
