@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import forks
 from finetune_runs import ROOT, deepspeed, environment, losses, run, small_run
 from longlora_ext.adapter import load
 
@@ -43,8 +44,7 @@ def check_demo(done: subprocess.CompletedProcess, cwd: Path) -> dict[str, list[f
     assert [(words[0], Path(words[1]).name) for words in commands] == [
         ("python", "evaluate.py"), ("python", "generate.py"), ("python", "merge_adapter.py")
     ]  # fmt: skip
-    rest = commands[2][1:]
-    merged = subprocess.run([sys.executable, *rest], cwd=cwd, env=environment(), capture_output=True, text=True)
+    merged = forks.run(commands[2][1:], environment(), folder=cwd)
     assert merged.returncode == 0, merged.stdout + merged.stderr
     model = AutoModelForCausalLM.from_pretrained(folder / "merged")
     assert model.config.max_position_embeddings == 1024
@@ -62,7 +62,8 @@ def test_miniature_of_the_demo_under_python(tmp_path: Path) -> None:
 
 
 def test_miniature_of_the_demo_under_deepspeed(tmp_path: Path) -> None:
-    done = run("--max_steps", 3, "--eval_tokens", 2048, launcher=deepspeed(), cwd=tmp_path)
+    size = ["--max_steps", 3, "--eval_tokens", 2048, "--gradient_accumulation_steps", 1]
+    done = run(*size, launcher=deepspeed(), cwd=tmp_path)
     assert "1, ZeRO-2" in done.stdout
     check_demo(done, tmp_path)
 

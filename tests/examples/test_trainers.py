@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,10 @@ from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from finetune_runs import ROOT, environment, torchrun
+import forks
+from finetune_runs import ROOT, environment
 from longlora_ext.adapter import load
 from longlora_ext.config import context_length
-from patience import patience
 
 FOLDER = ROOT / "examples" / "trainers"
 TEXT = sorted((ROOT / "examples" / "app").glob("*/f*.py"))[:6]
@@ -64,14 +62,8 @@ def test_accelerate_with_fsdp(tmp_path: Path) -> None:
         "example.save_adapter = lambda model, *a: os.write(1, kind(model) + b';') and save(model, *a); "
         "example.main(sys.argv[1])"
     )
-    command = [*torchrun(2), "--no-python", sys.executable, "-c", code, str(tmp_path / "adapter")]
-    done = subprocess.run(
-        command,
-        env={**environment(), "PYTHONPATH": f"{FOLDER}:{environment()['PYTHONPATH']}"},
-        capture_output=True,
-        text=True,
-        timeout=patience(),
-    )
+    with_examples = {**environment(), "PYTHONPATH": f"{FOLDER}:{environment()['PYTHONPATH']}"}
+    done = forks.run(["-c", code, tmp_path / "adapter"], with_examples, processes=2)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     assert re.findall(r"step \d", done.stdout) == ["step 1", "step 2"]
     assert done.stdout.count("DTensor;") == 2  # each process holds its shard; two write to one pipe, so not in lines

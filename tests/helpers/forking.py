@@ -3,10 +3,10 @@
     python tests/helpers/forking.py MODULE...
 
 A line of the input asks for processes of one program, by a JSON object: the `words` behind `python`, which begin with a
-script or with -m and a module; the `folder` to run in; the whole environment of each process; and the files `out` and
-`err`, to which all of them write. When they have ended the answer is a line with the exit code of the first that
-failed, negative for the number of a signal, or 0. The modules are other people's: nothing of this project is imported
-before a fork, so that each may be of other sources.
+script, with -m and a module, or with -c and code; the `folder` to run in; the whole environment of each process; and
+the files `out` and `err`, to which all of them write. When they have ended the answer is a line with the exit code of
+the first that failed, negative for the number of a signal, or 0. The modules are other people's: nothing of this
+project is imported before a fork, so that each may be of other sources.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ def become(words: list[str], folder: str, environment: dict[str, str], out: str,
     appending = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     for number, path, how in ((0, os.devnull, os.O_RDONLY), (1, out, appending), (2, err, appending)):
         os.dup2(os.open(path, how), number)
+    first = folder if words[0] in ("-m", "-c") else str(Path(words[0]).parent)
+    ours, its = (variables.get("PYTHONPATH", "").split(os.pathsep) for variables in (os.environ, environment))
+    sys.path[:] = [first, *filter(None, its), *(entry for entry in sys.path[1:] if entry not in ours)]
+    sys.argv = {"-m": words[1:], "-c": ["-c", *words[2:]]}.get(words[0], words)
     sys.stdin = open(0)  # noqa: SIM115 - it stays open, without what was read ahead of the next jobs
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    is_module = words[0] == "-m"
-    sys.path[0] = folder if is_module else str(Path(words[0]).parent)
-    sys.argv = words[1:] if is_module else words
 
 
 def first_failure(processes: set[int]) -> int:
@@ -69,8 +70,10 @@ def serve() -> list[str]:
 
 
 if __name__ == "__main__":
-    words = serve()
-    if words[0] == "-m":
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    kind, *rest = serve()
+    if kind == "-m":
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    elif kind == "-c":
+        exec(rest[0], {"__name__": "__main__"})
     else:
-        runpy.run_path(words[0], run_name="__main__")
+        runpy.run_path(kind, run_name="__main__")

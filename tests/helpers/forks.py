@@ -33,7 +33,8 @@ READ_ON_IMPORT = ("CUDA", "DS_", "HF_", "LD_", "MKL", "MPL", "OMP", "PYTHON", "T
 
 def loading(environment: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
     """The part of an environment that is read when a library is loaded."""
-    return tuple((name, value) for name, value in sorted(environment.items()) if name.startswith(READ_ON_IMPORT))
+    names = {name for name in environment if name.startswith(READ_ON_IMPORT)} - {"PYTHONPATH"}
+    return tuple((name, environment[name]) for name in sorted(names))
 
 
 @cache
@@ -76,7 +77,7 @@ def run(
     """Run a program to its end.
 
     Args:
-        words: What stands behind `python` or `torchrun`: a script, or -m and a module, and its arguments.
+        words: What stands behind `python` or `torchrun`: a script, -m and a module, or -c and code; and the arguments.
         environment: All of it.
         processes: How many torchrun would start; default: one, by python.
         modules: What their parent has imported.

@@ -1,10 +1,7 @@
 """Adapters without a launcher: what is saved, and what comes back."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +10,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import forks
 import merge_adapter
+from finetune_runs import environment
 from longlora_ext.adapter import load, lora_config, merge, prepare_model, save_adapter
 from tiny_models import tokens
 from tiny_training import CONTEXT, extended_model, is_tied, lora_a, moved, save_base, train
@@ -238,7 +237,8 @@ def test_a_merged_model_needs_no_code_of_ours(trained: Path, tmp_path: Path) -> 
     model, ids = load(trained / "adapter", dtype=torch.float32), tokens(2, 150)
     torch.save(ids, tmp_path / "ids.pt")
     arguments = [str(tmp_path / name) for name in ("merged", "ids.pt", "out.pt")]
-    subprocess.run([sys.executable, "-c", PLAIN_TRANSFORMERS, *arguments], check=True)
+    done = forks.run(["-c", PLAIN_TRANSFORMERS, *arguments], environment())
+    assert done.returncode == 0, done.stderr
     plain = torch.load(tmp_path / "out.pt")
     torch.testing.assert_close(plain["logits"], model(ids).logits, rtol=1e-4, atol=1e-4)
     base = AutoModelForCausalLM.from_pretrained(trained / "base", dtype=torch.float32)
@@ -264,13 +264,13 @@ def test_merging_refuses_weights_that_are_not_finite(trained: Path, tmp_path: Pa
 
 
 def test_the_example_merges(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = [sys.executable, str(EXAMPLE), str(trained / "adapter"), str(tmp_path / "merged")]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    arguments = [str(trained / "adapter"), str(tmp_path / "merged")]
+    done = forks.run([EXAMPLE, *arguments], environment())
     assert done.returncode == 0 and done.stdout.endswith(f"merged: {tmp_path / 'merged'}\n"), done.stderr
     assert "merging: 100%" in done.stderr
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config.max_position_embeddings == CONTEXT
     with pytest.raises(SystemExit, match="2"):
-        merge_adapter.main(command[2:])
+        merge_adapter.main(arguments)
     assert "nothing is overwritten" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="0"):
         merge_adapter.main(["--help"])

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import forks
+from finetune_runs import environment
 from longlora_ext.adapter import load, lora_config, merge, prepare_model, save_adapter
 from tiny_models import tokens
 from tiny_training import began, extended_model, joined_batches, moved, save_base, train
@@ -19,8 +20,7 @@ WORKER = Path(__file__).resolve().parents[1] / "helpers" / "zero_worker.py"
 def run(folder: Path, kind: str, *cases: str) -> None:
     """Start the workers, with the test environment's programs (ninja) to be found and one thread each."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    done = forks.run([WORKER, folder, kind, *cases], environment, processes=2)
+    done = forks.run([WORKER, folder, kind, *cases], {**environment(), "PATH": path}, processes=2)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     assert "terminate called" not in done.stderr
 
