@@ -62,8 +62,7 @@ def test_miniature_of_the_demo_under_python(tmp_path: Path) -> None:
 
 
 def test_miniature_of_the_demo_under_deepspeed(tmp_path: Path) -> None:
-    size = ["--max_steps", 3, "--eval_tokens", 2048, "--gradient_accumulation_steps", 1]
-    done = run(*size, launcher=deepspeed(), cwd=tmp_path)
+    done = run("--max_steps", 3, "--eval_tokens", 2048, launcher=deepspeed(), cwd=tmp_path)
     assert "1, ZeRO-2" in done.stdout
     check_demo(done, tmp_path)
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import evaluate
@@ -33,11 +34,27 @@ gguf = pytest.importorskip("gguf", reason="NOT TESTED: transformers reads GGUF w
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama with the first 512 of its 2,048 tokens: whoever opens a GGUF file reads all of them, each time."""
+    folder, tokens = tmp_path_factory.mktemp("tiny"), 512
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(TINY_LLAMA), AutoTokenizer.from_pretrained(TINY_LLAMA)
+    model.resize_token_embeddings(tokens)
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocab = {token: id for token, id in state["model"]["vocab"].items() if id < tokens}
+    merges = [pair for pair in state["model"]["merges"] if "".join(pair) in vocab]
+    state["model"] |= {"vocab": vocab, "merges": merges}
+    tokenizer.backend_tokenizer.model = Tokenizer.from_str(json.dumps(state)).model
+    for part in (model, tokenizer):
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Llama as tiny.gguf, and in 8 bits as packed.gguf, in a folder without anything else."""
     folder = tmp_path_factory.mktemp("models")
-    save_gguf(TINY_LLAMA, folder / "tiny.gguf")
-    save_gguf(TINY_LLAMA, folder / "packed.gguf", quantised=True)
+    save_gguf(tiny, folder / "tiny.gguf")
+    save_gguf(tiny, folder / "packed.gguf", quantised=True)
     return folder
 
 
@@ -69,8 +86,8 @@ def ways(files: Path, name: str, option: str = "--model") -> list[list[object]]:
 
 
 @pytest.mark.parametrize("way", range(3))
-def test_what_is_opened_is_the_model(way: int, files: Path) -> None:
-    expected = logits(AutoModelForCausalLM.from_pretrained(TINY_LLAMA, dtype=torch.float32))
+def test_what_is_opened_is_the_model(tiny: Path, way: int, files: Path) -> None:
+    expected = logits(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32))
     found = opened(*ways(files, "tiny.gguf")[way], "--dtype", "float32")
     assert torch.equal(logits(found.model), expected)
     assert found.trained_length == 256 and not found.model.training
@@ -79,11 +96,11 @@ def test_what_is_opened_is_the_model(way: int, files: Path) -> None:
     assert found.tokenizer.decode(ids) == "def main():\n    return 1\n"
 
 
-def test_digits_are_put_by_themselves_where_the_model_has_learned_it(tmp_path: Path, capsys) -> None:
+def test_digits_are_put_by_themselves_where_the_model_has_learned_it(tiny: Path, tmp_path: Path, capsys) -> None:
     """Spaces before a digit stay together, as in SmolLM2. The tokens are those of the pieces, one after the other."""
-    save_gguf(TINY_LLAMA, tmp_path / "model.gguf", pre="smollm")
+    save_gguf(tiny, tmp_path / "model.gguf", pre="smollm")
     text = "if x:\n    1 + 23  # 4\n\n        5.67\tand ٣ ½ 8"
-    plain = AutoTokenizer.from_pretrained(TINY_LLAMA)
+    plain = AutoTokenizer.from_pretrained(tiny)
     pieces = [piece for piece in re.split(r"([\d½])", text) if piece]
     expected = [token for piece in pieces for token in plain(piece, add_special_tokens=False)["input_ids"]]
     assert expected != plain(text, add_special_tokens=False)["input_ids"]
@@ -96,8 +113,10 @@ def test_digits_are_put_by_themselves_where_the_model_has_learned_it(tmp_path: P
 
 
 @pytest.mark.parametrize("way, notes", [("gpt-2", 0), ("llama-bpe", 0), ("of-tomorrow", 1), ("default", 1)])
-def test_a_way_to_split_that_nobody_knows_is_said_once(way: str, notes: int, tmp_path: Path, capsys) -> None:
-    save_gguf(TINY_LLAMA, tmp_path / f"{way}.gguf", pre=way)
+def test_a_way_to_split_that_nobody_knows_is_said_once(
+    tiny: Path, way: str, notes: int, tmp_path: Path, capsys
+) -> None:
+    save_gguf(tiny, tmp_path / f"{way}.gguf", pre=way)
     for _ in range(2):
         read_tokenizer(str(tmp_path), f"{way}.gguf")
     said = capsys.readouterr().out
@@ -112,21 +131,21 @@ ROPE: dict[str, dict[str, Any]] = {
 }
 
 
-def scaled_model(folder: Path, rope: dict[str, Any], name: str = "folder") -> Path:
+def scaled_model(tiny: Path, folder: Path, rope: dict[str, Any], name: str = "folder") -> Path:
     """The tiny Llama with another RoPE."""
-    config = AutoConfig.from_pretrained(TINY_LLAMA)
+    config = AutoConfig.from_pretrained(tiny)
     config.rope_parameters = {"rope_theta": 10000.0, **rope}
     config.max_position_embeddings = 131072 if rope["rope_type"] == "llama3" else 1024
-    AutoModelForCausalLM.from_pretrained(TINY_LLAMA, config=config).save_pretrained(folder / name)
-    AutoTokenizer.from_pretrained(TINY_LLAMA).save_pretrained(folder / name)
+    AutoModelForCausalLM.from_pretrained(tiny, config=config).save_pretrained(folder / name)
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(folder / name)
     return folder / name
 
 
 @pytest.mark.parametrize("rope_type", ROPE)
-def test_rope_is_scaled_as_the_file_says(rope_type: str, tmp_path: Path) -> None:
+def test_rope_is_scaled_as_the_file_says(tiny: Path, rope_type: str, tmp_path: Path) -> None:
     """Which transformers does not read: RoPE would be unscaled, without a word."""
     rope = {"rope_type": rope_type, **ROPE[rope_type]}
-    folder = scaled_model(tmp_path, rope)
+    folder = scaled_model(tiny, tmp_path, rope)
     save_gguf(folder, tmp_path / "model.gguf")
     expected = AutoModelForCausalLM.from_pretrained(folder)
     # What a factor multiplies is not said of linear scaling, neither by a file nor by a folder.
@@ -140,11 +159,13 @@ def test_rope_is_scaled_as_the_file_says(rope_type: str, tmp_path: Path) -> None
     assert read_config(str(tmp_path), "model.gguf").rope_parameters == found.model.config.rope_parameters
 
 
-def test_rope_that_is_scaled_in_an_unknown_way_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rope_that_is_scaled_in_an_unknown_way_is_an_error(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By other factors than Llama 3's, by longrope, or by yarn with a number that is not known."""
     rope = {"rope_type": "llama3", **ROPE["llama3"], "original_max_position_embeddings": 256}
-    save_gguf(scaled_model(tmp_path, rope), tmp_path / "llama3.gguf")
-    yarn = scaled_model(tmp_path, {"rope_type": "yarn", **ROPE["yarn"]}, "yarn")
+    save_gguf(scaled_model(tiny, tmp_path, rope), tmp_path / "llama3.gguf")
+    yarn = scaled_model(tiny, tmp_path, {"rope_type": "yarn", **ROPE["yarn"]}, "yarn")
     said = {
         "longrope": lambda writer, config: writer.add_tensor("rope_factors_long.weight", np.ones(16, np.float32)),
         "yarn": lambda writer, config: (
@@ -162,25 +183,25 @@ def test_rope_that_is_scaled_in_an_unknown_way_is_an_error(tmp_path: Path, monke
             read_model_config(str(tmp_path), f"{name}.gguf")
 
 
-def test_quantised_weights_are_expanded(files: Path) -> None:
-    expected = logits(AutoModelForCausalLM.from_pretrained(TINY_LLAMA, dtype=torch.float32))
+def test_quantised_weights_are_expanded(tiny: Path, files: Path) -> None:
+    expected = logits(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32))
     found = opened("--model", files / "packed.gguf", "--dtype", "float32")
     distance = (logits(found.model) - expected).norm() / expected.norm()
     assert 0 < distance < 0.05
     assert {weight.dtype for weight in found.model.parameters()} == {torch.float32}
 
 
-def test_scaling_alone_and_s2_attention(files: Path) -> None:
+def test_scaling_alone_and_s2_attention(tiny: Path, files: Path) -> None:
     scaled = opened("--model", files / "tiny.gguf", "--context_length", "1024", "--attention", "s2")
     assert scaled.trained_length == 1024 and scaled.model.config.rope_parameters["factor"] == 4
     assert scaled.description["attention"] == "S2-Attn"
-    plain = AutoModelForCausalLM.from_pretrained(TINY_LLAMA, dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     assert not torch.allclose(logits(scaled.model), logits(plain))
 
 
-def test_perplexity_of_a_file_is_that_of_its_model(files: Path, text: Path) -> None:
+def test_perplexity_of_a_file_is_that_of_its_model(tiny: Path, files: Path, text: Path) -> None:
     given = ["perplexity", "--text", str(text), "--lengths", "128", "--max_tokens", "300", "--dtype", "float32"]
-    for name, model in {"folder": TINY_LLAMA, "file": files / "tiny.gguf"}.items():
+    for name, model in {"folder": tiny, "file": files / "tiny.gguf"}.items():
         evaluate.main([*given, "--model", str(model), "--output", name])
     summaries = [json.loads(Path(name, "results.json").read_text())["summary"] for name in ("folder", "file")]
     assert summaries[0] == summaries[1]
@@ -188,19 +209,21 @@ def test_perplexity_of_a_file_is_that_of_its_model(files: Path, text: Path) -> N
     assert Path("evaluated/tiny-perplexity/results.json").is_file()
 
 
-def test_a_file_answers(files: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_answers(tiny: Path, files: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = []
-    for model in (TINY_LLAMA, files / "tiny.gguf"):
+    for model in (tiny, files / "tiny.gguf"):
         given = ["--file", str(text), "--max_new_tokens", "12", "--temperature", "0", "--beyond_trained_length"]
         generate.main(["--model", str(model), *given])
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] != ""
 
 
-def test_a_plan_reads_the_config_alone(files: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+def test_a_plan_reads_the_config_alone(
+    tiny: Path, files: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
     monkeypatch.setattr(plan.Plan, "longest", lambda *_: 0)  # which takes seconds
     printed = []
-    for way in (["--model", TINY_LLAMA], *ways(files, "tiny.gguf")[:2]):
+    for way in (["--model", tiny], *ways(files, "tiny.gguf")[:2]):
         plan.main([*map(str, way), "--context", "512", "--json"])
         printed.append(json.loads(capsys.readouterr().out))
     numbers = [{name: value for name, value in found.items() if name != "model"} for found in printed]
@@ -232,9 +255,9 @@ def test_an_adapter_of_a_file_is_used_and_merged_wherever_its_run_lies(files: Pa
         load("moved/adapter")
 
 
-def test_a_file_that_lacks_weights_is_an_error_for_all(files: Path, tmp_path: Path) -> None:
+def test_a_file_that_lacks_weights_is_an_error_for_all(tiny: Path, files: Path, tmp_path: Path) -> None:
     """Which transformers would fill with random numbers."""
-    broken = save_gguf(TINY_LLAMA, tmp_path / "broken.gguf", leave_out="blk.1.ffn_up.weight")
+    broken = save_gguf(tiny, tmp_path / "broken.gguf", leave_out="blk.1.ffn_up.weight")
     incomplete = r"incomplete: .* no model.layers.1.mlp.up_proj.weight"
     with pytest.raises(ValueError, match=incomplete):
         opened("--model", broken)
