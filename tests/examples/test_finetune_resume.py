@@ -16,12 +16,11 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
 import finetune_runs
-import forks
 import merge_adapter
 from app.runs.checkpoints import complete_checkpoints
 from app.training.trainer import steps_of
 from finetune_runs import environment, losses, run, small_run
-from patience import wait_until
+from patience import patience, wait_until
 from same_run import assert_same_run
 
 HELPER = Path(__file__).resolve().parents[1] / "helpers" / "killed_run.py"
@@ -37,7 +36,8 @@ def undisturbed(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFact
 
 def killed(point: int | Path, arguments: list[str]) -> str | None:
     """Run until the kill; returns where that was, or None if the run came to its end. `point`: see the helper."""
-    done = forks.run([HELPER, point, *arguments], environment())
+    command = [sys.executable, str(HELPER), str(point), *arguments]  # it comes before what imports torch.save
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=patience())
     if done.returncode == 0:
         return None
     assert done.returncode == -signal.SIGKILL, done.stderr

@@ -4,13 +4,13 @@ one."""
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from app.runs.checkpoints import complete_checkpoints
@@ -119,12 +119,16 @@ def test_a_killed_run_goes_on(
     given = [*arguments(tmp_path / "out"), "--resume_from_checkpoint", "latest"]
     process = subprocess.Popen(
         [*launcher(config), str(SCRIPT), *given, *under(config)],
-        env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     # Where the machine is busy, the run gets further before it is killed, perhaps to its end.
     wait_until((tmp_path / "out" / "checkpoint-4").exists, lambda: process.poll() in (None, 0))
-    os.killpg(process.pid, signal.SIGKILL)
+    every = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for each in every:  # they are of several sessions: torchrun gives each process one of its own
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
     process.wait()
+    psutil.wait_procs(every)
 
     assert set(complete_checkpoints(tmp_path / "out")) <= {2, 4, 6}
     done = run_two(config, *given)
