@@ -244,7 +244,7 @@ class Plan:
         while low < most and high != low + 1:  # a peak is nearly a straight line of the tokens
             peaks[guess] = peak(guess * GRAIN)
             last, low, high = (low, guess, high) if peaks[guess] <= room else (low, low, guess)
-            other = last if high is None else high
-            line = low + (room - peaks[low]) * (other - low) // (peaks[other] - peaks[low])
+            a, b = (last, low) if high is None else (low, high)
+            line = low + (room - peaks[low]) * (b - a) // max(1, peaks[b] - peaks[a])
             guess = min(max(line, low + 1), most if high is None else high - 1)
         return low * GRAIN
