@@ -16,7 +16,7 @@ def make_venv(folder: Path, *packages: str) -> Path:
 
     Args:
         folder: Where to; it must not exist.
-        packages: What pip installs, as on its command line.
+        packages: What pip installs, as on its command line; nothing if there are none.
 
     Returns:
         The interpreter in it.
@@ -25,7 +25,8 @@ def make_venv(folder: Path, *packages: str) -> Path:
     (packages_folder,) = folder.glob("lib/python*/site-packages")
     (packages_folder / "beneath.pth").write_text("\n".join(site.getsitepackages()) + "\n")
     python = folder / "bin" / "python"
-    pip(python, "install", *packages)
+    if packages:
+        pip(python, "install", "--no-compile", *packages)  # few of their modules are imported
     return python
 
 

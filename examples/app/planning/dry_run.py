@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 import longlora_ext._flops  # noqa: F401  (tells torch what the operator computes)
@@ -43,11 +43,55 @@ class Step:
     flops: Counter[str]
 
 
+@dataclass(frozen=True)
+class _Like:
+    """What a tensor is, but for its numbers and where they are."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @staticmethod
+    def of(tensor: torch.Tensor) -> _Like:
+        return _Like(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+
+    def make(self) -> torch.Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+
+
+def _likeness(given: Any) -> Any:
+    """Of arguments what the result's likeness depends on."""
+    if isinstance(given, torch.Tensor):
+        return _Like.of(given)
+    if isinstance(given, list | tuple):
+        return tuple(map(_likeness, given))
+    return type(given), given  # 1 is not True
+
+
+def _storages(tree: Any) -> dict[int, int]:
+    """Bytes by storage."""
+    storages = (tensor.untyped_storage() for tensor in tree_leaves(tree) if isinstance(tensor, torch.Tensor))
+    return {storage._cdata: storage.nbytes() for storage in storages}
+
+
+def _is_new(out: Any, given: Any) -> bool:
+    """Whether this is tensors without numbers, and their memory neither that of what was given nor each other's."""
+    made = [
+        _Like.of(tensor).make() for tensor in tree_leaves(out) if isinstance(tensor, torch.Tensor) and tensor.is_meta
+    ]
+    mine, theirs = _storages(out), _storages(given)
+    return bool(made) and list(_storages(made).values()) == list(mine.values()) and not mine.keys() & theirs.keys()
+
+
 class Counts(TorchDispatchMode):
     """Counts the bytes of the tensors made under it, while they live, and the floating-point operations.
 
     A question about their values is answered with yes: transformers asks whether no token is padding and the row is
     one document, and `tile_loss` whether it computes the same.
+
+    What torch makes of an operation it is asked once for each likeness of tensors: most of a plan of millions of tokens
+    are the tiles of the loss, which are alike.
     """
 
     def __init__(self, model: torch.nn.Module, attention_scratch: Callable[[torch.Tensor], int]) -> None:
@@ -58,11 +102,12 @@ class Counts(TorchDispatchMode):
         there += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         self._storages = {tensor.untyped_storage()._cdata: 0 for tensor in there}  # a view of one is nothing new
         self._attention_scratch = attention_scratch
+        self._known: dict[Any, Any] = {}  # what an operation makes, by what it is given
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _QUESTIONS:
             return True
-        out = func(*args, **(kwargs or {}))
+        out = self._run(func, args, kwargs or {})
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 self._see(tensor.untyped_storage())
@@ -73,6 +118,15 @@ class Counts(TorchDispatchMode):
             raise ValueError(f"what the operation {packet} computes is not known here")
         if func is _ATTENTION:
             self.peak = max(self.peak, self.now + self._attention_scratch(args[1]))
+        return out
+
+    def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        key = (func, _likeness(args), _likeness(tuple(kwargs.items())))
+        if key in self._known:
+            return tree_map_only(_Like, _Like.make, self._known[key])
+        out = func(*args, **kwargs)
+        if not func._schema.is_mutable and _is_new(out, (args, kwargs)):
+            self._known[key] = tree_map_only(torch.Tensor, _Like.of, out)
         return out
 
     def _see(self, storage: torch.UntypedStorage) -> None:

@@ -239,14 +239,12 @@ class Plan:
         def peak(tokens: int) -> int:
             return Plan(self.base, tokens, self.run, self.kinds).step(way).peak
 
-        low, high, peaks = 0, 8, {0: 0}
-        while high * GRAIN <= MOST and peaks.setdefault(high, peak(high * GRAIN)) <= room:
-            low, high = high, 2 * high
-        if high * GRAIN > MOST:
-            return MOST
-        while high - low > 1:  # a peak is nearly a straight line of the tokens
-            line = low + (room - peaks[low]) * (high - low) // (peaks[high] - peaks[low])
-            middle = min(max(line, low + 1), high - 1)
-            peaks[middle] = peak(middle * GRAIN)
-            low, high = (middle, high) if peaks[middle] <= room else (low, middle)
+        low, high, most, peaks = 0, None, MOST // GRAIN, {0: 0}  # the longest that fits, the shortest that does not
+        last, guess = 0, 8
+        while low < most and high != low + 1:  # a peak is nearly a straight line of the tokens
+            peaks[guess] = peak(guess * GRAIN)
+            last, low, high = (low, guess, high) if peaks[guess] <= room else (low, low, guess)
+            a, b = (last, low) if high is None else (low, high)
+            line = low + (room - peaks[low]) * (b - a) // max(1, peaks[b] - peaks[a])
+            guess = min(max(line, low + 1), most if high is None else high - 1)
         return low * GRAIN
