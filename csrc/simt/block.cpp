@@ -76,10 +76,12 @@ void Block::thread_main(void* argument) {
 
 Warp* Block::pick() {
   if (last_ && last_->ready() && std::uniform_real_distribution<>()(random_) < persistence_) return last_;
-  std::vector<Warp*> ready;
-  for (Warp& warp : warps_)
-    if (warp.ready()) ready.push_back(&warp);
-  return last_ = ready.empty() ? nullptr : ready[random_() % ready.size()];
+  const auto ready = [](const Warp& warp) { return warp.ready(); };
+  const auto count = static_cast<uint64_t>(std::count_if(warps_.begin(), warps_.end(), ready));
+  if (count == 0) return last_ = nullptr;
+  auto chosen = std::find_if(warps_.begin(), warps_.end(), ready);
+  for (uint64_t skip = random_() % count; skip > 0; --skip) chosen = std::find_if(chosen + 1, warps_.end(), ready);
+  return last_ = &*chosen;
 }
 
 // Runs each lane, in some order, to the next point where it waits for others.

@@ -1,5 +1,6 @@
 // What a warp does as one: mma, ldmatrix, shuffle, with the lanes' parts as in the PTX ISA.
 #include <cstring>
+#include <iterator>
 
 #include "block.h"
 #include "error.h"
@@ -28,23 +29,34 @@ struct MmaCall {
   float* const* d;
 };
 
-// A is 16x16, B is 16x8. A register holds two elements that are neighbours along k.
+// A is 16x16, B is 16x8. A register holds two elements that are neighbours along k: `a` and `b` hold those of even k
+// first, those of odd k behind, for the compiler to convert and multiply several at once.
 template <float (*convert)(uint32_t)>
 void execute_mma(void* const operands[kLanes]) {
-  float a[16][16], b[16][8], c[16][8];
-  const auto in = [&](int lane) -> const MmaOperands& { return *static_cast<MmaCall*>(operands[lane])->in; };
+  uint32_t packed_a[16][8], packed_b[8][8];
+  float a[2][16][8], b[2][8][8], c[16][8];
   for (int lane = 0; lane < kLanes; ++lane) {
-    const int group = lane / 4, pair = lane % 4 * 2;
-    for (int half = 0; half < 2; ++half) {
-      const auto element = [half](uint32_t pair) { return convert(pair >> 16 * half & 0xffff); };
-      for (int r = 0; r < 4; ++r) a[group + r % 2 * 8][pair + r / 2 * 8 + half] = element(in(lane).a[r]);
-      for (int r = 0; r < 2; ++r) b[pair + r * 8 + half][group] = element(in(lane).b[r]);
-      for (int r = 0; r < 2; ++r) c[group + r * 8][pair + half] = in(lane).c[2 * r + half];
-    }
+    const MmaOperands& in = *static_cast<MmaCall*>(operands[lane])->in;
+    const int group = lane / 4, pair = lane % 4;
+    for (int r = 0; r < 4; ++r) packed_a[group + r % 2 * 8][pair + r / 2 * 4] = in.a[r];
+    for (int r = 0; r < 2; ++r) packed_b[pair + r * 4][group] = in.b[r];
+    for (int i = 0; i < 4; ++i) c[group + i / 2 * 8][2 * pair + i % 2] = in.c[i];
   }
-  for (int m = 0; m < 16; ++m)
+  const auto unpack = [](const auto& packed, auto& even, auto& odd) {
+    for (size_t row = 0; row < std::size(packed); ++row) {
+      for (int i = 0; i < 8; ++i) even[row][i] = convert(packed[row][i] & 0xffff);
+      for (int i = 0; i < 8; ++i) odd[row][i] = convert(packed[row][i] >> 16);
+    }
+  };
+  unpack(packed_a, a[0], a[1]);
+  unpack(packed_b, b[0], b[1]);
+  for (int m = 0; m < 16; ++m) {
+    float sums[8];
+    std::memcpy(sums, c[m], sizeof(sums));
     for (int k = 0; k < 16; ++k)
-      for (int n = 0; n < 8; ++n) c[m][n] += a[m][k] * b[k][n];
+      for (int n = 0; n < 8; ++n) sums[n] += a[k % 2][m][k / 2] * b[k % 2][k / 2][n];
+    std::memcpy(c[m], sums, sizeof(sums));
+  }
   for (int lane = 0; lane < kLanes; ++lane) {
     const int group = lane / 4, pair = lane % 4 * 2;
     float* const* d = static_cast<MmaCall*>(operands[lane])->d;

@@ -45,6 +45,7 @@ class Fiber {
   void arrive_from_scheduler();
 
   char* stack_ = nullptr;
+  size_t unused_ = 0;  // bytes at the stack's top
   Context context_;
   std::vector<void*>
       tsan_fibers_;  // one for each start; TSan mixes up who did what when it gives their numbers out again

@@ -44,6 +44,7 @@ class SharedMemory {
   static constexpr int16_t kNobody = -1, kSeveral = -2;
 
   int offset_of(const void* address, int bytes) const;
+  [[noreturn]] void fail_at(ptrdiff_t offset, int bytes) const;
   void check_write(int word, Accessor who) const;
 
   char* arena_;

@@ -33,11 +33,11 @@ BINDINGS = RUNTIME / "bindings.cpp"
 CUDA = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "simt"
 CXX = shlex.split(os.environ.get("CXX", "g++"))
-JOBS = int(os.environ.get("MAX_JOBS", "2"))  # a unit takes the compiler 2.5 GB
+JOBS = int(os.environ.get("MAX_JOBS", "2"))  # a unit takes the compiler 3 GB
 
 COMMON_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # -O1: -O0 runs 60 times slower, -O2 no faster. CuTe reads registers as other types than they were written as.
-# Without collecting its garbage the compiler takes a fifth less time, and 2.5 GB.
+# Without collecting its garbage the compiler takes a fifth less time, and 3 GB.
 KERNEL_FLAGS = [*COMMON_FLAGS, "-O1", "-fno-strict-aliasing", "--param=ggc-min-heapsize=8000000", f"-I{CUDA}"]
 # Never instrumented: what it does to a thread's memory is that thread's doing, and it tells the sanitizers of fibers.
 RUNTIME_FLAGS = [*COMMON_FLAGS, "-O3"]
@@ -155,7 +155,7 @@ def build(name: str, units: Sequence[Path], sanitizer: str | None = None) -> Pat
 
 
 class Kernel(NamedTuple):
-    """An instantiation for both dtypes, as CMake makes them from csrc/cuda/instantiate.cu.in."""
+    """An instantiation for one or both dtypes, as CMake makes them from csrc/cuda/instantiate.cu.in."""
 
     direction: str
     head_dim: int
@@ -167,8 +167,11 @@ KERNELS = tuple(
     for kernel in product(("backward", "forward"), (256, 128, 64), (163, 99))
     if kernel != ("forward", 64, 99)  # its tile is that for 163 KiB
 )
-ELEMENTS = ("cutlass::bfloat16_t", "cutlass::half_t")
-HEADERS = {"forward": "kernel_fwd.h", "backward": "kernel_bwd.h"}
+ELEMENTS = {"bf16": "bfloat16_t", "fp16": "half_t"}
+#: Head dims and sizes whose kernels of a direction are one unit here: apart, two backward ones take the compiler half
+#: as long again, 80 s for 53, and five forward ones twice as long. The first are those of the fast tier.
+TOGETHER = (((64, 163), (128, 99)), ((128, 163), (256, 163)), ((64, 99), (256, 99)))
+HEADERS = {"backward": "kernel_bwd.h", "forward": "kernel_fwd.h"}  # the longest first
 
 
 def kernels_for(configs: Iterable[tuple[int, int]]) -> list[Kernel]:
@@ -181,9 +184,9 @@ def kernels_for(configs: Iterable[tuple[int, int]]) -> list[Kernel]:
 
 
 ABSENT = {
-    "forward": "template <> void launch_forward<{element}, {head_dim}, {kib}>"
+    "forward": "template <> void launch_forward<cutlass::{element}, {head_dim}, {kib}>"
     "(const ForwardParams&, int64_t, void*) {{ absent(); }}",
-    "backward": "template <> void launch_backward<{element}, {head_dim}, {kib}>"
+    "backward": "template <> void launch_backward<cutlass::{element}, {head_dim}, {kib}>"
     "(const BackwardParams&, bool, int64_t, void*) {{ absent(); }}",
 }
 
@@ -195,16 +198,23 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def unit_of(kernel: Kernel) -> Path:
-    """What CMake makes of the template for a kernel."""
-    text = (CUDA / "instantiate.cu.in").read_text()
-    for key, value in {"HEADER": HEADERS[kernel.direction], **kernel._asdict()}.items():
-        text = text.replace(f"@{key.upper()}@", str(value))
-    return write(BUILD / "units" / f"{'_'.join(map(str, kernel))}.cu", text)
+def unit_of(kernels: Sequence[Kernel], dtypes: Sequence[str]) -> Path:
+    """What CMake makes of the template for each of these kernels, without the dtypes that are not wanted."""
+    left_out = tuple(f"<{element}," for dtype, element in ELEMENTS.items() if dtype not in dtypes)
+    template = (CUDA / "instantiate.cu.in").read_text().splitlines(keepends=True)
+    text = ""
+    for kernel in kernels:
+        part = "".join(line for line in template if not any(element in line for element in left_out))
+        for key, value in {"HEADER": HEADERS[kernel.direction], **kernel._asdict()}.items():
+            part = part.replace(f"@{key.upper()}@", str(value))
+        text += part
+    sizes = [f"{kernel.head_dim}_{kernel.kib}" for kernel in kernels]
+    return write(BUILD / "units" / f"{'_'.join([kernels[0].direction, *sizes, *dtypes])}.cu", text)
 
 
-def absent_kernels(kernels: Sequence[Kernel]) -> Path:
-    """A unit that stands for these: they end with an error."""
+def absent_kernels(there: Sequence[Kernel], dtypes: Sequence[str]) -> Path:
+    """A unit that stands for all but these: they end with an error."""
+    absent = [(k, dtype) for k in KERNELS for dtype in ELEMENTS if k not in there or dtype not in dtypes]
     lines = [
         "#include <stdexcept>",
         f'#include "{ROOT / "csrc" / "params.h"}"',
@@ -215,16 +225,20 @@ def absent_kernels(kernels: Sequence[Kernel]) -> Path:
         "template <typename Element, int kHeadDim, int kKib>",
         "void launch_backward(const BackwardParams&, bool, int64_t, void*);",
         '[[maybe_unused]] static void absent() { throw std::logic_error("not among the kernels of this build"); }',
-        *(ABSENT[k.direction].format(element=e, head_dim=k.head_dim, kib=k.kib) for k in kernels for e in ELEMENTS),
+        *(ABSENT[k.direction].format(element=ELEMENTS[dtype], **k._asdict()) for k, dtype in absent),
         "}",
     ]
     return write(BUILD / "units" / f"absent_{digest(*lines)}.cpp", "\n".join(lines) + "\n")
 
 
-def build_kernels(kernels: Sequence[Kernel] = KERNELS, sanitizer: str | None = None) -> Path:
+def build_kernels(
+    kernels: Sequence[Kernel] = KERNELS, sanitizer: str | None = None, dtypes: Iterable[str] = ELEMENTS
+) -> Path:
     """The extension module `simt_kernels` of csrc/simt/bindings.cpp with these kernels."""
-    units = [unit_of(kernel) for kernel in sorted(kernels)]
-    units += [BINDINGS, CUDA / "dispatch.cu", absent_kernels([k for k in KERNELS if k not in kernels])]
+    dtypes = sorted(dtypes)
+    groups = [[k for k in sorted(kernels) if k.direction == way and k[1:] in of] for way in HEADERS for of in TOGETHER]
+    units = [unit_of(group, dtypes) for group in groups if group]
+    units += [BINDINGS, CUDA / "dispatch.cu", absent_kernels(kernels, dtypes)]
     return build("simt_kernels", units, sanitizer)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
 from types import ModuleType
 
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 import simt_build
-from simt_build import KERNELS, Kernel
+from simt_build import ELEMENTS, KERNELS, Kernel
 
 
 @cache
-def kernels(*wanted: Kernel) -> ModuleType:
+def kernels(*wanted: Kernel, dtypes: Collection[str] = tuple(ELEMENTS)) -> ModuleType:
     """The module with these kernels, or with all."""
-    return simt_build.load(simt_build.build_kernels(wanted or KERNELS))
+    return simt_build.load(simt_build.build_kernels(wanted or KERNELS, dtypes=dtypes))
 
 
 def view(module: ModuleType, tensor: Tensor) -> object:

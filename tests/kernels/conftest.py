@@ -15,8 +15,8 @@ from emulated import CONFIGS, ONE_DTYPE, Config
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """All kernels are compared with the definition. All else is asked of one dtype: they are slow here."""
     if "config" in metafunc.fixturenames:
-        every = metafunc.definition.get_closest_marker("both_dtypes")
-        metafunc.parametrize("config", [config for config in CONFIGS if every or config.id in ONE_DTYPE])
+        other = metafunc.definition.get_closest_marker("other_dtype") is not None
+        metafunc.parametrize("config", [config for config in CONFIGS if other != (config.id in ONE_DTYPE)])
 
 
 @pytest.fixture
@@ -27,7 +27,8 @@ def module(request: pytest.FixtureRequest, config: Config) -> Iterator[ModuleTyp
     """
     parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
     configs = {chosen["config"] for chosen in parameters if isinstance(chosen.get("config"), Config)}
-    module = simt_kernels.kernels(*simt_build.kernels_for((each.head_dim, each.kib) for each in configs))
+    kernels = simt_build.kernels_for((each.head_dim, each.kib) for each in configs)
+    module = simt_kernels.kernels(*kernels, dtypes=frozenset(each.dtype for each in configs))
     module.pretend(shared_memory_bytes=config.kib * 1024)
     yield module
     module.configure()  # whoever comes next finds nothing left out

@@ -47,7 +47,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def module_for(tree: Path) -> Callable[[str], Path]:
     kernels = simt_build.kernels_for([(64, 163)])
-    return cache(lambda sanitizer: build_kernels(tree, kernels, sanitizer))
+    return cache(lambda sanitizer: build_kernels(tree, kernels, sanitizer, ["fp16"]))
 
 
 def run(sanitizer: str, module: Path) -> subprocess.CompletedProcess[str]:
