@@ -11,15 +11,15 @@ import shutil
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import simt_build
+from forked_mutants import CHOSEN, RUNS
 from simt_build import Kernel
 
-CHOSEN = "LONGLORA_MUTANT"
 SWITCH = f"""#pragma once
 #include <cstdlib>
 // Which of the mistakes is made; 0: none.
@@ -68,23 +68,36 @@ def forked_pytest() -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def run_tests(tree: Path, expression: str, mutant: int = 0, *options: str) -> subprocess.CompletedProcess[str]:
-    """Of the emulated kernels, those of both tiers that pytest's `-k expression` selects, until one fails."""
-    arguments = ["--full", "-x", "-q", "-p", "no:cacheprovider", "-k", expression, *options]
+def run_tests(tree: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Pytest over both tiers of the emulated kernels' tests."""
+    arguments = ["--full", "-q", "-p", "no:cacheprovider", *options]
     arguments += map(str, sorted((tree / "tests" / "kernels").glob("test_cuda_emulated_*.py")))
     out, err = tree / "out.txt", tree / "err.txt"
-    environment = {**os.environ, CHOSEN: str(mutant)}
-    run = {"arguments": arguments, "folder": tree, "environment": environment, "out": out, "err": err}
+    run = {"arguments": arguments, "folder": tree, "environment": {**os.environ, **environment}, "out": out, "err": err}
     runner = forked_pytest()
     assert runner.stdin and runner.stdout
     print(json.dumps(run, default=str), file=runner.stdin, flush=True)
     return subprocess.CompletedProcess(arguments, int(runner.stdout.readline()), out.read_text(), err.read_text())
 
 
-def build_kernels(tree: Path, kernels: Sequence[Kernel], sanitizer: str) -> Path:
+def run_mutants(tree: Path, expression: str, tests: Mapping[int, Collection[str]]) -> dict[int, tuple[str, str]]:
+    """Each mutant in its tests, which are named as pytest does, and are among those that `-k expression` selects.
+
+    Returns what became of it, "passed", "failed", "crashed" or "not run", and what that said.
+    """
+    shutil.copy(Path(__file__).with_name("forked_mutants.py"), tree / "conftest.py")
+    runs = tree / "runs.json"
+    runs.write_text(json.dumps({mutant: sorted(names) for mutant, names in tests.items()}))
+    result = run_tests(tree, "-k", expression, **{RUNS: str(runs)})
+    assert result.returncode == 0, result.stdout + result.stderr
+    outcomes = json.loads(runs.with_suffix(".outcomes").read_text())
+    return {int(mutant): tuple(outcome) for mutant, outcome in outcomes.items()}
+
+
+def build_kernels(tree: Path, kernels: Sequence[Kernel], sanitizer: str | None, dtypes: Sequence[str]) -> Path:
     """The module of a copy's kernels."""
     wanted = ", ".join(f"simt_build.Kernel{tuple(kernel)}" for kernel in kernels)
-    build = f"import simt_build; print(simt_build.build_kernels([{wanted}], {sanitizer!r}))"
+    build = f"import simt_build; print(simt_build.build_kernels([{wanted}], {sanitizer!r}, {dtypes}))"
     command = [sys.executable, "-c", build]
     return Path(
         subprocess.run(
