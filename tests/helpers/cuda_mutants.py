@@ -5,20 +5,21 @@ Compiling the kernels takes a minute, and what a mistake changes in them is seld
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import forks
 import simt_build
+from forked_mutants import CHOSEN, RUNS
 from simt_build import Kernel
 
-CHOSEN = "LONGLORA_MUTANT"
 SWITCH = f"""#pragma once
 #include <cstdlib>
 // Which of the mistakes is made; 0: none.
@@ -60,18 +61,31 @@ def copy_sources(to: Path) -> Path:
     return to
 
 
-def run_tests(tree: Path, expression: str, mutant: int = 0, *options: str) -> subprocess.CompletedProcess[str]:
-    """Of the emulated kernels, those of both tiers that pytest's `-k expression` selects, until one fails."""
-    words = ["-m", "pytest", "--full", "-x", "-q", "-p", "no:cacheprovider", "-k", expression, *options]
+def run_tests(tree: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Pytest over both tiers of the emulated kernels' tests."""
+    words = ["-m", "pytest", "--full", "-q", "-p", "no:cacheprovider", *options]
     files = sorted((tree / "tests" / "kernels").glob("test_cuda_emulated_*.py"))
-    environment = os.environ | {CHOSEN: str(mutant)}
-    return forks.run([*words, *files], environment, modules=("hypothesis", "pytest", "torch"), folder=tree)
+    return forks.run([*words, *files], os.environ | environment, modules=("hypothesis", "pytest", "torch"), folder=tree)
 
 
-def build_kernels(tree: Path, kernels: Sequence[Kernel], sanitizer: str) -> Path:
+def run_mutants(tree: Path, expression: str, tests: Mapping[int, Collection[str]]) -> dict[int, tuple[str, str]]:
+    """Each mutant in its tests, which are named as pytest does, and are among those that `-k expression` selects.
+
+    Returns what became of it, "passed", "failed", "crashed" or "not run", and what that said.
+    """
+    shutil.copy(Path(__file__).with_name("forked_mutants.py"), tree / "conftest.py")
+    runs = tree / "runs.json"
+    runs.write_text(json.dumps({mutant: sorted(names) for mutant, names in tests.items()}))
+    result = run_tests(tree, "-k", expression, **{RUNS: str(runs)})
+    assert result.returncode == 0, result.stdout + result.stderr
+    outcomes = json.loads(runs.with_suffix(".outcomes").read_text())
+    return {int(mutant): tuple(outcome) for mutant, outcome in outcomes.items()}
+
+
+def build_kernels(tree: Path, kernels: Sequence[Kernel], sanitizer: str | None, dtypes: Sequence[str]) -> Path:
     """The module of a copy's kernels."""
     wanted = ", ".join(f"simt_build.Kernel{tuple(kernel)}" for kernel in kernels)
-    build = f"import simt_build; print(simt_build.build_kernels([{wanted}], {sanitizer!r}))"
+    build = f"import simt_build; print(simt_build.build_kernels([{wanted}], {sanitizer!r}, {dtypes}))"
     command = [sys.executable, "-c", build]
     return Path(
         subprocess.run(

@@ -77,6 +77,11 @@ def check(
     scale = problem.head_dim**-0.5 if problem.scale is None else problem.scale
     module.configure(seed)
     assert_outputs_and_grads_close(ours, reference, q, k, v, scale, str(problem))
+    assert_no_bank_conflicts(module)
+
+
+def assert_no_bank_conflicts(module: ModuleType) -> None:
+    """Since the module was configured."""
     conflicts = {kind: module.counters()[kind] for kind in CONFLICTS}
     assert not any(conflicts.values()), f"bank conflicts: {conflicts}"
 

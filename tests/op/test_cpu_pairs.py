@@ -27,33 +27,44 @@ STAND_INS = {
 }
 
 
-@pytest.fixture(scope="module", params=STAND_INS)
-def package(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+CSRC = HERE.parents[1] / "csrc"
+COMPILER = ["g++", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wno-psabi", f"-I{HELPERS}", f"-I{CSRC}"]
+
+
+@pytest.fixture(scope="module")
+def ops(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The operator for torch, which is the same with all kernels."""
+    built = tmp_path_factory.mktemp("ops") / "ops.o"
+    subprocess.run([*COMPILER, "-isystem", TORCH / "include", "-c", CSRC / "ops.cpp", "-o", built], check=True)
+    return built
+
+
+@pytest.fixture(scope="module")
+def package(request: pytest.FixtureRequest, ops: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with longlora_ext in it, of which these are the only kernels."""
     folder = tmp_path_factory.mktemp(request.param)
     header, tiles, macros = STAND_INS[request.param]
-    csrc, ops = HERE.parents[1] / "csrc", folder / "ops.o"
-    compiler = ["g++", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wno-psabi"]
-    compiler += [f"-I{HELPERS}", f"-I{csrc}"]
-    compiling = subprocess.Popen([*compiler, "-isystem", TORCH / "include", "-c", csrc / "ops.cpp", "-o", ops])
     kernels = ["-O2", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", *macros]
     kernels += ["-DLONGLORA_ISA=baseline", "-DLONGLORA_VECTOR_BYTES=64"]
-    command = [*compiler, *kernels, "-c", "-x", "c++", "-", "-o", folder / "kernels.o"]
+    command = [*COMPILER, *kernels, "-c", "-x", "c++", "-", "-o", folder / "kernels.o"]
     subprocess.run(command, input=KERNELS % (header, tiles), text=True, check=True)
-    assert compiling.wait() == 0
     copied = Path(shutil.copytree(Path(longlora_ext.__file__).parent, folder / "longlora_ext"))
     (copied / "_C.so").unlink()  # which a process may have mapped
-    linked = ["-shared", csrc / "cpu" / "dispatch.cpp", folder / "kernels.o", ops, "-o", copied / "_C.so"]
-    subprocess.run([*compiler, *linked, f"-L{TORCH / 'lib'}", "-Wl,--no-as-needed", "-ltorch"], check=True)
+    linked = ["-shared", CSRC / "cpu" / "dispatch.cpp", folder / "kernels.o", ops, "-o", copied / "_C.so"]
+    subprocess.run([*COMPILER, *linked, f"-L{TORCH / 'lib'}", "-Wl,--no-as-needed", "-ltorch"], check=True)
     return folder
 
 
+# The other dtypes' kernels are the same in both, and need one run at this width of vectors; any_shape has all dtypes.
 @pytest.mark.parametrize(
-    "chosen",
+    "package, chosen",
     [
-        pytest.param("cpu and bfloat16", id="shapes"),
-        pytest.param("cpu", id="all", marks=pytest.mark.full),
+        ("avx512bf16", "cpu and bfloat16"),
+        ("amx", "cpu and bfloat16"),
+        pytest.param("avx512bf16", "cpu and not bfloat16", marks=pytest.mark.full),
+        pytest.param("amx", "cpu and any_shape", marks=pytest.mark.full),
     ],
+    indirect=["package"],
 )
 def test_numerics(package: Path, chosen: str) -> None:
     """Odd lengths, GQA, documents and head dims from 8 to 256, forward and backward, by the op's own tests."""
