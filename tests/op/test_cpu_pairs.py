@@ -59,9 +59,9 @@ def package(request: pytest.FixtureRequest, ops: Path, tmp_path_factory: pytest.
 @pytest.mark.parametrize(
     "package, chosen",
     [
-        ("avx512bf16", "cpu and bfloat16"),
-        ("amx", "cpu and bfloat16"),
+        ("avx512bf16", "cpu and bfloat16"),  # one package after the other: each is built once
         pytest.param("avx512bf16", "cpu and not bfloat16", marks=pytest.mark.full),
+        ("amx", "cpu and bfloat16"),
         pytest.param("amx", "cpu and any_shape", marks=pytest.mark.full),
     ],
     indirect=["package"],
