@@ -24,6 +24,7 @@ import torch
 from transformers import AutoConfig
 
 import longlora_ext.attention  # noqa: F401  (registers attn_implementation="s2attn")
+from app.runs.json_files import with_numbers
 from environment import ROOT
 from extending.arms import ARMS, Arm
 from extending.draw import draw
@@ -147,7 +148,7 @@ def opened(
 
 def show(path: Path) -> str:
     """Draw the plots of a file of results beside it, and return its table."""
-    content = json.loads(path.read_text())
+    content = with_numbers(json.loads(path.read_text()))  # an arm may have diverged
     draw(content, path)
     return table(content)
 

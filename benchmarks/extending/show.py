@@ -107,8 +107,10 @@ def _rows(head: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def _name(result: dict[str, Any]) -> str:
+    dtype = result["made"].get("dtype", "bfloat16")  # which older results do not say
+    differs = [f"seed {result['seed']}"] * bool(result["seed"]) + [dtype] * (dtype != "bfloat16")
     says = ARMS[result["arm"]].says
-    return f"{says} (seed {result['seed']})" if result["seed"] else says
+    return f"{says} ({', '.join(differs)})" if differs else says
 
 
 def _name_and_steps(result: dict[str, Any], with_rate: bool = True) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from itertools import pairwise
 from pathlib import Path
@@ -212,6 +213,10 @@ def test_results_are_shown(text: Text, tmp_path: Path) -> None:
             result,
             {"model": "m", "context": CONTEXT, "text": "t"},
         )
+    content = json.loads((tmp_path / "r.json").read_text())
+    for result in content["arms"]:
+        result["made"]["dtype"] = "bfloat16"  # whatever this machine computes in
+    (tmp_path / "r.json").write_text(json.dumps(content))
     shown = extension.show(tmp_path / "r.json").splitlines()
     assert [line.split(" | ")[0] for line in shown[4:]] == [
         "| the model as it is", "| YaRN alone", "| dense attention in rows of N/8 tokens",
@@ -223,6 +228,13 @@ def test_results_are_shown(text: Text, tmp_path: Path) -> None:
     assert made["torch"] == torch.__version__ and made["date"] and made["commit"] and made["device"]
     with pytest.raises(ValueError, match="holds another experiment"):
         add(tmp_path / "r.json", result, {"model": "other"})
+
+    result["made"]["dtype"], keys = "float32", result["pass_key_new"]
+    keys["nats"] = [math.nan] * len(keys["nats"])
+    result["by_position"]["nats"]["a"][-1] = math.inf
+    add(tmp_path / "r.json", result, content["setting"])  # an arm that diverged, for the one of before
+    last = extension.show(tmp_path / "r.json").splitlines()[-1].split(" | ")
+    assert last[0] == "| dense attention in rows of N/8 tokens (float32)" and "nan" in " ".join(last)
 
 
 def test_arms_of_one_setting_are_not_taken_for_those_of_another(text: Text, tmp_path: Path, monkeypatch) -> None:

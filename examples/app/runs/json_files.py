@@ -44,6 +44,15 @@ def _finite(content: Any) -> Any:
     return str(content) if isinstance(content, float) and not math.isfinite(content) else content
 
 
+def with_numbers(content: Any) -> Any:
+    """What a file holds, with numbers where `write_json` wrote one that is not finite as text."""
+    if isinstance(content, dict):
+        return {name: with_numbers(value) for name, value in content.items()}
+    if isinstance(content, list):
+        return [with_numbers(value) for value in content]
+    return float(content) if content in ("inf", "-inf", "nan") else content
+
+
 def json_object(text: str) -> dict[str, Any]:
     """A JSON object on the command line, or `argparse.ArgumentTypeError`."""
     try:
