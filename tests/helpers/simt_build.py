@@ -263,4 +263,6 @@ def load(path: Path) -> ModuleType:
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    # pybind11 keeps one module of a name in a process, and gives it again for another file.
+    assert module.__file__ == str(path), f"{path.stem} was loaded before, from {module.__file__}"
     return module

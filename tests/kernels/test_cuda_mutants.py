@@ -16,7 +16,7 @@ from emulated_mutants import CONFIG, MUTANTS
 from finetune_runs import environment
 from simt_build import Kernel
 
-#: In a process of its own: where another such module was loaded before, this one counts nothing.
+#: In a process of its own, as one loads no second module of kernels.
 SWIZZLED = """
 import sys
 from pathlib import Path
