@@ -24,13 +24,12 @@ import torch
 from transformers import AutoConfig
 
 import longlora_ext.attention  # noqa: F401  (registers attn_implementation="s2attn")
-from app.runs.json_files import with_numbers
 from environment import ROOT
 from extending.arms import ARMS, Arm
 from extending.draw import draw
 from extending.material import MODEL, Text, model_and_tokenizer, read_text
 from extending.measures import by_position, copying, measuring, pass_keys, short_windows
-from extending.results import add, check_setting, claim, kept, made
+from extending.results import add, check_setting, claim, kept, made, read
 from extending.show import table
 from extending.training import Recipe, check_steps, pretrained, train
 
@@ -148,7 +147,7 @@ def opened(
 
 def show(path: Path) -> str:
     """Draw the plots of a file of results beside it, and return its table."""
-    content = with_numbers(json.loads(path.read_text()))  # an arm may have diverged
+    content = read(path)
     draw(content, path)
     return table(content)
 

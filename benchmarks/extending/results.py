@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 
-from app.runs.json_files import write_json
+from app.runs.json_files import with_numbers, write_json
 from app.runs.precision import machine_dtype
 from app.runs.provenance import commit
 from extending.arms import ARMS
@@ -65,6 +65,11 @@ def add(path: Path, result: dict[str, Any], setting: dict[str, Any]) -> None:
     there["arms"] = sorted([*others, result], key=_place)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, there)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What a file of results holds; the numbers of an arm that diverged need not be finite."""
+    return dict(with_numbers(json.loads(path.read_text())))
 
 
 def _place(result: dict[str, Any]) -> tuple[int, int, float, int]:
