@@ -9,7 +9,7 @@ import pytest
 
 import simt_build
 import simt_kernels
-from emulated import CONFIGS, ONE_DTYPE, Config
+from emulated import CONFIGS, FAST, ONE_DTYPE, Config
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -19,17 +19,26 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("config", [config for config in CONFIGS if other != (config.id in ONE_DTYPE)])
 
 
-@pytest.fixture
-def module(request: pytest.FixtureRequest, config: Config) -> Iterator[ModuleType]:
-    """All kernels that the selected tests are about, and no others: compiling one takes half a minute.
+@pytest.fixture(scope="session")
+def configs(request: pytest.FixtureRequest) -> frozenset[Config]:
+    """What the selected tests are about, and no more, since compiling a kernel takes half a minute. A test of no config
+    in particular has those of the fast tier."""
+    items = [item for item in request.session.items if "kernels" in getattr(item, "fixturenames", ())]
+    chosen = [item.callspec.params["config"] if "config" in item.fixturenames else None for item in items]
+    return frozenset(config for config in chosen if config) | frozenset(FAST if None in chosen else ())
 
-    They run on a GPU that offers a block as much shared memory as they are made for.
-    """
-    parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
-    configs = {chosen["config"] for chosen in parameters if isinstance(chosen.get("config"), Config)}
-    kernels = simt_build.kernels_for((each.head_dim, each.kib) for each in configs)
-    module = simt_kernels.kernels(*kernels, dtypes=frozenset(each.dtype for each in configs))
-    module.pretend(shared_memory_bytes=config.kib * 1024)
-    yield module
-    module.configure()  # whoever comes next finds nothing left out
-    module.pretend()
+
+@pytest.fixture(scope="session")
+def kernels(configs: frozenset[Config]) -> ModuleType:
+    """The module of them: a process can have only one."""
+    wanted = simt_build.kernels_for((each.head_dim, each.kib) for each in configs)
+    return simt_kernels.kernels(*wanted, dtypes=frozenset(each.dtype for each in configs))
+
+
+@pytest.fixture
+def module(kernels: ModuleType, config: Config) -> Iterator[ModuleType]:
+    """It on a GPU that offers a block as much shared memory as a config's kernels are made for."""
+    kernels.pretend(shared_memory_bytes=config.kib * 1024)
+    yield kernels
+    kernels.configure()  # whoever comes next finds nothing left out
+    kernels.pretend()

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -16,12 +17,8 @@ from hypothesis import strategies as st
 
 import simt_build
 import simt_kernels
+from emulated import DTYPES, FAST, Config
 from longlora_ext.reference import s2attn_mask
-
-
-def module():
-    # Those of the fast tests of the kernels: a process has one such module.
-    return simt_kernels.kernels(*simt_build.kernels_for([(64, 163), (128, 99)]))
 
 
 @given(
@@ -33,7 +30,7 @@ def module():
     cuts=st.sets(st.integers(-29, 59)),
 )
 def test_the_formula_is_the_definition(
-    seqlen: int, before: int, half: int, shifted: bool, window: int, cuts: set[int]
+    kernels: ModuleType, seqlen: int, before: int, half: int, shifted: bool, window: int, cuts: set[int]
 ) -> None:
     """groups.h, which the CPU and the CUDA kernels are compiled with, says where a row's keys begin.
 
@@ -43,26 +40,26 @@ def test_the_formula_is_the_definition(
     starts = [max((before + cut for cut in cuts if before + cut <= i), default=-7) for i in tokens]
     doc_start, pattern = torch.tensor(starts), {"window": window, "seqlen_k": before + seqlen}
     mask = s2attn_mask(seqlen, 2 * half, shifted, doc_start, **pattern)
-    first = [module().first_key(i, d, 2 * half, shifted, window) for i, d in zip(tokens, starts, strict=True)]
+    first = [kernels.first_key(i, d, 2 * half, shifted, window) for i, d in zip(tokens, starts, strict=True)]
     assert first == mask.int().argmax(dim=-1).tolist()
     with_sink = s2attn_mask(seqlen, 2 * half, shifted, doc_start, sink=True, **pattern)
-    sinks = [module().sees_sink(*both) for both in zip(first, starts, strict=True)]
+    sinks = [kernels.sees_sink(*both) for both in zip(first, starts, strict=True)]
     assert sinks == (with_sink & ~mask).any(dim=-1).tolist()
     for key, d in zip(tokens, starts, strict=True):  # in whose document and group the rows that see it end
         end = next((i for i, start in zip(tokens, starts, strict=True) if start > key), before + seqlen)
-        end = min(end, module().last_row_end(key, d, 2 * half, shifted, window))
+        end = min(end, kernels.last_row_end(key, d, 2 * half, shifted, window))
         assert end == before + 1 + int(mask[:, key].nonzero().max())
 
 
-def test_an_old_gpu_is_told_what_to_use_instead() -> None:
+def test_an_old_gpu_is_told_what_to_use_instead(kernels: ModuleType) -> None:
     q = torch.randn(1, 64, 2, 64, dtype=torch.bfloat16)
-    module().pretend(7)
+    kernels.pretend(7)
     try:
         with pytest.raises(RuntimeError, match=r"7\.0, .* need 8\.0 .*attn_implementation='sdpa'"):
-            simt_kernels.forward(module(), q, q, q, 16)
+            simt_kernels.forward(kernels, q, q, q, 16)
     finally:
-        module().pretend()
-    assert simt_kernels.forward(module(), q, q, q, 16)[0].isfinite().all()
+        kernels.pretend()
+    assert simt_kernels.forward(kernels, q, q, q, 16)[0].isfinite().all()
 
 
 A100, RTX_3090 = 163 * 1024, 99 * 1024  # bytes of shared memory that it offers a block
@@ -74,28 +71,28 @@ BACKWARD = {64: (162.5, 97.25), 128: (161.25, 96.375), 256: (144.75, 68.375)}
 
 
 @pytest.fixture
-def pretend() -> Iterator[Callable[..., None]]:
+def pretend(kernels: ModuleType) -> Iterator[Callable[..., None]]:
     """What the host code finds, until the test ends."""
-    module().configure()
-    yield module().pretend
-    module().pretend()
+    kernels.configure()
+    yield kernels.pretend
+    kernels.pretend()
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_both_classes_of_gpus_run_every_head_dim_in_both_directions(
-    head_dim: int, backward: bool, pretend: Callable[..., None]
+    head_dim: int, backward: bool, kernels: ModuleType, pretend: Callable[..., None]
 ) -> None:
     for shared_memory_bytes in (A100, RTX_3090, 228 * 1024):
         pretend(shared_memory_bytes=shared_memory_bytes)
         for narrower in (head_dim, head_dim - 8):  # goes into the same kernel
-            assert module().why_unsupported(-1, narrower, backward) == ""
+            assert kernels.why_unsupported(-1, narrower, backward) == ""
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_a_gpu_with_too_little_shared_memory_is_told_so_before_anything_runs(
-    head_dim: int, backward: bool, pretend: Callable[..., None]
+    head_dim: int, backward: bool, kernels: ModuleType, pretend: Callable[..., None]
 ) -> None:
     """There is none of compute capability 8.0 so far: the smaller tiles' limits are what this shows."""
     direction, needed = (
@@ -103,50 +100,55 @@ def test_a_gpu_with_too_little_shared_memory_is_told_so_before_anything_runs(
         int((BACKWARD if backward else FORWARD)[head_dim][1] * 1024),
     )
     pretend(shared_memory_bytes=needed)
-    assert module().why_unsupported(-1, head_dim, backward) == ""
+    assert kernels.why_unsupported(-1, head_dim, backward) == ""
     pretend(shared_memory_bytes=needed - 1)
-    assert module().why_unsupported(3, head_dim, backward) == (
+    assert kernels.why_unsupported(3, head_dim, backward) == (
         f"the {direction} at head_dim {head_dim} needs {needed} bytes of shared memory, but GPU 3 offers "
         f"{needed - 1} to a block; use attn_implementation='sdpa'"
     )
 
 
-def test_the_kernels_throw_what_is_answered_beforehand(pretend: Callable[..., None]) -> None:
+def test_the_kernels_throw_what_is_answered_beforehand(kernels: ModuleType, pretend: Callable[..., None]) -> None:
     q = torch.randn(1, 64, 2, 64, dtype=torch.bfloat16)
-    out, lse = simt_kernels.forward(module(), q, q, q, 16)
+    out, lse = simt_kernels.forward(kernels, q, q, q, 16)
     pretend(shared_memory_bytes=64 * 1024)
-    assert torch.equal(simt_kernels.forward(module(), q, q, q, 16)[0], out)  # the forward fits
-    module().configure()
+    assert torch.equal(simt_kernels.forward(kernels, q, q, q, 16)[0], out)  # the forward fits
+    kernels.configure()
     with pytest.raises(RuntimeError) as caught:
-        simt_kernels.backward(module(), q, q, q, q, out, lse, 16)
-    assert str(caught.value) == "s2attn: " + module().why_unsupported(-1, 64, True)
-    assert module().counters()["blocks"] == 0
+        simt_kernels.backward(kernels, q, q, q, q, out, lse, 16)
+    assert str(caught.value) == "s2attn: " + kernels.why_unsupported(-1, 64, True)
+    assert kernels.counters()["blocks"] == 0
 
 
-def test_a_gpu_takes_the_tiles_that_are_made_for_it(pretend: Callable[..., None]) -> None:
-    """Those for 163 KiB where they fit, and otherwise those for 99."""
-    for head_dim, made_for in ((64, 163), (128, 99)):  # what this module has
-        q = torch.randn(1, 64, 2, head_dim, dtype=torch.bfloat16 if head_dim == 64 else torch.float16)
+def test_a_gpu_takes_the_tiles_that_are_made_for_it(
+    configs: frozenset[Config], kernels: ModuleType, pretend: Callable[..., None]
+) -> None:
+    """Those for 163 KiB where they fit, and otherwise those for 99: it shows by those that are not in this module."""
+    sizes = {(config.head_dim, config.kib) for config in configs}
+    for dtype, head_dim, _ in FAST:
+        q = torch.randn(1, 64, 2, head_dim, dtype=DTYPES[dtype])
         for shared_memory_bytes, kib in ((A100, 163), (A100 - 1, 99), (RTX_3090, 99), (228 * 1024, 163)):
             out, lse = torch.zeros_like(q), torch.full((1, 2, 64), 50.0)
             pretend(shared_memory_bytes=shared_memory_bytes)
-            if kib == made_for:
-                assert simt_kernels.backward(module(), q, q, q, q, out, lse, 16)[0].isfinite().all()
+            if (head_dim, kib) in sizes:
+                assert simt_kernels.backward(kernels, q, q, q, q, out, lse, 16)[0].isfinite().all()
             else:
                 with pytest.raises(RuntimeError, match="not among the kernels of this build"):
-                    simt_kernels.backward(module(), q, q, q, q, out, lse, 16)
+                    simt_kernels.backward(kernels, q, q, q, q, out, lse, 16)
 
 
 @pytest.mark.parametrize(("head_dim", "rows"), [(64, (128, 64)), (128, (64, 32)), (256, (64, 32))])
-def test_scratch_is_that_of_the_tiles(head_dim: int, rows: tuple[int, int], pretend: Callable[..., None]) -> None:
+def test_scratch_is_that_of_the_tiles(
+    head_dim: int, rows: tuple[int, int], kernels: ModuleType, pretend: Callable[..., None]
+) -> None:
     q = torch.empty(2, 130, 4, head_dim)
-    described = simt_kernels.problem(module(), q, q, 16, None, None, None, True, None)
+    described = simt_kernels.problem(kernels, q, q, 16, None, None, None, True, None)
     for shared_memory_bytes, rows_of_tile in zip((A100, RTX_3090), rows, strict=True):
         pretend(shared_memory_bytes=shared_memory_bytes)
         tiles = 2 * 4 * -(-130 // rows_of_tile)
-        assert module().dq_scratch_floats(described, False) == tiles * rows_of_tile * head_dim
-        assert module().dq_scratch_floats(described, True) == 0
-        assert module().sink_sums_floats(described) == tiles * 2 * head_dim
+        assert kernels.dq_scratch_floats(described, False) == tiles * rows_of_tile * head_dim
+        assert kernels.dq_scratch_floats(described, True) == 0
+        assert kernels.sink_sums_floats(described) == tiles * 2 * head_dim
 
 
 @pytest.mark.parametrize(
@@ -170,16 +172,16 @@ def test_a_tile_that_cannot_be_does_not_compile(right: str, wrong: str, says: st
     assert (says in errors and "static assertion failed" in errors) if says else not errors
 
 
-def test_a_grid_has_a_largest_size() -> None:
+def test_a_grid_has_a_largest_size(kernels: ModuleType) -> None:
     """Sequences of one token, of which a block each is a tile: no fewer bytes could ask for so many."""
     for batch, heads in ((2**16, 2**15 - 1), (2**16, 2**15)):
         q = torch.empty(8).expand(batch, 1, heads, 8)
-        described = simt_kernels.problem(module(), q, q, 2, None, heads, None, False, None)
+        described = simt_kernels.problem(kernels, q, q, 2, None, heads, None, False, None)
         if batch * heads < 2**31:
-            assert module().blocks(described, 64) == batch * heads
+            assert kernels.blocks(described, 64) == batch * heads
         else:
             with pytest.raises(RuntimeError, match=r"s2attn: batch \* heads .* 2147483648 blocks.* 2147483647$"):
-                module().blocks(described, 64)
+                kernels.blocks(described, 64)
 
 
 @pytest.mark.parametrize(
@@ -192,14 +194,14 @@ def test_a_grid_has_a_largest_size() -> None:
     ],
     ids=["memory", "old driver", "PTX of a newer nvcc", "no code"],
 )
-def test_errors_of_the_runtime_say_what_to_do(error: int, advice: str) -> None:
+def test_errors_of_the_runtime_say_what_to_do(kernels: ModuleType, error: int, advice: str) -> None:
     q = torch.randn(1, 64, 2, 64, dtype=torch.bfloat16)
-    module().pretend(error=error)
+    kernels.pretend(error=error)
     try:
         with pytest.raises(RuntimeError, match=f"^s2attn: asking for the current GPU: CUDA's own words{advice}"):
-            simt_kernels.forward(module(), q, q, q, 16)
+            simt_kernels.forward(kernels, q, q, q, 16)
     finally:
-        module().pretend()
+        kernels.pretend()
 
 
 @given(
@@ -212,13 +214,13 @@ def test_errors_of_the_runtime_say_what_to_do(error: int, advice: str) -> None:
 )
 @example(seqlen=600, half=128, batch=50, heads=16, first_shifted_head=8, bytes_per_row=1 << 15)  # in sections
 def test_each_tile_has_one_block(
-    seqlen: int, half: int, batch: int, heads: int, first_shifted_head: int, bytes_per_row: int
+    kernels: ModuleType, seqlen: int, half: int, batch: int, heads: int, first_shifted_head: int, bytes_per_row: int
 ) -> None:
     """And where no head is shifted, no block is idle but for a ragged last group."""
     rows, first_shifted_head = 64, min(first_shifted_head, heads)
     q = torch.empty(batch, seqlen, heads, 8)
-    described = simt_kernels.problem(module(), q, q, 2 * half, None, first_shifted_head, None, False, None)
-    turns = module().turns(described, rows, bytes_per_row)
+    described = simt_kernels.problem(kernels, q, q, 2 * half, None, first_shifted_head, None, False, None)
+    turns = kernels.turns(described, rows, bytes_per_row)
     tiles = -(-seqlen // rows)
     assert sorted(turn for turn in turns if turn[2] >= 0) == list(product(range(batch), range(heads), range(tiles)))
     if first_shifted_head == heads:
@@ -230,16 +232,16 @@ def test_each_tile_has_one_block(
     ("l2_bytes", "pairs_of_a_section"), [(40 << 20, 20), (L2_OF_RTX_3090, 3), (1 << 20, 1), (60 << 20, 20)]
 )
 def test_blocks_go_by_section_then_from_the_longest(
-    l2_bytes: int, pairs_of_a_section: int, pretend: Callable[..., None]
+    l2_bytes: int, pairs_of_a_section: int, kernels: ModuleType, pretend: Callable[..., None]
 ) -> None:
     """Neighbours share what fits into L2, of which no more than an A100's counts; but at the end, long blocks are not
     left to a few multiprocessors."""
     batch, heads, group, rows = 100, 16, 4, 64
     q = torch.empty(batch, group * rows, heads, 8)
-    described = simt_kernels.problem(module(), q, q, group * rows, None, heads, None, False, None)
+    described = simt_kernels.problem(kernels, q, q, group * rows, None, heads, None, False, None)
     bytes_per_row = (20 << 20) // (group * rows * 20)  # so that 20 pairs fit into half of an A100's L2
     pretend(l2_bytes=l2_bytes)
-    turns = module().turns(described, rows, bytes_per_row)
+    turns = kernels.turns(described, rows, bytes_per_row)
     blocks = group * pairs_of_a_section
     for section in (turns[:blocks], turns[blocks : 2 * blocks]):
         assert len({turn[:2] for turn in section}) == pairs_of_a_section
