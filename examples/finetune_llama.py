@@ -31,6 +31,7 @@ from app.training.report import banner, results
 from app.training.result import save_result
 from app.training.retrieval_guard import make_guard
 from app.training.run_settings import settings
+from app.training.steps import fit_to_steps, steps_of
 from app.training.trainer import make_trainer
 from longlora_ext._processes import wait_for_all
 from longlora_ext.config import context_length
@@ -58,7 +59,8 @@ def main(argv: Sequence[str]) -> None:
     with one_clear_error():
         data = read_data(text, tokenizer, base_config, config, run, args.seed)
         check_training(args, data, options)
-        run.settle(data.settings)
+        steps = steps_of(args, len(data.rows), options.sequence_parallel_size)
+        run.settle(data.settings | fit_to_steps(args, steps))
         check_versions(earlier)
         guard = make_guard(options, tokenizer, base_config, run)
         run.begin(describe(argv, options, text, args, config, run))
@@ -70,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
     trainer = make_trainer(model, data, options, args, run, measurement, guard, tail)
     with one_clear_error(f"{model_option}--rows {text.rows}: "):
         check_documents(model, args, packed=text.rows == "packed")
-    say(banner(options, args, base_config, model, data, run))
+    say(banner(options, args, steps, base_config, model, data, run))
     with writing_to(run.folder):
         trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
         result = save_result(run, model, trainer, tokenizer, options, measurement, guard, tail, title=name)

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainingArguments
 import finetune_runs
 import merge_adapter
 from app.runs.checkpoints import complete_checkpoints
-from app.training.trainer import steps_of
+from app.training.steps import steps_of
 from finetune_runs import environment, losses, run, small_run
 from patience import patience, wait_until
 from same_run import assert_same_run

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, TrainingArguments
+from safetensors.torch import load_file
+from transformers import LlamaConfig
 
 from app.training import arguments, report
 from app.training.context import new_context
-from app.training.options import DataOptions, ModelOptions
+from app.training.options import DataOptions, ModelOptions, TrainingOptions
 from app.training.recipe import CHECKPOINTING, TINY_RECIPE
-from finetune_runs import ROOT
+from app.training.run_settings import settings
+from app.training.steps import fit_to_steps, left_open
+from finetune_runs import ROOT, run
 
 
-def parsed(*words: str) -> tuple[ModelOptions, DataOptions, TrainingArguments]:
+def parsed(*words: str) -> tuple[ModelOptions, DataOptions, TrainingOptions]:
     return arguments.parse(["--output_dir", "out", *words])
 
 
@@ -72,13 +77,57 @@ def test_fewer_steps_than_the_paper_s_go_further_in_each(steps: int, rate: float
     own = ("--model_name_or_path", "some/model", "--max_steps", str(steps))
     _, _, args = parsed(*own)
     assert (args.learning_rate, args.warmup_steps) == (pytest.approx(rate), warmup)
-    assert ("in each" in report.rate(args, 1)) == (steps < 1000)
+    assert ("in each" in report.rate(args, steps, 1)) == (steps < 1000)
     _, _, args = parsed(*own, "--learning_rate", "3e-5", "--warmup_steps", "5")
     assert (args.learning_rate, args.warmup_steps) == (3e-5, 5)
     for others in (["--recipe", "paper"], ["--full_finetune"], ["--task", "sft", "--train_file", "x.jsonl"]):
         _, _, args = parsed(*own, *others)
-        assert (args.learning_rate, args.warmup_steps) == (2e-5, 20)
+        assert (args.learning_rate, args.warmup_steps) == (2e-5, warmup)
     assert parsed("--max_steps", str(steps))[2].learning_rate == TINY_RECIPE["learning_rate"]
+
+
+@pytest.mark.parametrize(
+    ("given", "open_"),
+    [
+        ("", {"learning_rate", "warmup_steps"}),
+        ("--learning_rate 3e-5", {"warmup_steps"}),
+        ("--warmup-steps=5", {"learning_rate"}),
+        ("--max_steps 9", set()),
+        ("--recipe paper", {"warmup_steps"}),
+        ("--full_finetune", {"warmup_steps"}),
+        ("--task sft --train_file x.jsonl", {"warmup_steps"}),
+    ],
+)
+def test_passes_over_the_text_get_what_as_many_steps_get(given: str, open_: set[str]) -> None:
+    """Once they are counted: until then, neither rate nor warmup is a setting of the run."""
+    options, _, args = parsed("--model_name_or_path", "some/model", "--num_train_epochs", "2", *given.split())
+    before = args.to_dict()
+    assert {*args.by_steps} == open_ and not open_ & settings(options, args).keys()
+    assert fit_to_steps(args, 16) == {name: {"learning_rate": 2e-4, "warmup_steps": 2}[name] for name in open_}
+    changed = {name for name, value in args.to_dict().items() if value != before[name]}
+    assert changed == open_ and settings(options, args).keys() >= {"weight_decay"}
+    assert not parsed("--num_train_epochs", "2")[2].by_steps  # the tiny Llama has rates of its own
+
+
+@pytest.mark.parametrize(
+    ("config", "open_"), [("optimizer", ["warmup_steps"]), ("fp16", ["learning_rate", "warmup_steps"])]
+)
+def test_the_rate_that_deepspeed_was_told_stays(config: str, open_: list[str]) -> None:
+    args: Any = SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config={config: {}}))
+    assert [*left_open(("learning_rate", "warmup_steps"), [], args)] == open_
+
+
+def test_a_pass_of_one_step_trains(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    """It goes no further than its warmup where that is of 20 steps; and it can be resumed."""
+    model, text = inputs
+    words = ["--model_name_or_path", str(model), "--train_file", str(text), "--num_train_epochs", "1"]
+    words += ["--eval_tokens", "0", "--save_steps", "1", "--output_dir", str(tmp_path / "out")]
+    for further in ([], ["--resume_from_checkpoint", "latest"]):
+        done = run(*words, *further)
+        assert done.returncode == 0, done.stderr
+        assert "1 step (1 x the text), 64 sequences in each, learning rate 0.0002" in done.stdout
+    adapter = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert all(weight.any() for name, weight in adapter.items() if "lora_B" in name)
 
 
 @pytest.mark.parametrize("name", ["activation", "gradient"])
@@ -158,10 +207,11 @@ def test_a_model_of_ones_own_is_scaled_by_yarn_or_as_it_is(
         ("--max_steps 16", False),
         ("--max_steps 16 --learning_rate 1e-4", False),
         ("--max_steps 1000", False),
-        ("--task sft --train_file x.jsonl", False),  # so many passes: the tokens are not known
+        ("--task sft --train_file x.jsonl", True),
+        ("--num_train_epochs 2 --learning_rate 2e-5", True),
     ],
 )
 def test_few_tokens_at_the_papers_learning_rate_are_said(given: str, warned: bool) -> None:
     _, _, args = parsed("--model_name_or_path", "some/model", *given.split())
-    said = report.rate(args, 64 * 8192)
+    said = report.rate(args, args.max_steps if args.max_steps > 0 else 16, 64 * 8192)
     assert said.startswith(f"learning rate {args.learning_rate:g}") and ("these are 8,388,608" in said) == warned

@@ -27,12 +27,13 @@ from app.training.recipe import (
     CHECKPOINTING_NAMES,
     GLOBAL_BATCH,
     HIGHEST_RATE,
-    RECIPE,
     accumulation,
+    by_steps,
     for_steps,
     recipe_of,
 )
 from app.training.refusals import check_options
+from app.training.steps import left_open
 
 DESCRIPTION = """\
 Extend the context of a Llama-like model with shifted short attention (LongLoRA).
@@ -109,7 +110,7 @@ def compute_dtype(args: TrainingArguments) -> torch.dtype:
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
-def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingArguments]:
+def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingOptions]:
     """Read the command line, on every process alike.
 
     Args:
@@ -159,8 +160,9 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingArgum
     if is_given(argv, "num_train_epochs") and not is_given(argv, "max_steps"):
         parser.set_defaults(max_steps=-1)
         options.max_steps = -1
-    if recipe is RECIPE and options.max_steps > 0 and not options.full_finetune:
-        parser.set_defaults(**for_steps(options.max_steps))
+    fitting = by_steps(recipe, options.full_finetune)
+    if options.max_steps > 0:
+        parser.set_defaults(**{name: for_steps(options.max_steps)[name] for name in fitting})
     if (named or options.recipe) and not is_given(argv, "gradient_accumulation_steps"):
         batch = options.per_device_train_batch_size * WORLD_SIZE // max(1, options.sequence_parallel_size)
         parser.set_defaults(gradient_accumulation_steps=accumulation(batch))
@@ -182,6 +184,8 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingArgum
         if options.fsdp:
             argv = [*argv, *_prepare_fsdp(parser, options)]
         model, data, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    if training.max_steps <= 0:
+        training.by_steps = left_open(fitting, argv, training)
     if training.fsdp:
         compute_in(training, compute_dtype(training))
     if training.n_gpu > 1:

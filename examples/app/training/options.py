@@ -120,10 +120,17 @@ class ModelOptions:
     )
 
 
+@dataclass
 class TrainingOptions(TrainingArguments):
-    """transformers' own, under a heading of their own."""
+    """transformers' own, under a heading of their own.
+
+    Attributes:
+        by_steps: Names of options whose defaults depend on the steps, where only the text will tell how many these are.
+    """
 
     _argument_group_name = "training (transformers' TrainingArguments)"
+
+    by_steps: tuple[str, ...] = field(default=(), init=False)
 
 
 @dataclass

@@ -48,6 +48,13 @@ def for_steps(steps: int) -> dict[str, Any]:
     return {"learning_rate": min(HIGHEST_RATE, rate), "warmup_steps": min(RECIPE["warmup_steps"], steps // 8)}
 
 
+def by_steps(recipe: dict[str, Any], full_finetune: bool) -> tuple[str, ...]:
+    """What of a recipe is as `for_steps` says."""
+    if recipe is TINY_RECIPE:
+        return ()
+    return ("learning_rate", "warmup_steps") if recipe is RECIPE and not full_finetune else ("warmup_steps",)
+
+
 def accumulation(at_once: int) -> int:
     """How many times `at_once` sequences make a step of `GLOBAL_BATCH`, or of the most below it."""
     return max(1, GLOBAL_BATCH // max(1, at_once))

@@ -30,6 +30,7 @@ FEW = 50_000_000
 def banner(
     options: ModelOptions,
     args: TrainingArguments,
+    steps: int,
     base_config: PreTrainedConfig,
     model: torch.nn.Module,
     data: TrainingData,
@@ -45,13 +46,11 @@ def banner(
     trained = "all weights" if options.full_finetune else f"LoRA r={options.lora_r}, embedding {norms}"
     shared = options.sequence_parallel_size
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * WORLD_SIZE // shared
-    steps = counted(args.max_steps, "step") if args.max_steps > 0 else f"{args.num_train_epochs:g} passes over the text"
+    counted_steps = counted(steps, "step") + ("" if args.max_steps > 0 else f" ({args.num_train_epochs:g} x the text)")
     dtype = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[compute_dtype(args)]
     tail = ""
     if options.dense_steps:
-        known = args.max_steps > 0 or options.dense_steps >= 1
-        dense = dense_count(options.dense_steps, args.max_steps)
-        tail = f"dense in the last {counted(dense, 'step') if known else format(options.dense_steps, '.0%')}, "
+        tail = f"dense in the last {counted(dense_count(options.dense_steps, steps), 'step')}, "
     sharding = "FSDP" if args.fsdp else "no DeepSpeed"
     if args.deepspeed_plugin:
         sharding = f"ZeRO-{args.deepspeed_plugin.zero_stage}"
@@ -64,7 +63,7 @@ def banner(
         **data.train.describe(data.rows),
         **data.choice.describe(data.train.noun),
         "held out": held_out(data),
-        "steps": f"{steps}, {counted(batch, 'sequence')} in each, {rate(args, batch * new)}",
+        "steps": f"{counted_steps}, {counted(batch, 'sequence')} in each, {rate(args, steps, batch * new)}",
         "processes": f"{WORLD_SIZE}, {sharding}{f', {shared} for each sequence' if shared > 1 else ''}",
         "output": f"{run.folder}{f', going on from {run.checkpoint.name}' if run.checkpoint else ''}",
     }
@@ -78,14 +77,14 @@ def held_out(data: TrainingData) -> str:
     return f"{whole} of {data.held_out.tokens:,} tokens" if data.held_out.tokens else "nothing"
 
 
-def rate(args: TrainingArguments, tokens_a_step: int) -> str:
+def rate(args: TrainingArguments, steps: int, tokens_a_step: int) -> str:
     """The learning rate: where it is that of a short run, why; where it is the paper's and the tokens are few, what is
     known of that."""
-    paper, tokens = RECIPE["learning_rate"], args.max_steps * tokens_a_step
+    paper, tokens = RECIPE["learning_rate"], steps * tokens_a_step
     said = f"learning rate {args.learning_rate:g}"
-    if 0 < args.max_steps < RECIPE["max_steps"] and args.learning_rate == for_steps(args.max_steps)["learning_rate"]:
+    if steps < RECIPE["max_steps"] and args.learning_rate == for_steps(steps)["learning_rate"]:
         return f"{said}:\nthe paper's {paper:g} is for {RECIPE['max_steps']:,} steps, and these go further in each"
-    if args.learning_rate == paper and 0 < tokens < FEW:
+    if args.learning_rate == paper and tokens < FEW:
         return (
             f"{said}, the paper's for half a billion tokens;\n"
             f"these are {tokens:,}: docs/extend.md says what --learning_rate 2e-4 and 5e-4 did with 262,144"

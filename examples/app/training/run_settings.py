@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from transformers import TrainingArguments
-
 from app.models.fingerprint import files_fingerprint
 from app.runs.launch import WORLD_SIZE
-from app.training.options import ModelOptions
+from app.training.options import ModelOptions, TrainingOptions
 
 #: Options of TrainingArguments that may differ, by name or by how the name begins: those for the length of a run, for
 #: what it says, saves and measures, and for how fast it is. Any other one counts, also one that is new in transformers.
@@ -24,10 +22,13 @@ MAY_DIFFER = (
 BUT = ("dataloader_drop_last",)
 
 
-def settings(options: ModelOptions, args: TrainingArguments) -> dict[str, Any]:
-    """All that the losses depend on, but for the text (`TrainingData.settings`)."""
+def settings(options: ModelOptions, args: TrainingOptions) -> dict[str, Any]:
+    """All that the losses depend on, but for the text (`TrainingData.settings`) and what that decides
+    (`steps.fit_to_steps`)."""
     arguments = {
-        name: value for name, value in args.to_dict().items() if name in BUT or not name.startswith(MAY_DIFFER)
+        name: value
+        for name, value in args.to_dict().items()
+        if (name in BUT or not name.startswith(MAY_DIFFER)) and name not in args.by_steps
     }
     zero = dict(args.deepspeed_plugin.deepspeed_config) if args.deepspeed_plugin else {}
     arguments["zero_stage"] = zero.pop("zero_optimization", {}).get("stage")  # the rest is about memory and speed

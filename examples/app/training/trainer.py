@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from app.runs.checkpoints import CompletionMarker, take_over_rotation
 from app.runs.run import Run
 from app.training.data import TrainingData
 from app.training.measure import Measurement
-from app.training.options import ModelOptions
+from app.training.options import ModelOptions, TrainingOptions
 from app.training.retrieval_guard import RetrievalGuard
 from app.training.shared_memory import KeepNoName
 from app.training.shared_sequences import trainer_of
+from app.training.steps import steps_of
 from app.training.stop_at_nan import StopAtNaN
 from longlora_ext.data import pad_rows
 
@@ -26,7 +26,7 @@ def make_trainer(
     model: PreTrainedModel | PeftModel,
     data: TrainingData,
     options: ModelOptions,
-    args: TrainingArguments,
+    args: TrainingOptions,
     run: Run,
     measurement: Measurement | None,
     guard: RetrievalGuard | None,
@@ -52,7 +52,7 @@ def make_trainer(
 
     marker = CompletionMarker(take_over_rotation(args), to_go_on)
     # Resumed at its end, a run would do one step too many. Of one sequence an epoch is one step: all are over then.
-    is_over = 0 < steps_of(args, len(data.rows), args.world_size // options.sequence_parallel_size) <= run.step
+    is_over = 0 < steps_of(args, len(data.rows), options.sequence_parallel_size) <= run.step
     return trainer_of(options)(
         model=model,
         args=args,
@@ -61,18 +61,3 @@ def make_trainer(
         data_collator=partial(pad_rows, pad_token_id=data.pad_token_id),
         callbacks=[KeepNoName(), StopAtNaN(), marker, *filter(None, (*further, measurement, guard))],
     )
-
-
-def steps_of(args: TrainingArguments, rows: int, at_once: int) -> int:
-    """The steps of a whole run, as the Trainer counts them.
-
-    Args:
-        args: The Trainer's arguments.
-        rows: Rows of its data.
-        at_once: How many processes, or groups of such that share a sequence, have rows of their own.
-    """
-    if args.max_steps > 0:
-        return args.max_steps
-    whole = math.floor if args.dataloader_drop_last else math.ceil
-    batches = whole(rows / (args.per_device_train_batch_size * at_once))
-    return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
