@@ -205,11 +205,10 @@ def extend_config(
     Returns:
         A config with changed `rope_parameters`, `max_position_embeddings` (the new
         context; for `"dynamic"` it stays, as transformers scales only beyond it), `s2attn_context_length` and
-        `s2attn_group_size`, and `s2attn_sink`, `s2attn_window` and `s2attn_dense_layers` where they are asked for.
-        Where layer types have RoPE parameters of their own, those of layers with a sliding window stay as they are, and
+        `s2attn_group_size`, and `s2attn_sink`, `s2attn_window` and `s2attn_dense_layers` where they are asked for (an
+        earlier extension's are not taken over). Where layer types have RoPE parameters of their own, those of layers with a sliding window stay as they are, and
         so does RoPE where these alone have positions (Cohere 2, EXAONE 4, Afmoe), unless `rope_parameters` are given.
-        Linear scaling is given
-        `original_max_position_embeddings` too, so that nobody has to ask whether `max_position_embeddings` is the
+        Linear scaling is given `original_max_position_embeddings` too, so that nobody has to ask whether `max_position_embeddings` is the
         length before or after it. A `head_dim` of `None` is filled in.
 
     Raises:
@@ -253,9 +252,14 @@ def set_pattern(
 ) -> None:
     """Set what S2-Attn shows a row beside its group, and which layers are dense. A config without gets no field.
 
+    What it has of an earlier extension goes, whether or not something else is asked.
+
     Raises:
         ValueError: `window` is not a positive integer, or there are no such layers.
     """
+    for name in (SINK, WINDOW, DENSE_LAYERS):
+        if hasattr(config, name):
+            delattr(config, name)
     if dense_layers is not None:
         config.s2attn_dense_layers = resolve_layers(dense_layers, config.num_hidden_layers)
     if sink:

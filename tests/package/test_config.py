@@ -170,6 +170,9 @@ def test_sink_and_window_are_fields_of_the_config_where_they_are_asked_for() -> 
     assert (config.s2attn_sink, config.s2attn_window, config.s2attn_group_size) == (True, 32, 512)
     plain = extend_config(base(), 256)
     assert not hasattr(plain, "s2attn_sink") and not hasattr(plain, "s2attn_window")
+    again = extend_config(extend_config(base(), 256, sink=True, window=32, dense_layers=1), 512, window=64)
+    assert again.s2attn_window == 64  # what was asked of the first extension and not of the second is gone
+    assert not hasattr(again, "s2attn_sink") and not hasattr(again, "s2attn_dense_layers")
     for wrong in (0, -1, 2.5, True):
         with pytest.raises(ValueError, match=f"window must be a positive integer, but it is {wrong}"):
             extend_config(base(), 256, window=wrong)
