@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
         steps = steps_of(args, len(data.rows), options.sequence_parallel_size)
         run.settle(data.settings | fit_to_steps(args, steps))
         check_versions(earlier)
-        guard = make_guard(options, tokenizer, base_config, run)
+        guard = make_guard(options, steps, tokenizer, base_config, config, run)
         run.begin(describe(argv, options, text, args, config, run))
     with one_clear_error(model_option):
         model = build_model(options, args, config, run, tokenizer, data.train.ends)

@@ -77,7 +77,7 @@ def test_the_manifest_says_what_made_the_folder(first: Path) -> None:
     made = manifest_of(first / "out")
     assert made["rope"]["rope_type"] == "dynamic" and made["rope"]["factor"] == 4
     assert made["attention"] == {
-        "training": "s2attn", "group_size": 32, "sink": True, "window": None, "shift": 16,
+        "training": "s2attn", "group_size": 32, "sink": True, "layers_with_sink": 2, "window": None, "shift": 16,
         "shifted_heads": [2, 3], "dense_layers": [], "dense_steps": 1.0,
         "evaluation": "dense",
     }  # fmt: skip

@@ -10,21 +10,42 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoTokenizer, TrainingArguments
+from transformers import AutoConfig, AutoTokenizer, MistralConfig, TrainingArguments
 
 import finetune_llama
 from app.training import retrieval_guard
 from app.training.arguments import parse
+from app.training.context import new_context
 from app.training.measure import AFTER, BEFORE
+from app.training.options import ModelOptions
 from app.training.recipe import RECIPE, SFT_RECIPE, TINY_RECIPE, recipe_of
-from app.training.retrieval_guard import RetrievalGuard
+from app.training.retrieval_guard import RetrievalGuard, advice
 from finetune_runs import ROOT, make_model, make_text, small_run
 
 TINY = str(ROOT / "examples" / "tiny_llama")
 
 
 def guard(folder: Path, before: dict[str, Any] | None = None) -> RetrievalGuard:
-    return RetrievalGuard(folder, AutoTokenizer.from_pretrained(TINY), AutoConfig.from_pretrained(TINY), before)
+    tokenizer, config = AutoTokenizer.from_pretrained(TINY), AutoConfig.from_pretrained(TINY)
+    return RetrievalGuard(folder, tokenizer, config, "let each token", before)
+
+
+@pytest.mark.parametrize(
+    ("options", "own_window", "ways"),
+    [
+        ({}, None, ["--sink", "--learning_rate", "more steps", "--dense_steps"]),
+        ({"sink": True}, None, ["--learning_rate", "more steps", "--dense_steps"]),
+        ({}, 64, ["--learning_rate", "more steps", "--dense_steps"]),
+        ({"dense_steps": 16}, None, ["--learning_rate", "more steps"]),
+        ({"dense_steps": 0.5, "dense_layers": "4"}, None, ["--learning_rate", "more steps"]),
+    ],
+)
+def test_what_a_run_does_already_is_no_advice(options: dict[str, Any], own_window: int | None, ways: list[str]) -> None:
+    asked = ModelOptions(context_length=512, **options)
+    base = MistralConfig(num_hidden_layers=4, max_position_embeddings=256, sliding_window=own_window)
+    said = advice(asked, 16, new_context(base, asked))
+    every = ["--sink", "--learning_rate", "more steps", "--dense_steps"]
+    assert [way for way in every if way in said] == ways and said.count(" or ") == 1
 
 
 def test_pass_keys_fill_the_model_s_own_context(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, DynamicCache, PreTrainedModel
+from transformers import AutoConfig, DynamicCache, MistralConfig, PreTrainedModel, Qwen3Config
 
 import longlora_ext.attention  # noqa: F401
 from longlora_ext import _dense
@@ -206,3 +206,16 @@ def test_the_program_s_options_reach_the_config(options: dict, context: int | No
     names = ("s2attn_group_size", "s2attn_sink", "s2attn_window")
     assert tuple(getattr(config, name, None) for name in names) == fields
     assert seen(config).startswith(words)
+
+
+def test_a_sink_that_the_model_s_own_windows_leave_out_is_not_claimed() -> None:
+    """Neither in all layers nor in some: what rows see there is tested above."""
+    from app.training.report import seen
+
+    mistral = MistralConfig(num_hidden_layers=3, sliding_window=16, s2attn_group_size=32, s2attn_sink=True)
+    assert seen(mistral).endswith("and the first token in 0 of 3 layers (the others have windows)")
+    mixed = Qwen3Config(num_hidden_layers=3, use_sliding_window=True, sliding_window=16, max_window_layers=2)
+    mixed.s2attn_group_size, mixed.s2attn_sink = 32, True
+    assert seen(mixed).endswith("and the first token in 2 of 3 layers (the others have windows)")
+    mixed.s2attn_sink = False
+    assert "first token" not in seen(mixed)

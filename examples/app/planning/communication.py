@@ -9,8 +9,9 @@ from functools import partial
 
 from transformers import PreTrainedConfig
 
+from app.models.windows import own_windows
 from app.planning.planner import Plan, PlannedRun, Way
-from app.planning.shared_sequences import layout_of, own_windows
+from app.planning.shared_sequences import layout_of
 from longlora_ext.config import context_length, kv_heads
 from longlora_ext.parallel._layout import Layout
 

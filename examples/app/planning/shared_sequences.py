@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
-from longlora_ext._mask import attention_window, s2attn_mask
+from longlora_ext._mask import s2attn_mask
 from longlora_ext._pattern import is_dense_layer, of_layer
 from longlora_ext.config import attention_mode, group_size, kv_heads
 from longlora_ext.parallel._exchange import Exchange
@@ -54,14 +54,6 @@ class Swap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *sent: torch.Tensor) -> torch.Tensor:
         return torch.empty_like(sent[0].contiguous())
-
-
-def own_windows(config: PreTrainedConfig) -> list[int | None]:
-    """Of each layer the sliding window that the model itself has there."""
-    types = getattr(config, "layer_types", None)
-    if not types:
-        return [attention_window(config)] * config.num_hidden_layers
-    return [config.sliding_window if "sliding" in kind else None for kind in types]
 
 
 def layout_of(

@@ -21,6 +21,9 @@ from longlora_ext._folders import remove_abandoned
 from longlora_ext._processes import on_first_process
 from longlora_ext.adapter._load import MADE_BASE
 
+#: What the runs of earlier versions did that had no name for it yet: all settings since 0.1.0, and its rows.
+NOT_NAMED = {"rows": "packed", "sink": False, "window": None, "dense_layers": None}
+
 
 @dataclass
 class Run:
@@ -93,11 +96,9 @@ class Run:
 
         def compare() -> None:
             recorded = self.marker.get("settings", {})
-            if recorded:  # before 0.1.0 was out, packed rows of a text were not named
-                recorded = {"rows": "packed", **recorded}
-            if others := differences(recorded, settings):
+            if recorded and (others := differences({**NOT_NAMED, **recorded}, settings)):
                 raise ValueError(f"{self.checkpoint} belongs to another run: {'; '.join(others)}")
-            if self.repeats and (others := differences(self.repeats["settings"], settings)):
+            if self.repeats and (others := differences({**NOT_NAMED, **self.repeats["settings"]}, settings)):
                 raise ValueError(
                     f"this is not the run that --from_manifest names: {'; '.join(others)}. It was: "
                     f"{self.repeats['command']}"

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig, TrainingArguments
 
+from app.models.windows import layers_with_sink
 from app.runs.command_line import EXAMPLES
 from app.runs.launch import WORLD_SIZE
 from app.runs.run import Run
@@ -18,7 +19,7 @@ from app.training.data import TrainingData
 from app.training.measure import Measurement
 from app.training.options import ModelOptions
 from app.training.recipe import RECIPE, for_steps
-from longlora_ext._pattern import dense_layers, in_words
+from longlora_ext._pattern import dense_layers, in_words, sink
 from longlora_ext.adapter._norms import norms_of
 from longlora_ext.config import context_length
 from longlora_ext.trainer import dense_count
@@ -99,7 +100,10 @@ def seen(config: PreTrainedConfig) -> str:
         groups = "one group of all tokens"
     if (window := getattr(config, "s2attn_window", None)) is not None:
         groups += f", in them a window of {window:,}"
-    groups += ", and the first token" if getattr(config, "s2attn_sink", None) else ""
+    if (layers := layers_with_sink(config)) == config.num_hidden_layers:
+        groups += ", and the first token"
+    elif sink(config):  # though all else is as asked
+        groups += f", and the first token in {layers} of {config.num_hidden_layers} layers (the others have windows)"
     return groups + (f", dense in layers {in_words(dense)}" if (dense := dense_layers(config)) else "")
 
 

@@ -23,12 +23,14 @@ from transformers import (
 
 from app.evaluation.answer_nats import answer_ids, answer_losses
 from app.evaluation.prompts import DEPTHS, passkey
+from app.models.windows import own_windows
 from app.runs.json_files import write_json
 from app.runs.launch import say
 from app.runs.run import Run
 from app.training.before_training import AFTER, BEFORE, BeforeTraining
 from app.training.measure import Measurement
 from app.training.options import ModelOptions
+from longlora_ext._pattern import dense_layers, sink
 from longlora_ext._processes import is_first_process
 from longlora_ext.config import context_length
 
@@ -39,10 +41,17 @@ KNOWS = 1.5
 MAY_LOSE, MAY_MISS = 0.25, 1
 #: So many keys fewer, and retrieval is lost.
 LOST = 3
-ADVICE = (
-    "let each token see the first one (--sink), lower --learning_rate, take more steps (docs/extend.md: keys that were "
-    "lost after 16 were found after 32), or train densely (--dense_steps as many as the steps)"
-)
+
+
+def advice(options: ModelOptions, steps: int, config: PreTrainedConfig) -> str:
+    """What may help a run that loses retrieval, without what it does already or what its model's layers rule out."""
+    is_dense = options.dense_steps >= steps or len(dense_layers(config)) == config.num_hidden_layers
+    may_see = not is_dense and not sink(config) and None in own_windows(config)
+    ways = ["let each token see the first one (--sink)"] if may_see else []
+    more = "take more steps (docs/extend.md: keys that were lost after 16 were found after 32)"
+    ways += ["lower --learning_rate", more]
+    ways += [] if is_dense else ["train densely (--dense_steps as many as the steps)"]
+    return f"{', '.join(ways[:-1])}, or {ways[-1]}" if len(ways) > 2 else " or ".join(ways)
 
 
 class RetrievalGuard(BeforeTraining):
@@ -52,6 +61,7 @@ class RetrievalGuard(BeforeTraining):
         folder: The run's output folder.
         tokenizer: The model's.
         base_config: The config before the extension.
+        advice: What may help if retrieval is lost.
         before: The `record` of the run up to the checkpoint that this one goes on from, if it does.
 
     Attributes:
@@ -68,10 +78,12 @@ class RetrievalGuard(BeforeTraining):
         folder: Path,
         tokenizer: PreTrainedTokenizerBase,
         base_config: PreTrainedConfig,
+        advice: str,
         before: dict[str, Any] | None = None,
     ) -> None:
         self.file = folder / "retrieval.json"
         self.base_config = base_config
+        self.advice = advice
         self.length = context_length(base_config)
         self.questions = [self._question(tokenizer, depth) for depth in DEPTHS]
         self.record: dict[str, Any] = {"length": self.length, "depths": list(DEPTHS), **(before or {})}
@@ -121,7 +133,7 @@ class RetrievalGuard(BeforeTraining):
             return f"{head}. Retrieval has survived"
         gained = "Perplexity improved, but retrieval" if perplexity and _improved(perplexity) else "Retrieval"
         became = "did not survive" if missed >= LOST or not found_after else "has suffered"
-        return f"{head}. {gained} {became}. What may help: {ADVICE}"
+        return f"{head}. {gained} {became}. What may help: {self.advice}"
 
     def _median(self, row: str) -> tuple[float, int]:
         """The nats of the key in the middle, and how many were found."""
@@ -137,7 +149,12 @@ def _improved(perplexity: Measurement) -> bool:
 
 
 def make_guard(
-    options: ModelOptions, tokenizer: PreTrainedTokenizerBase, base_config: PreTrainedConfig, run: Run
+    options: ModelOptions,
+    steps: int,
+    tokenizer: PreTrainedTokenizerBase,
+    base_config: PreTrainedConfig,
+    config: PreTrainedConfig,
+    run: Run,
 ) -> RetrievalGuard | None:
     """The guard of a run that asks for one. It goes on with what the run's checkpoint has asked before.
 
@@ -146,4 +163,6 @@ def make_guard(
     """
     if not options.check_retrieval:
         return None
-    return RetrievalGuard(run.folder, tokenizer, base_config, run.marker.get("retrieval"))
+    return RetrievalGuard(
+        run.folder, tokenizer, base_config, advice(options, steps, config), run.marker.get("retrieval")
+    )
