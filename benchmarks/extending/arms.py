@@ -25,6 +25,7 @@ class Arm:
         dense: Dense attention in all steps.
         dense_steps: The share of the last steps that is dense.
         row_share: Tokens of a training row as a share of the context.
+        drawn_alone: Rows shorter than the context are drawn one by one, not as the parts of a row that others train on.
     """
 
     says: str
@@ -34,6 +35,7 @@ class Arm:
     dense: bool = False
     dense_steps: float = 0.0
     row_share: float = 1.0
+    drawn_alone: bool = False
 
     def config(self, base: PreTrainedConfig, context: int) -> PreTrainedConfig:
         """The config to build the model with."""
@@ -69,6 +71,9 @@ ARMS: dict[str, Arm] = {
         "S2-Attn and the first token, the last three layers dense", pattern={"sink": True, "dense_layers": 3}
     ),
     "short": Arm("dense attention in rows of N/8 tokens", dense=True, row_share=1 / 8),
+    "short-drawn-alone": Arm(
+        "dense attention in rows of N/8 tokens, each drawn by itself", dense=True, row_share=1 / 8, drawn_alone=True
+    ),
     "s2-ntk-sink": Arm("S2-Attn and the first token, a larger theta (ntk)", "ntk", pattern={"sink": True}),
     "s2-linear": Arm("S2-Attn and linear scaling, the paper's both", "linear", pattern={}),
 }

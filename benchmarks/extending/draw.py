@@ -14,7 +14,7 @@ from extending.show import losses_by_position, thousands
 
 Result = dict[str, Any]
 #: The arms that have curves, of which more could not be told apart. All are in the rows below them.
-CURVES = ("base", "yarn", "s2", "s2-sink", "short", "dense")
+CURVES = ("base", "yarn", "s2", "s2-sink", "short-drawn-alone", "short", "dense")
 #: In the order of the rows, in which neighbours are to be compared.
 COLOURS = {
     "base": "black",
@@ -29,7 +29,8 @@ COLOURS = {
     "s2-sink-dense-layers": "navy",
     "window8-sink": "tab:green",
     "window16-sink-dense-steps": "yellowgreen",
-    "short": "tab:purple",
+    "short-drawn-alone": "tab:purple",
+    "short": "orchid",
     "dense": "tab:red",
 }
 

@@ -7,7 +7,6 @@ import random
 import resource
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +66,21 @@ class StepTimes(TrainerCallback):
         write_json(self.path, self.seconds)
 
 
+class Together(torch.utils.data.Dataset[list[dict[str, torch.Tensor]]]):
+    """Rows that follow each other, so many in an item: as many items as rows of the whole context, and shuffled as they
+    are with the same seed."""
+
+    def __init__(self, rows: PackedSequences, count: int) -> None:
+        self.rows, self.count = rows, count
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.count)
+
+    def __getitem__(self, index: int) -> list[dict[str, torch.Tensor]]:
+        first = index * self.count
+        return [self.rows[i] for i in range(first, min(first + self.count, len(self.rows)))]
+
+
 def pretrained(folder: str, config: PreTrainedConfig) -> Any:
     """The model of a folder with an arm's config, in the dtype that the machine computes in."""
     return AutoModelForCausalLM.from_pretrained(
@@ -99,10 +113,11 @@ def train(
     random.Random(f"order {recipe.seed}").shuffle(documents)
     rows = PackedSequences(documents, int(recipe.context * arm.row_share), padding)
     in_a_step = round(1 / arm.row_share)
+    together = 1 if arm.drawn_alone else in_a_step
     args = TrainingArguments(
         output_dir=str(work),
         max_steps=recipe.steps,
-        per_device_train_batch_size=in_a_step,
+        per_device_train_batch_size=in_a_step // together,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=WARMUP,
@@ -124,8 +139,8 @@ def train(
     trainer = Trainer(
         model=model,
         args=args,
-        train_dataset=rows,
-        data_collator=partial(pad_rows, pad_token_id=padding),
+        train_dataset=Together(rows, together),
+        data_collator=lambda items: pad_rows([row for item in items for row in item], pad_token_id=padding),
         callbacks=[times, *tail],
     )
     if is_gpu:

@@ -26,6 +26,7 @@ from extending.material import HELD_OUT, Text, read_text
 from extending.results import add
 from extending.training import Recipe
 from finetune_runs import ROOT
+from longlora_ext.data import pad_rows
 from tiny_models import tiny_model, tokens
 
 TINY = str(ROOT / "examples" / "tiny_llama")
@@ -63,6 +64,27 @@ def test_arms_are_what_they_say() -> None:
     window = configs["window8-sink"]
     assert (window.s2attn_window, window.s2attn_group_size, window.s2attn_sink) == (CONTEXT // 8, 2 * CONTEXT, True)
     assert configs["dense"].s2attn_mode == "dense" and configs["s2-sink-dense-layers"].s2attn_dense_layers
+
+
+def test_short_rows_are_the_parts_of_the_rows_of_others(
+    text: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that both are trained on the same text in the same order, whatever the order."""
+    seen: dict[str, list[list[int]]] = {}
+    for name in ("s2", "short", "short-drawn-alone"):
+        seen[name] = batches = []
+
+        def note(rows: list[dict[str, torch.Tensor]], pad_token_id: int, into: list[list[int]] = batches) -> Any:
+            into.append([token for row in rows for token in row["input_ids"].tolist()])
+            return pad_rows(rows, pad_token_id)
+
+        monkeypatch.setattr(training, "pad_rows", note)
+        arm, recipe = ARMS[name], Recipe(CONTEXT, 3, 1e-3, 0, 9, "cpu")
+        config = arm.config(AutoConfig.from_pretrained(TINY), CONTEXT)
+        training.train(arm, TINY, config, text.train, 0, recipe, tmp_path / name)
+    whole, parts, others = seen.values()
+    assert [row[: len(part)] for row, part in zip(whole, parts, strict=True)] == parts  # the last row is less filled up
+    assert sum(map(len, parts)) > sum(map(len, whole)) - CONTEXT and parts != others and len(whole) >= 3
 
 
 def test_copying_finds_who_copies_and_who_does_not(text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
