@@ -57,7 +57,7 @@ ARMS: dict[str, Arm] = {
     "ntk": Arm("a larger theta alone (ntk)", rope_type="ntk", trained=False),
     "s2-sink": Arm("S2-Attn and the first token", pattern={"sink": True}),
     "dense": Arm("dense attention", dense=True),
-    "s2": Arm("S2-Attn as published", pattern={}),
+    "s2": Arm("S2-Attn without the first token", pattern={}),
     "window8-sink": Arm("window of N/8 and the first token", pattern={"window": 1 / 8, "sink": True}),
     "s2-sink-dense-steps": Arm(
         "S2-Attn and the first token, the last tenth of the steps dense", pattern={"sink": True}, dense_steps=0.1
