@@ -36,7 +36,8 @@ COLOURS = {
 
 
 def draw(content: dict[str, Any], path: Path) -> None:
-    """Curves of text by position, copying by distance and keys by depth, what training took, and a row for each arm."""
+    """A row for each arm; and in a file `_curves` text by position, copying by distance, keys by depth, what training
+    took."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -45,27 +46,25 @@ def draw(content: dict[str, Any], path: Path) -> None:
     setting = content["setting"]
     results = sorted(content["arms"], key=lambda result: list(COLOURS).index(result["arm"]))
     styles = Styles(results)
-    figure = pyplot.figure(figsize=(13, 16), layout="constrained")
-    figure.suptitle(
-        f"{setting['model']} extended to {setting['context']:,} tokens on {setting['text']}, "
-        "measured with dense attention"
-    )
-    halves: Any = figure.subfigures(2, 1, height_ratios=(1.8, 1.1))
-    above, below = halves
+    what = f"{setting['model']} extended to {setting['context']:,} tokens on {setting['text']}"
     rate = f", trained at {styles.rates[0]:g}" if styles.rates else ""
-    above.suptitle(f"Some arms{rate}: lower is better", weight="bold")
-    below.suptitle("All arms, a mark for each seed: further left is better", weight="bold")
-    (text, copies), (keys, costs) = above.subplots(2, 2)
+
+    curves, ((text, copies), (keys, costs)) = pyplot.subplots(2, 2, figsize=(13, 10), layout="constrained")
+    curves.suptitle(f"{what}; some arms{rate}: lower is better")
     draw_text(text, results, styles)
     draw_copies(copies, results, styles)
     draw_keys(keys, results, styles)
     draw_costs(costs, results, styles)
+
     columns = columns_of(results[0])
-    for axis, column in zip(below.subplots(1, len(columns), sharey=True), columns, strict=True):
+    rows, axes = pyplot.subplots(1, len(columns), sharey=True, figsize=(13, 6), layout="constrained")
+    rows.suptitle(f"{what}; a mark for each seed: further left is better")
+    for axis, column in zip(axes, columns, strict=True):
         draw_rows(axis, column, results, styles)
-    below.legend(handles=styles.key(), loc="outside lower center", ncols=5, frameon=False)
-    figure.savefig(path.with_suffix(".png"), dpi=110)
-    pyplot.close(figure)
+    for figure, name in ((curves, f"{path.stem}_curves.png"), (rows, f"{path.stem}.png")):
+        figure.legend(handles=styles.key(), loc="outside lower center", ncols=5, frameon=False)
+        figure.savefig(path.with_name(name), dpi=110)
+        pyplot.close(figure)
 
 
 class Styles:

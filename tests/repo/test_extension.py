@@ -245,7 +245,7 @@ def test_results_are_shown(text: Text, tmp_path: Path) -> None:
     ]  # fmt: skip
     assert "ppl 0-128" in shown[2] and "copy 896" in shown[2]
     assert [line.count("±") for line in shown[4:]] == [3, 0, 3]
-    assert matplotlib.image.imread(tmp_path / "r.png").ndim == 3
+    assert all(matplotlib.image.imread(tmp_path / name).ndim == 3 for name in ("r.png", "r_curves.png"))
     made = json.loads((tmp_path / "r.json").read_text())["arms"][0]["made"]
     assert made["torch"] == torch.__version__ and made["date"] and made["commit"] and made["device"]
     with pytest.raises(ValueError, match="holds another experiment"):
