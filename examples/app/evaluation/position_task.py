@@ -48,8 +48,6 @@ class PositionTask(PerplexityTask):
             for number, document in enumerate(self.documents)
             for begin in range(0, len(document) - length + 1, length)
         }
-        if not windows:
-            raise ValueError(f"no document has {length:,} tokens, and --by_position reads whole windows")
         self.cells = {cell: [window] for cell, window in windows.items()}
 
     def compute(self, cell: str, progress: Callable[[int], object]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from longlora_ext._pattern import dense_layers
+from longlora_ext._pattern import DENSE_LAYERS, dense_layers
 
 
 @dataclass(frozen=True)
@@ -119,10 +119,10 @@ def keep_layers(model: Any, chosen: Sequence[int]) -> None:
 
 
 def _by_layer(config: PreTrainedConfig) -> dict[str, list[Any]]:
-    """Fields with an entry for each layer."""
+    """Fields with an entry for each layer. The list of dense ones is none: layers keep the numbers that it has."""
     layers = config.num_hidden_layers
     return {
         name: list(value)
         for name, value in vars(config).items()
-        if "layer" in name and isinstance(value, list | tuple) and len(value) == layers
+        if "layer" in name and name != DENSE_LAYERS and isinstance(value, list | tuple) and len(value) == layers
     }
