@@ -203,13 +203,13 @@ def extend_config(
         dense_layers: Layers that attend densely in training too: how many of the last ones, or their indices.
 
     Returns:
-        A config with changed `rope_parameters`, `max_position_embeddings` (the new
-        context; for `"dynamic"` it stays, as transformers scales only beyond it), `s2attn_context_length` and
-        `s2attn_group_size`, and `s2attn_sink`, `s2attn_window` and `s2attn_dense_layers` where they are asked for (an
-        earlier extension's are not taken over). Where layer types have RoPE parameters of their own, those of layers with a sliding window stay as they are, and
+        A config with changed `rope_parameters`, `max_position_embeddings` (the new context; for `"dynamic"` it stays,
+        as transformers scales only beyond it), `s2attn_context_length` and `s2attn_group_size`, and `s2attn_sink`,
+        `s2attn_window` and `s2attn_dense_layers` where they are asked for (an earlier extension's are not taken over).
+        Where layer types have RoPE parameters of their own, those of layers with a sliding window stay as they are, and
         so does RoPE where these alone have positions (Cohere 2, EXAONE 4, Afmoe), unless `rope_parameters` are given.
-        Linear scaling is given `original_max_position_embeddings` too, so that nobody has to ask whether `max_position_embeddings` is the
-        length before or after it. A `head_dim` of `None` is filled in.
+        Linear scaling is given `original_max_position_embeddings` too, so that nobody has to ask whether
+        `max_position_embeddings` is the length before or after it. A `head_dim` of `None` is filled in.
 
     Raises:
         ValueError: An argument is out of its range, or the config's RoPE cannot be extended as asked.

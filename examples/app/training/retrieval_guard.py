@@ -37,7 +37,8 @@ from longlora_ext.config import context_length
 #: A digit that is guessed costs ln 10 = 2.3 nats. A model at more than this has not found it.
 KNOWS = 1.5
 #: What a run that kept retrieval may cost: nats per token of the key in the middle, and keys of the eight. Two seeds of
-#: the recipe that kept it (docs/extend.md) cost 0.15 and 0.20, and none; without the first token it was 0.31 to 0.44, and 3 or 4.
+#: the recipe that kept it (docs/extend.md) cost 0.15 and 0.20, and none; without the first token it was 0.31 to 0.44,
+#: and 3 or 4.
 MAY_LOSE, MAY_MISS = 0.25, 1
 #: So many keys fewer, and retrieval is lost.
 LOST = 3
