@@ -74,7 +74,7 @@ def perplexities(folder: Path, config: Any) -> BeforeTraining:
 
 
 def pass_keys(folder: Path, config: Any) -> BeforeTraining:
-    return RetrievalGuard(folder, AutoTokenizer.from_pretrained(ROOT / "examples" / "tiny_llama"), config)
+    return RetrievalGuard(folder, AutoTokenizer.from_pretrained(ROOT / "examples" / "tiny_llama"), config, "")
 
 
 @pytest.mark.parametrize("make", [perplexities, pass_keys])
