@@ -60,6 +60,7 @@ def main(argv: Sequence[str]) -> None:
         data = read_data(text, tokenizer, base_config, config, run, args.seed)
         check_training(args, data, options)
         steps = steps_of(args, len(data.rows), options.sequence_parallel_size)
+        run.check_steps(steps)
         run.settle(data.settings | fit_to_steps(args, steps))
         check_versions(earlier)
         guard = make_guard(options, steps, tokenizer, base_config, config, run)

@@ -47,6 +47,8 @@ def dense(
 ) -> tuple[torch.Tensor, None]:
     """Dense causal attention within each document: one group of all tokens, no head shifted."""
     heads, keys = query.shape[1], key.shape[2]
+    if documents is not None:  # of one that began before these keys, the group would end within them
+        documents = documents.clamp(min=0)
     return run_op(
         query, key, value, keys + keys % 2, documents, scaling, sinks, first_shifted_head=heads, window=window
     )

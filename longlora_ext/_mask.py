@@ -78,8 +78,9 @@ def s2attn_mask(
         Otherwise, and where the cache has room to spare, what `sdpa` gets: `None` or bool `[batch, 1, queries, keys]`.
 
     Raises:
-        ValueError: The mask holds other values than 0 and 1, or has holes, or padding under sequence parallelism, or
-            the model asks for anything but causal attention, full or in a sliding window.
+        ValueError: The mask holds other values than 0 and 1, or has holes, or padding under sequence parallelism or
+            beside the cache of a window in S2-Attn, or the model asks for anything but causal attention, full or in a
+            sliding window.
     """
     window = None
     if local_size is not None and local_size < kv_length:
@@ -129,7 +130,12 @@ def s2attn_mask(
             "attn_implementation='s2attn' takes no attention_mask with padding under sequence parallelism, where it "
             "would not reach the attention: pack the documents, and tell them by position_ids"
         )
-    attention_mask = attention_mask[:, kwargs.get("kv_offset", 0) :][:, :kv_length]
+    if kwargs.get("kv_offset", 0):
+        raise ValueError(
+            "S2-Attn counts groups from a row's first token, which padding hides once the cache of a sliding window "
+            "has let go of it: take rows without padding, or set config.s2attn_mode='auto'"
+        )
+    attention_mask = attention_mask[:, :kv_length]
     start = doc_start_from_mask(attention_mask)
     return Told(torch.where(attention_mask.bool(), start, ~start), True, window).as_tensor(batch_size, device)
 

@@ -36,12 +36,26 @@ def window(config: PreTrainedConfig) -> int | None:
     return None if value is None else check_window("config.s2attn_window", value)
 
 
-def of_layer(config: PreTrainedConfig, own_window: int | None) -> dict[str, Any]:
-    """`window` and `sink` of S2-Attn in a layer with this sliding window of its own, or without.
+def of_layer(config: PreTrainedConfig, own_window: int | None, keys: int) -> dict[str, Any]:
+    """`window` and `sink` of S2-Attn in a layer with this sliding window of its own, or without, over so many keys.
 
-    The narrower of two windows counts. A layer's own window never showed the first token, so it does not now.
+    The narrower of two windows counts. A layer's own window never showed the first token, so it does not now, however
+    short the row is: what a document sees does not depend on the others in its row.
     """
-    return {"window": smaller(own_window, window(config)), "sink": own_window is None and sink(config)}
+    return {"window": smaller(clipped(own_window, keys), window(config)), "sink": own_window is None and sink(config)}
+
+
+def window_of_layer(module: Any) -> int | None:
+    """The window that the config gives a layer. Some models tell their attention of it by the mask alone, and by none
+    where a row is shorter."""
+    types, index = getattr(module.config, "layer_types", None), getattr(module, "layer_idx", None)
+    slides = types and index is not None and index < len(types) and types[index] == "sliding_attention"
+    return module.config.sliding_window if slides else None
+
+
+def clipped(own_window: int | None, keys: int) -> int | None:
+    """A layer's own window where it hides any of so many keys, and otherwise none."""
+    return own_window if own_window is not None and own_window < keys else None
 
 
 def dense_layers(config: PreTrainedConfig) -> list[int]:

@@ -116,8 +116,8 @@ def s2attn_forward(
         return sdpa(module, query, key, value, attention_mask, scaling, kwargs.get("s_aux"))
 
     told = own_mask(attention_mask, query, key)
-    window = _pattern.smaller(told.window, kwargs.get("sliding_window"))
-    told = told._replace(window=window if window is not None and window < keys else None)
+    window = _pattern.smaller(told.window, kwargs.get("sliding_window", _pattern.window_of_layer(module)))
+    told = told._replace(window=_pattern.clipped(window, keys))
     documents = _documents(position_ids, kwargs, query, keys)
     if not (wants_s2 or module.training):
         return dense_eval(module, query, key, value, told, documents, scaling, kwargs.get("s_aux"))
@@ -135,7 +135,7 @@ def s2attn_forward(
         scaling,
         kwargs.get("s_aux"),
         first_shifted_head=first_shifted_head(config.num_attention_heads, query.shape[1]),
-        **_pattern.of_layer(config, told.window),
+        **_pattern.of_layer(config, window, keys),
     )
 
 

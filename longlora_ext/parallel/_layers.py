@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from transformers import PreTrainedConfig
 
 import longlora_ext.ops  # noqa: F401  (loads the operator)
 from longlora_ext import _pattern
 from longlora_ext._kernels import why_unsupported
 from longlora_ext._mask import attention_window, own_mask
-from longlora_ext.config import group_size
+from longlora_ext.config import group_size, rope_type_of
 from longlora_ext.parallel._halo import halo_s2attn
 from longlora_ext.parallel._ulysses import ulysses_s2attn, why_not_ulysses
 
@@ -91,6 +92,8 @@ def attend(
             f"{type(module).__name__} shares its sequences, and learns of documents and padding by position_ids alone: "
             "pass these, and neither cu_seq_lens_q nor a mask with padding"
         )
+    if shared.ranks > 1:
+        check_rope(config)
     if query.shape[2] != key.shape[2]:
         raise ValueError("processes that share a sequence have no KV cache: pass use_cache=False")
     if attention_window(config) is not None and "sliding_window" not in kwargs:
@@ -101,16 +104,24 @@ def attend(
     shared.layers += 1
     heads, seqlen = query.shape[1], query.shape[2] * shared.ranks
     window = _pattern.smaller(told.window, kwargs.get("sliding_window"))
-    window = window if window is not None and window < seqlen else None
-    pattern: dict[str, Any] = {"first_shifted_head": heads, "window": window}
+    pattern: dict[str, Any] = {"first_shifted_head": heads, "window": _pattern.clipped(window, seqlen)}
     size = seqlen + seqlen % 2
     if s2:
         size = group_size(config)
-        pattern = {"first_shifted_head": heads // 2, **_pattern.of_layer(config, window)}
+        pattern = {"first_shifted_head": heads // 2, **_pattern.of_layer(config, window, seqlen)}
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    short = (s2 or window is not None) and why_unsupported(q.device, q.dtype, q.shape[3]) is None
+    short = (s2 or pattern["window"] is not None) and why_unsupported(q.device, q.dtype, q.shape[3]) is None
     call = halo_s2attn if by_halo(shared.by, heads, k.shape[2], shared.ranks, short) else ulysses_s2attn
     return call(q, k, v, size, position_ids, group=shared.group, scale=scaling, **pattern), None
+
+
+def check_rope(config: PreTrainedConfig) -> None:
+    """Raise `ValueError` if the model rotates by the length of a sequence."""
+    if (rope := rope_type_of(config)) in ("dynamic", "longrope"):
+        raise ValueError(
+            f"processes cannot share sequences with rope_type {rope!r}: it depends on a sequence's length, of which "
+            "each sees a part"
+        )
 
 
 def by_halo(by: str, heads: int, kv_heads: int, ranks: int, short: bool) -> bool:

@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig, Trainer, TrainingArguments
 
 import longlora_ext.attention  # noqa: F401  (registers attn_implementation="s2attn")
-from longlora_ext.config import kv_heads, rope_type_of
+from longlora_ext.config import kv_heads
 from longlora_ext.loss import IGNORED_LABEL
-from longlora_ext.parallel._layers import SequenceGroup
+from longlora_ext.parallel._layers import SequenceGroup, check_rope
 from longlora_ext.parallel._ulysses import why_not_ulysses
 
 __all__ = ["Cut", "SequenceParallelTrainer", "check_sequence_parallel"]
@@ -42,14 +42,9 @@ def check_sequence_parallel(config: PreTrainedConfig, sequence_parallel_size: in
         return
     heads: int = config.num_attention_heads
     groups = kv_heads(config)
-    rope = rope_type_of(config)
     if by == "ulysses" and (reason := why_not_ulysses(heads, groups, size)):
         raise ValueError(f"sequence_parallel_size {size} with by='ulysses': {reason}; by='halo' has no such limit")
-    if rope in ("dynamic", "longrope"):
-        raise ValueError(
-            f"sequence_parallel_size {size} is not for rope_type {rope!r}: it depends on a sequence's length, of which "
-            "each process sees a part"
-        )
+    check_rope(config)
 
 
 class SequenceParallelTrainer(Trainer):
@@ -85,6 +80,7 @@ class SequenceParallelTrainer(Trainer):
         self.same_place, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in zip(*groups, strict=True)])
         self.sequence_group = SequenceGroup(own, by)
         super().__init__(*args, **kwargs)
+        check_sequence_parallel(self.model.config.get_text_config(), size, by)
         self.data_collator = Cut(self.data_collator, dist.get_rank(own), size)
         if self.label_smoother is not None or not self.args.average_tokens_across_devices:
             raise ValueError(

@@ -61,7 +61,10 @@ from longlora_ext.parallel import check_sequence_parallel
         ("--train_file {character}", "there is nothing to learn from 1 tokens"),
         ("--train_file {text} --context_length 1000000000", "the context of 1,000,000,000 tokens is longer than"),
         ("--eval_tokens -1", "--eval_tokens must be 0 or more, got -1"),
-        ("--max_steps 0 --num_train_epochs 0", "nothing to train"),
+        ("--max_steps 0 --num_train_epochs 2", "--max_steps must be above 0, or -1 for as many as --num_train_epochs"),
+        ("--max_steps -1 --num_train_epochs 0", "nothing to train"),
+        ("--train_file {text} --eval_file {text}", "is named twice"),
+        ("--train_file some/dataset --eval_file some/dataset", "some/dataset is named twice"),
         (
             "--task sft",
             "--task sft needs --train_file with questions and answers; examples/data/questions.jsonl is one",
@@ -164,7 +167,7 @@ def test_4_bit_weights_neither_train_nor_are_cut_up(
     [
         ({}, 3, "ulysses", "by='ulysses': 3 ranks do not divide 4 query heads .*; by='halo' has no such limit"),
         ({"num_attention_heads": 6, "num_key_value_heads": 3}, 2, "ulysses", "6 query heads and 3 key and value heads"),
-        ({"rope_parameters": {"rope_type": "dynamic"}}, 2, "auto", "size 2 is not for rope_type 'dynamic'"),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, 2, "auto", "cannot share sequences with rope_type 'dynamic'"),
         ({}, 4, "ulysses", None),  # two key and value heads, each for two processes
         ({"num_attention_heads": 9}, 2, "auto", None),
         ({"num_attention_heads": 9}, 2, "halo", None),

@@ -114,6 +114,15 @@ def test_full_fine_tuning_goes_on(inputs: tuple[Path, Path], tmp_path: Path) -> 
     assert all((weights[0][name] - weights[1][name]).abs().max() <= 1e-4 for name in weights[0])
 
 
+def test_fewer_steps_than_are_done_are_an_error(undisturbed: Path, inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    """Before anything is written: the adapter of six steps is not called one of four."""
+    output = Path(shutil.copytree(undisturbed, tmp_path / "out"))
+    before = (output / "run.json").read_text()
+    done = run(*small_run(*inputs, output, steps=4), "--resume_from_checkpoint", "latest")
+    assert done.returncode == 2 and "checkpoint-6 is of step 6, and this run is to have 4: give more" in done.stderr
+    assert (output / "run.json").read_text() == before
+
+
 def test_a_run_killed_at_its_very_end_trains_no_further(
     undisturbed: Path, inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:

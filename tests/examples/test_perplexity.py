@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -218,6 +220,19 @@ def test_long_documents_are_measured_first_and_the_budget_kept() -> None:
     assert held_out.to_measure(0, longest=100)[0] == []
     (whole,) = tokenised([[1] * 900]).to_measure(800, longest=50)[0]  # of one there are no eight parts
     assert len(whole) == 800
+
+
+def test_the_new_context_is_measured_or_it_is_said_why_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By default, however long it is; where fewer tokens are asked for, not for want of a document."""
+    long = tokenised([[1] * 100_000])
+    data: Any = SimpleNamespace(held_out=long)
+    run: Any = SimpleNamespace(folder=tmp_path, marker={})
+    made = measure.make_measurement(data, None, CONFIG, extend_config(CONFIG, 90_000), run)
+    assert made is not None and made.record["tokens"] == 90_000 and not capsys.readouterr().out
+    assert measure.make_measurement(data, 65536, CONFIG, extend_config(CONFIG, 90_000), run) is not None
+    assert "context of 90,000 tokens is not put to the test: --eval_tokens is less" in capsys.readouterr().out
+    tokenised([[1] * 300]).to_measure(1000, longest=500)
+    assert "context of 500 tokens is not put to the test: no held-out document is so long" in capsys.readouterr().out
 
 
 def test_table_shows_the_rows_there_are(tmp_path: Path) -> None:

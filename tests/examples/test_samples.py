@@ -39,6 +39,11 @@ def samples(*lengths: int) -> Samples:
     return Samples(datasets.Dataset.from_dict(columns, features=FEATURES))
 
 
+def test_a_sample_that_is_too_long_to_measure_hides_no_others() -> None:
+    assert [len(ids) for ids in samples(90, 5, 7, 4).to_measure(13, longest=100)[0]] == [5, 7]
+    assert samples(90, 50).to_measure(13, longest=100)[0] == []
+
+
 # --- rows -------------------------------------------------------------------------------------------------------
 
 

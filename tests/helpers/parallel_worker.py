@@ -206,7 +206,10 @@ def without_positions() -> Found:
     mask[:, -3:] = 0
     layer, x = model.model.layers[0].self_attn, torch.zeros(1, 4, 16, 8)
     group = SequenceGroup(dist.group.WORLD)
+    rotated = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    dynamic = tiny_model(dtype=torch.float32, rope_parameters=rotated).train()
     for name, call in {
+        "dynamic": lambda: dynamic(input_ids=ids, position_ids=positions, sequence_group=group),
         "none": lambda: s2attn_forward(layer, x, x, x, None, sequence_group=group),
         "mask": lambda: model(input_ids=ids, position_ids=positions, attention_mask=mask, sequence_group=group),
         "cache": lambda: s2attn_forward(layer, x[:, :, :4], x, x, None, position_ids=positions, sequence_group=group),

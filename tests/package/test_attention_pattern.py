@@ -85,6 +85,35 @@ def test_packed_documents_of_a_model_with_a_window(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", WINDOWED)
+def test_a_document_does_not_depend_on_how_long_its_row_is(kind: str) -> None:
+    """Though a window of 9 hides something in a row of 17 tokens, and nothing in one of 8."""
+    model = windowed(kind, window=9, s2attn_sink=True, s2attn_group_size=4).train()
+    batch, rows = packed([8, 9])
+    alone = torch.cat([model(row, use_cache=False).logits for row in rows], dim=1)
+    assert_close(model(**batch, use_cache=False).logits, alone)
+
+
+def test_a_prompt_in_parts_whose_first_keys_are_gone() -> None:
+    """The cache of a window lets go of them. Then padding may hide where groups begin."""
+
+    def in_parts(model: PreTrainedModel, ids: Tensor, **inputs: Tensor) -> Tensor:
+        cache, parts = DynamicCache(config=model.config), []
+        for begin, end in [(0, 9), (9, 16), (16, 21)]:
+            mask = {name: whole[:, :end] for name, whole in inputs.items()}
+            parts.append(model(ids[:, begin:end], past_key_values=cache, **mask).logits)
+        return torch.cat(parts, dim=1)
+
+    ids, padding = tokens(2, 21), torch.ones(2, 21, dtype=torch.int64)
+    padding[0, :4] = 0
+    for mode in ("s2", "dense"):
+        model = windowed("mistral", s2attn_mode=mode).train()
+        assert_close(in_parts(model, ids), model(ids, use_cache=False).logits)
+    model.config.s2attn_mode = "s2"
+    with pytest.raises(ValueError, match="counts groups from a row's first token, which padding hides once"):
+        in_parts(model, ids, attention_mask=padding)
+
+
+@pytest.mark.parametrize("kind", WINDOWED)
 def test_training_of_a_model_with_a_window_is_eager_attention_with_both_masks(kind: str) -> None:
     """Layers with a window: the groups' part of it. Full layers: the groups."""
     from longlora_ext.reference import s2attn_mask

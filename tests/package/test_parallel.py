@@ -54,6 +54,7 @@ def test_documents_are_told_by_positions_alone(found: dict[str, Any]) -> None:
     for case in ("none", "mask"):
         assert "by position_ids alone: pass these, and neither cu_seq_lens_q nor a mask with padding" in said[case]
     assert "have no KV cache" in said["cache"]
+    assert "cannot share sequences with rope_type 'dynamic'" in said["dynamic"]
 
 
 def test_padding_is_refused_where_it_would_not_reach_the_attention(found: dict[str, Any]) -> None:

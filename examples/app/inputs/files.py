@@ -46,10 +46,10 @@ def find_files(source: str) -> list[str]:
 
 
 def check_named_once(sources: Sequence[str]) -> None:
-    """Raise `ValueError` if two sources name one file, and as `find_files` does."""
+    """Raise `ValueError` if two sources name one file or dataset, and as `find_files` does."""
     owners: dict[str, tuple[int, str]] = {}
     for number, source in enumerate(sources):
-        for file in _find(source)[0]:
+        for file in _find(source)[0] or [source]:  # of the hub
             owner, other = owners.setdefault(os.path.realpath(file), (number, source))
             if owner != number:
                 raise ValueError(f"{file} is named twice: by {other} and by {source}")

@@ -108,10 +108,10 @@ class Samples(Tokenised[SampleRows]):
 
     def to_measure(self, tokens: int, longest: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Choose samples in their order, each whole, whatever the `longest` context is. Answers alone are scored."""
-        fit = np.cumsum(self.lengths) <= tokens
-        if tokens and not fit.any():
+        fitting = np.flatnonzero(self.lengths <= tokens)
+        chosen = fitting[np.cumsum(self.lengths[fitting]) <= tokens].tolist()
+        if tokens and not chosen:
             say("no held-out sample is there, or short enough for --eval_tokens, to measure perplexity on")
-        chosen = range(int(fit.sum()))
         return [self.ids(sample) for sample in chosen], [self.labels(sample) for sample in chosen]
 
 

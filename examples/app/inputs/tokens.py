@@ -96,10 +96,8 @@ class Documents(Tokenised[PackedSequences]):
         if not chosen and tokens:
             say("no held-out document is long enough to measure perplexity on")
         elif chosen and len(chosen[0]) < longest:
-            say(
-                f"note: no held-out document of {longest:,} tokens is measured: the longest context is not put to the "
-                "test"
-            )
+            why = "--eval_tokens is less" if max(lengths) >= longest else "no held-out document is so long"
+            say(f"note: the context of {longest:,} tokens is not put to the test: {why}")
         return chosen, None
 
 

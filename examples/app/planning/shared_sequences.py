@@ -15,7 +15,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
 from longlora_ext._mask import s2attn_mask
-from longlora_ext._pattern import is_dense_layer, of_layer
+from longlora_ext._pattern import clipped, is_dense_layer, of_layer
 from longlora_ext.config import attention_mode, group_size, kv_heads
 from longlora_ext.parallel._exchange import Exchange
 from longlora_ext.parallel._halo import HaloAttention
@@ -69,7 +69,6 @@ def layout_of(
     Its groups have the config's size or another.
     """
     heads = config.num_attention_heads
-    own_window = own_window if own_window is not None and own_window < tokens else None
     part = tokens // gpus
     return Layout(
         ranks=gpus,
@@ -79,7 +78,7 @@ def layout_of(
         kv_heads=kv_heads(config),
         group_size=group or group_size(config),
         first_shifted_head=heads // 2,
-        **of_layer(config, own_window),
+        **of_layer(config, own_window, tokens),
     )
 
 
@@ -96,12 +95,12 @@ def attend(
     batch, part, heads, head_dim = tensors[0].shape
     tokens = gpus * part
     own_window = kwargs.get("sliding_window")
-    own_window = own_window if own_window is not None and own_window < tokens else None
-    if by_halo(by, heads, tensors[1].shape[2], gpus, short=not dense or own_window is not None):
+    window = clipped(own_window, tokens)
+    if by_halo(by, heads, tensors[1].shape[2], gpus, short=not dense or window is not None):
         layout = layout_of(config, tokens, gpus, batch, own_window=own_window)
         if dense:
             whole = tokens + tokens % 2
-            layout = replace(layout, group_size=whole, first_shifted_head=heads, window=own_window, sink=False)
+            layout = replace(layout, group_size=whole, first_shifted_head=heads, window=window, sink=False)
         most = max(range(gpus), key=lambda gpu: sum(block.numbers for block in layout.lacking(gpu)))
         places = torch.empty(batch, part, dtype=torch.long, device=query.device)
         # The rows of sinks are not made: which there are is nothing that a shape says.
@@ -109,7 +108,7 @@ def attend(
         exchange = Alone(layout, most, None)
         return HaloAttention.apply(*tensors, places, exchange, 1 / math.sqrt(head_dim), False), None
     first, size = (heads, tokens + tokens % 2) if dense else (heads // 2, group_size(config))
-    pattern: Any = {"window": own_window} if dense else of_layer(config, own_window)
+    pattern: Any = {"window": window} if dense else of_layer(config, own_window, tokens)
     q, k, v = tensors
     out = attend_by_heads((q, k, v), 0, gpus, Swap.apply, group_size=size, first_shifted_head=first, **pattern)
     return out, None

@@ -107,6 +107,14 @@ class Run:
         on_first_process(compare)
         self.settings |= settings
 
+    def check_steps(self, steps: int) -> None:
+        """Raise `ValueError` if the checkpoint has more steps behind it than the run is to have."""
+        if self.step > steps:
+            raise ValueError(
+                f"{self.checkpoint} is of step {self.step:,}, and this run is to have {steps:,}: give more steps, or "
+                "resume from an earlier checkpoint"
+            )
+
     def begin(self, manifest: dict[str, Any]) -> None:
         """Make the folder that of this run. Collective.
 

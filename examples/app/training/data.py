@@ -136,8 +136,8 @@ def _read(
     sources = read_sources(text.train_file)
     mixed = sources[0].weight is not None
     names = [source.name for source in sources]
-    if mixed:
-        check_named_once(names)
+    if mixed or text.eval_file:  # what is trained on is not held out
+        check_named_once([*names, *(text.eval_file or [])])
     parts, shorter, longer = [], 0, 0
     for part_of in [[name] for name in names] if mixed else [names]:
         part, short, long = lengths.keep(tokens_of(part_of, "train_file"), f"--train_file {' '.join(part_of)}")

@@ -20,6 +20,7 @@ from app.runs.run import Run
 from app.runs.wording import counted
 from app.training.before_training import AFTER, BEFORE, SCALED, BeforeTraining
 from app.training.data import TrainingData
+from app.training.options import EVAL_TOKENS
 from longlora_ext._processes import is_first_process
 from longlora_ext.config import context_length
 
@@ -119,18 +120,20 @@ class Measurement(BeforeTraining):
 
 
 def make_measurement(
-    data: TrainingData, tokens: int, base_config: PreTrainedConfig, config: PreTrainedConfig, run: Run
+    data: TrainingData, tokens: int | None, base_config: PreTrainedConfig, config: PreTrainedConfig, run: Run
 ) -> Measurement | None:
     """What measures the held-out part of a run's text, if there is anything to measure.
 
     Args:
         data: The text.
-        tokens: How many tokens to measure at most.
+        tokens: How many tokens to measure at most; None: the usual number, or as many as the new context has if these
+            are more.
         base_config: The config before the extension.
         config: The extended config.
         run: The run; what was measured up to the checkpoint that it goes on from is kept.
     """
-    documents, labels = data.held_out.to_measure(tokens, longest=context_length(config))
+    longest = context_length(config)
+    documents, labels = data.held_out.to_measure(max(EVAL_TOKENS, longest) if tokens is None else tokens, longest)
     if not documents:
         return None
     return Measurement(run.folder, base_config, config, documents, run.marker.get("perplexity"), labels)

@@ -11,6 +11,9 @@ from app.models.source import GGUF_HELP
 from app.runs.command_line import TINY_LLAMA
 from longlora_ext._rope import ROPE_TYPES
 
+#: Held-out tokens that are measured, unless the new context is longer.
+EVAL_TOKENS = 65536
+
 
 @dataclass
 class ModelOptions:
@@ -184,7 +187,10 @@ class DataOptions:
             "mix the documents of a row (Mamba, linear attention, convolution) need padded."
         },
     )
-    eval_tokens: int = field(
-        default=65536,
-        metadata={"help": "Held-out tokens to measure perplexity on, before and after training; 0: none."},
+    eval_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Held-out tokens to measure perplexity on, before and after training; 0: none. Default: "
+            f"{EVAL_TOKENS}, or as many as the new context if that is more."
+        },
     )

@@ -31,7 +31,6 @@ RECIPE: dict[str, Any] = {
     "logging_nan_inf_filter": False,  # it shows a loss of 0 where there is none: `StopAtNaN` looks at it
     "save_steps": 100,
     "save_total_limit": 2,
-    "eval_tokens": 65536,
 }
 GLOBAL_BATCH = 64
 

@@ -87,7 +87,7 @@ def _check_numbers(parser: argparse.ArgumentParser, options: argparse.Namespace)
     ):
         if getattr(options, option) < 1:
             parser.error(f"--{option} must be 1 or more, got {getattr(options, option)}")
-    if options.eval_tokens < 0:
+    if options.eval_tokens is not None and options.eval_tokens < 0:
         parser.error(f"--eval_tokens must be 0 or more, got {options.eval_tokens}")
     if not options.learning_rate > 0:
         parser.error(f"--learning_rate must be above 0, got {options.learning_rate}")
@@ -102,7 +102,9 @@ def _check_numbers(parser: argparse.ArgumentParser, options: argparse.Namespace)
             parser.error(f"--{option} must be finite, got {value}")
     if not 0 <= options.seed < 2**32:
         parser.error(f"--seed must be at least 0 and below 2^32, got {options.seed}")
-    if options.max_steps <= 0 and options.num_train_epochs <= 0:
+    if options.max_steps == 0:  # which transformers takes for one step
+        parser.error("--max_steps must be above 0, or -1 for as many as --num_train_epochs takes, got 0")
+    if options.max_steps < 0 and options.num_train_epochs <= 0:
         parser.error("nothing to train: give --max_steps or --num_train_epochs above 0")
 
 

@@ -47,6 +47,7 @@ def banner(
     trained = "all weights" if options.full_finetune else f"LoRA r={options.lora_r}, embedding {norms}"
     shared = options.sequence_parallel_size
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * WORLD_SIZE // shared
+    batch, short = min(batch, len(data.rows)), ", the whole text" if len(data.rows) < batch else ""
     counted_steps = counted(steps, "step") + ("" if args.max_steps > 0 else f" ({args.num_train_epochs:g} x the text)")
     dtype = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[compute_dtype(args)]
     tail = ""
@@ -64,7 +65,7 @@ def banner(
         **data.train.describe(data.rows),
         **data.choice.describe(data.train.noun),
         "held out": held_out(data),
-        "steps": f"{counted_steps}, {counted(batch, 'sequence')} in each, {rate(args, steps, batch * new)}",
+        "steps": f"{counted_steps}, {counted(batch, 'sequence')} in each{short}, {rate(args, steps, batch * new)}",
         "processes": f"{WORLD_SIZE}, {sharding}{f', {shared} for each sequence' if shared > 1 else ''}",
         "output": f"{run.folder}{f', going on from {run.checkpoint.name}' if run.checkpoint else ''}",
     }
