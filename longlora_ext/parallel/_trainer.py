@@ -80,7 +80,8 @@ class SequenceParallelTrainer(Trainer):
         self.same_place, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in zip(*groups, strict=True)])
         self.sequence_group = SequenceGroup(own, by)
         super().__init__(*args, **kwargs)
-        check_sequence_parallel(self.model.config.get_text_config(), size, by)
+        model: Any = self.model
+        check_sequence_parallel(model.config.get_text_config(), size, by)
         self.data_collator = Cut(self.data_collator, dist.get_rank(own), size)
         if self.label_smoother is not None or not self.args.average_tokens_across_devices:
             raise ValueError(
