@@ -40,7 +40,7 @@ def read_tokenizer(source: str, gguf_file: str | None = None) -> PreTrainedToken
     """
     if gguf_file is None:
         return AutoTokenizer.from_pretrained(source)
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
+    tokenizer: Any = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
     file = str(cached_file(source, gguf_file))
     way = _field(file, "pre")
     if way in WITH_BOS and _field(file, "add_bos_token") is None and tokenizer.bos_token is not None:
