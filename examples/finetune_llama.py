@@ -40,9 +40,10 @@ from longlora_ext.config import context_length
 @as_program("finetune_llama.py", stopped="stopped; --resume_from_checkpoint latest goes on from the last checkpoint")
 def main(argv: Sequence[str]) -> None:
     """The whole run. Bad input is an error before the training starts."""
+    typed = argv
     with one_clear_error():
-        argv, earlier = repeated(argv)
-    options, text, args = parse(argv)
+        argv, earlier = repeated(typed)
+    options, text, args = parse(argv, typed)
     be_quiet()
     model_option = f"--model_name_or_path {options.model_name_or_path}: "
 

@@ -92,6 +92,7 @@ from longlora_ext.parallel import check_sequence_parallel
         ("--use_cpu --fp16 --bf16", "At most one of fp16 and bf16"),
         ("--model_name_or_path /gone", "/gone"),
         ("--gguf_file gone.gguf", "gone.gguf"),
+        ("--train_file {text} --train-file={character}", "--train_file is given more than once: all its"),
         ("--train_file gone.txt", "gone.txt: no such file, folder or glob pattern"),
         ("--train_file {empty}", "holds no text"),
         ("--train_file {text} --eval_file {empty}", "--eval_file"),

@@ -35,6 +35,22 @@ def test_another_chat_template_or_stop_is_another_evaluation(
     assert "tokenizer was" in refusal(capsys, "passkey", *given, "--output", "out")
 
 
+def test_another_config_is_another_evaluation(
+    model: Path, books: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also in fields that no weight has a part in. What a config says of its origin alone changes no number."""
+    here = shutil.copytree(model, tmp_path / "here")
+    given = ["--model", here, "--text", books]
+    run("perplexity", *given)
+    config = json.loads((here / "config.json").read_text())
+    (here / "config.json").write_text(json.dumps(config | {"transformers_version": "5.0.0", "s2attn_group_size": 8}))
+    run("perplexity", *given)
+    assert "out is complete: nothing is computed again" in capsys.readouterr().out
+    (here / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    said = refusal(capsys, "perplexity", *given, "--output", "out")
+    assert "--output out belongs to another evaluation: config was" in said
+
+
 def test_a_killed_run_goes_on_where_it_was(
     model: Path, books: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -124,6 +124,22 @@ def test_a_way_to_split_that_nobody_knows_is_said_once(
     assert (repr(way) in said) == (way == "of-tomorrow")
 
 
+@pytest.mark.parametrize(
+    "way, said, begins",
+    [("llama-bpe", None, True), ("tekken", None, True), ("llama-bpe", False, False), ("gpt-2", None, False),
+     ("gpt-2", True, True)],
+)  # fmt: skip
+def test_text_begins_with_bos_as_in_llama_cpp(
+    tiny: Path, way: str, said: bool | None, begins: bool, tmp_path: Path
+) -> None:
+    """The first converters wrote no add_bos_token for Llama 3: the name of its way to split text says it."""
+    save_gguf(tiny, tmp_path / "model.gguf", pre=way, add_bos=said)
+    convert_gguf(str(tmp_path), "model.gguf", tmp_path / "folder", torch.float32)
+    for tokenizer in (read_tokenizer(str(tmp_path), "model.gguf"), read_tokenizer(str(tmp_path / "folder"))):
+        plain = tokenizer("import os", add_special_tokens=False)["input_ids"]
+        assert tokenizer("import os")["input_ids"] == [tokenizer.bos_token_id] * begins + plain
+
+
 ROPE: dict[str, dict[str, Any]] = {
     "linear": {"factor": 4.0},
     "yarn": {"factor": 4.0, "original_max_position_embeddings": 256},

@@ -71,6 +71,23 @@ def test_mistakes_are_one_line_and_the_same_for_all(
         assert line.startswith(f"{program.__name__}.py: error: {option} ") and f": {message}" in line
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (config_without("max_position_embeddings"), "its config says no max_position_embeddings"),
+        (lambda folder: (folder / "config.json").write_text("{"), "It looks like the config file at "),
+    ],
+)
+def test_a_plan_for_a_config_alone_asks_the_same_of_it(
+    damage: Callable[[Path], Any], message: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = Path(shutil.copy(model / "config.json", tmp_path))
+    damage(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        plan.main(["--model", str(file)])
+    assert f"plan.py: error: --model {file}: {message}" in capsys.readouterr().err
+
+
 def test_spellings_of_one_folder(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(model.parent)
     monkeypatch.setenv("HOME", str(model.parent))

@@ -154,6 +154,12 @@ def test_what_a_table_of_contexts_takes_no_notice_of_is_refused(option: str, cap
     assert f"{name} has no effect with --contexts, which prints a table of its own" in capsys.readouterr().err
 
 
+def test_contexts_are_given_in_one_list(capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["--model", "llama-2-7b", "--contexts", "8192", "--contexts", "16384"])
+    assert "--contexts is given more than once: all its values go after one" in capsys.readouterr().err
+
+
 def test_hours_follow_from_one_measured_rate() -> None:
     run = PlannedRun(zero=0, gpus=2)
     plan = Plan(small(2), 512, run)

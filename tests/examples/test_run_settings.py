@@ -54,3 +54,20 @@ def test_a_model_is_the_same_wherever_it_lies(inputs: tuple[Path, Path], tmp_pat
         file.write(b"\0")
     assert settings_of("--model_name_or_path", str(moved))["model"] != first["model"]
     assert settings_of("--model_name_or_path", "some/model")["model"] == "some/model"
+
+
+def test_other_gguf_files_in_a_folder_have_no_part_in_a_model(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    """Neither in one of the files nor in the model beside them."""
+    folder = shutil.copytree(inputs[0], tmp_path / "model")
+
+    def models() -> list[str]:
+        given = (["--model_name_or_path", str(path)] for path in (folder, folder / "a.gguf"))
+        return [settings_of(*words)["model"] for words in given]
+
+    (folder / "a.gguf").write_bytes(b"GGUF a")
+    first = models()
+    (folder / "b.gguf").write_bytes(b"GGUF b")
+    assert models() == first and first[0] != first[1]
+    (folder / "a.gguf").write_bytes(b"GGUF c")
+    again = models()
+    assert again[0] == first[0] and again[1] != first[1]

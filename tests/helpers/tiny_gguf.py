@@ -22,7 +22,12 @@ OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_
 
 
 def save_gguf(
-    model: Path, file: Path, leave_out: str | None = None, quantised: bool = False, pre: str = "gpt-2"
+    model: Path,
+    file: Path,
+    leave_out: str | None = None,
+    quantised: bool = False,
+    pre: str = "gpt-2",
+    add_bos: bool | None = None,
 ) -> Path:
     """Write the model of a folder.
 
@@ -32,6 +37,7 @@ def save_gguf(
         leave_out: A tensor's name in the file, for one that is broken.
         quantised: Keep matrices in 8 bits (Q8_0), otherwise all is float32.
         pre: What the file calls the way in which text is split.
+        add_bos: Whether text begins with BOS; None: the file does not say it.
     """
     loaded, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     config = loaded.config
@@ -58,6 +64,8 @@ def save_gguf(
     writer.add_token_merges([" ".join(pair) for pair in merges])
     writer.add_bos_token_id(config.bos_token_id)
     writer.add_eos_token_id(tokenizer.eos_token_id)
+    if add_bos is not None:
+        writer.add_add_bos_token(add_bos)
     for name, weight in loaded.state_dict().items():
         array = weight.float().numpy()
         if name.startswith("model.layers."):

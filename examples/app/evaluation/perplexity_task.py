@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+from collections import Counter
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
@@ -117,9 +119,12 @@ class PerplexityTask:
             return tokenise(stdlib_documents()[1], self.opened.tokenizer)
         if not self.has_ids:
             return tokenise(load_documents(self.sources, column), self.opened.tokenizer)
-        ids = [_read_ids(source) for source in self.sources if source.lower().endswith(TOKEN_IDS)]
-        if len(ids) < len(self.sources):
+        if not all(source.lower().endswith(TOKEN_IDS) for source in self.sources):
             raise ValueError(f"--text: files of token ids ({TOKEN_IDS}) and of text cannot be mixed")
+        file, times = Counter(map(os.path.realpath, self.sources)).most_common(1)[0]
+        if times > 1:
+            raise ValueError(f"--text names {file} {times} times")
+        ids = list(map(_read_ids, self.sources))
         return Documents(datasets.Dataset.from_dict({"input_ids": ids}, features=FEATURES))
 
     def cost(self, cell: str) -> int:

@@ -55,7 +55,7 @@ def check_config(name: str, gguf_file: str | None = None) -> None:
     Transformers would take one of its own for that, silently.
 
     Args:
-        name: As `find_model` gives it.
+        name: As `find_model` gives it, or a config.json.
         gguf_file: Likewise.
 
     Raises:
@@ -66,7 +66,8 @@ def check_config(name: str, gguf_file: str | None = None) -> None:
     try:
         said, _ = PreTrainedConfig.get_config_dict(name, **({"gguf_file": gguf_file} if gguf_file else {}))
     except OSError as error:
-        raise OSError(f"{'' if os.path.isdir(name) else 'there is no such folder, and on the hub: '}{error}") from error
+        where = "" if os.path.exists(name) else "there is no such folder, and on the hub: "
+        raise OSError(f"{where}{error}") from error
     kind = CONFIG_MAPPING[said["model_type"]] if said.get("model_type") in CONFIG_MAPPING else None
     default = getattr(kind, LENGTH, None)
     spellings = (LENGTH, getattr(kind, "attribute_map", {}).get(LENGTH))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from functools import cache
+from typing import Any
 
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -17,6 +18,11 @@ from app.runs.launch import say
 AS_GPT2 = {"exaone4", "gpt-2", "granite-docling", "jais", "mpt", "olmo", "phi-2", "trillion"}
 #: And of GPT-2's way after each digit was put by itself, whereby all spaces before a digit stay together.
 DIGITS_FIRST = {"codeshell", "command-r", "exaone", "minerva-7b", "refact", "smollm", "starcoder"}
+#: And of the ways of Llama 3, Tekken and Chameleon: llama.cpp begins a text with BOS there, unless the file says no.
+WITH_BOS = {
+    "chameleon", "falcon-h1", "falcon3", "jina-v5-nano", "lfm2", "llama-bpe", "llama-v3", "llama3", "midm-2.0",
+    "pixtral", "tekken",
+}  # fmt: skip
 
 
 def read_tokenizer(source: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
@@ -25,7 +31,8 @@ def read_tokenizer(source: str, gguf_file: str | None = None) -> PreTrainedToken
 
     Text that is split otherwise than in the model's training becomes other tokens, without an error. A GGUF file names
     its way; llama.cpp knows all names (src/llama-vocab.cpp), transformers some of them. With one that neither
-    transformers nor this function knows, text is split as for GPT-2, and that is said.
+    transformers nor this function knows, text is split as for GPT-2, and that is said. The name also says whether text
+    begins with BOS, where the file has no field for that.
 
     Args:
         source: The folder or name.
@@ -33,11 +40,14 @@ def read_tokenizer(source: str, gguf_file: str | None = None) -> PreTrainedToken
     """
     if gguf_file is None:
         return AutoTokenizer.from_pretrained(source)
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
+    tokenizer: Any = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
+    file = str(cached_file(source, gguf_file))
+    way = _field(file, "pre")
+    if way in WITH_BOS and _field(file, "add_bos_token") is None and tokenizer.bos_token is not None:
+        tokenizer.add_bos_token = True
     backend = tokenizer.backend_tokenizer
     if not isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
         return tokenizer
-    way = _way_to_split(str(cached_file(source, gguf_file)))
     if way in DIGITS_FIRST:
         digits, gpt2 = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.pre_tokenizer = pre_tokenizers.Sequence([digits, gpt2])
@@ -56,16 +66,15 @@ def sha256_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
 # A run reads a tokenizer twice: for its text, and to write the model folder.
 @cache
 def _say_unknown(gguf_file: str, way: str | None) -> None:
-    named = f"calls its way to split text {way!r}, which is not known here" if way else "has no tokenizer.ggml.pre"
+    said = way not in (None, "default")
+    named = f"calls its way to split text {way!r}, which is not known here" if said else "has no tokenizer.ggml.pre"
     say(
         f"note: {gguf_file} {named}: text is split as for GPT-2, which may give other tokens than those that the model "
         "has learned. The model's own folder, where there is one, has its tokenizer"
     )
 
 
-@cache
-def _way_to_split(file: str) -> str | None:
-    """What the file says of it; "default" says nothing."""
-    field = read_gguf(file).fields.get("tokenizer.ggml.pre")
-    way = field.contents() if field else None
-    return None if way == "default" else way
+def _field(file: str, name: str) -> Any:
+    """What a GGUF file says of its tokenizer, or None."""
+    field = read_gguf(file).fields.get(f"tokenizer.ggml.{name}")
+    return field.contents() if field else None

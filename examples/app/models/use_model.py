@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import (
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from app.models.convert_gguf import load_gguf
 from app.models.folders import check_run_folder, is_adapter
@@ -41,6 +39,8 @@ from longlora_ext.attention import NAME
 from longlora_ext.config import context_length, extend_config, group_size, settle_context
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+#: Fields of a config that say nothing of what the model computes, or what is described by itself.
+DESCRIBED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "s2attn_")
 
 
 @dataclass(frozen=True)
@@ -226,6 +226,7 @@ def open_model(options: argparse.Namespace, attention: str = "dense", groups: in
         "model": os.path.join(os.path.abspath(path) if os.path.isdir(path) else path, gguf_file or "").rstrip("/"),
         "kind": "adapter" if isinstance(model, PeftModel) else "model",
         "weights": _sha256_of_weights(model),
+        "config": _sha256_of_config(base_config),
         "tokenizer": sha256_of_tokenizer(tokenizer),
         "dtype": str(dtype).removeprefix("torch.") + (", base model in 4 bits" if options.load_in_4bit else ""),
         "context": context_length(base_config),
@@ -264,3 +265,9 @@ def _sha256_of_weights(model: torch.nn.Module) -> str:
     for name, weight in sorted(model.named_parameters()):
         digest.update(name.encode() + sample(weight.detach()).float().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _sha256_of_config(config: PreTrainedConfig) -> str:
+    """What weights alone do not tell: windows, experts of a token, epsilons, multipliers of logits and the like."""
+    fields = {name: value for name, value in config.to_dict().items() if not name.startswith(DESCRIBED)}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

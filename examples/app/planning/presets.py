@@ -37,5 +37,5 @@ def read_config(model: str, gguf_file: str | None = None) -> PreTrainedConfig:
     if not model.endswith(".json"):
         model, gguf_file = find_model(model, gguf_file)
         check_model_folder(model)
-        check_config(model, gguf_file)
+    check_config(model, gguf_file)
     return read_model_config(model, gguf_file)

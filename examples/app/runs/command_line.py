@@ -37,10 +37,26 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 class Parser(HfArgumentParser):
-    """Fails, and helps, on one process only. Options are not abbreviated."""
+    """Fails, and helps, on one process only. Options are not abbreviated, and a list of values is given once.
+
+    Attributes:
+        typed: What was typed, where more than that is parsed.
+    """
+
+    typed: Sequence[str] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As `parse_args` and subparsers call it. Of two lists argparse would keep the last one, silently."""
+        args = sys.argv[1:] if args is None else args
+        typed = args if self.typed is None else self.typed
+        for action in self._actions:
+            if action.nargs == "+" and sum(word.split("=")[0] in action.option_strings for word in typed) > 1:
+                option = action.option_strings[0]
+                self.error(f"{option} is given more than once: all its values go after one, as in {option} A B")
+        return super().parse_known_args(args, namespace)
 
     def format_help(self) -> str:
         return f"{super().format_help()}\n{FOR_BUG_REPORTS}\n"

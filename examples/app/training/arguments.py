@@ -110,11 +110,12 @@ def compute_dtype(args: TrainingArguments) -> torch.dtype:
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
-def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingOptions]:
+def parse(argv: Sequence[str], typed: Sequence[str] | None = None) -> tuple[ModelOptions, DataOptions, TrainingOptions]:
     """Read the command line, on every process alike.
 
     Args:
         argv: The arguments, without the program's name.
+        typed: Those that were typed, where others are those of an earlier run; default: all.
 
     Returns:
         The options with their defaults filled in, and checked as far as that goes without looking at model
@@ -132,6 +133,7 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, TrainingOptio
         epilog=EXAMPLE_COMMANDS,
         formatter_class=HelpFormatter,
     )
+    parser.typed = argv if typed is None else typed
     parser.add_argument(  # read by `manifest.repeated`, before
         "--from_manifest",
         metavar="RUN_JSON",

@@ -38,5 +38,6 @@ def settings(options: ModelOptions, args: TrainingOptions) -> dict[str, Any]:
     model = asdict(options)
     for name in ("recipe", "check_retrieval"):  # a name for other settings, and what is only measured
         del model[name]
-    model["model"] = files_fingerprint(model.pop("model_name_or_path"))  # it may lie elsewhere by now
+    # It may lie elsewhere by now.
+    model["model"] = files_fingerprint(model.pop("model_name_or_path"), options.gguf_file)
     return {**model, **arguments, "processes": WORLD_SIZE}
