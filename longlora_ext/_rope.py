@@ -107,7 +107,7 @@ def extended_rope(config: PreTrainedConfig, context: int, rope_type: str, given:
         return {**new, **given}
     original = config.max_position_embeddings
     if rope_type in _NEEDS_ORIGINAL:
-        original = named_original(config) or original
+        original = named_original(config, given) or original
         new[ORIGINAL] = original
     factor = float(math.ceil(context / original))
     if rope_type == present_type and rope_type in _OF_ALL_FREQUENCIES:

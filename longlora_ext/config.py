@@ -179,7 +179,8 @@ def extend_config(
     """A copy of a model's config for a longer context.
 
     The factor is `ceil(context_length / original)`. For a model without scaling, `original` is its
-    `max_position_embeddings`. A model that is scaled already is extended with its own `rope_type` only:
+    `max_position_embeddings`, or for `yarn`, `llama3` and `longrope` the `original_max_position_embeddings` in
+    `rope_parameters`. A model that is scaled already is extended with its own `rope_type` only:
     factors of `linear` and `llama3` multiply, those of Llama 3.1 and 3.2 being no ratio of lengths; for `yarn`
     and the like the factor is counted from the length that the parameters name as the original one. The other
     parameters are kept. A factor never becomes smaller.

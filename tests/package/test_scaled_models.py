@@ -206,6 +206,20 @@ def test_a_factor_never_becomes_smaller(rope: dict) -> None:
         extend_config(config, 1024, rope_type=kind, rope_parameters={"factor": 2.0})
 
 
+@pytest.mark.parametrize("rope", [{"rope_type": "default"}, YARN], ids=["not scaled", "scaled"])
+@pytest.mark.parametrize("context, factor", [(640, 5.0), (700, 6.0)])
+def test_a_factor_is_counted_from_the_original_length_that_is_given(rope: dict, context: int, factor: float) -> None:
+    """Qwen 3 has a max_position_embeddings of 40960, and was trained at 32768."""
+    given = {"original_max_position_embeddings": 128}
+    config = scaled(160, **rope)
+    assert extend_config(config, context, rope_type="yarn", rope_parameters=given).rope_parameters["factor"] == factor
+    if rope["rope_type"] == "default":
+        extended = extend_config(config, context, rope_type="llama3", rope_parameters=given)
+        assert extended.rope_parameters["factor"] == factor
+    with pytest.raises(ValueError, match="do not fit rope_type 'yarn'"):
+        extend_config(config, 640, rope_type="yarn", rope_parameters={"original_max_position_embeddings": "128"})
+
+
 def test_the_old_name_of_a_type_does_not_stay_beside_another() -> None:
     config = scaled(rope_type="default", type="default")
     assert "type" not in extend_config(config, 512, rope_type="yarn").rope_parameters
