@@ -19,7 +19,7 @@ _OF_ALL_FREQUENCIES = ("linear", "proportional")
 _DEFAULTS: dict[str, dict[str, Any]] = {"llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0}}
 # Decoders of transformers that have no positions in layers that see all tokens, where others have a sliding window.
 # Not cohere2_moe, of which some such layers have them.
-_ROTATE_IN_WINDOWS = ("afmoe", "cohere2", "exaone4", "exaone_moe")
+_ROTATE_IN_WINDOWS = ("afmoe", "cohere2", "exaone4", "exaone_moe", "flint", "kolibri1")
 #: A larger theta and no scaling, which is no type of transformers': the config that comes of it is of type "default".
 NTK = "ntk"
 #: All that a context can be extended by.
@@ -53,9 +53,20 @@ def only_windows_rotate(config: PreTrainedConfig, context: int) -> bool:
 
     The windows stay what they were, and so does what RoPE does within them: a scaled one would be another, for nothing.
     """
-    window, used = getattr(config, "sliding_window", None), set(getattr(config, "layer_types", None) or ())
-    is_such = config.model_type in _ROTATE_IN_WINDOWS and {"sliding_attention", "full_attention"} <= used
-    return is_such and isinstance(window, int) and window < context
+    window, used = getattr(config, "sliding_window", None), getattr(config, "layer_types", None) or ()
+    is_mixed = {"sliding_attention", "full_attention"} <= set(used)
+    return is_mixed and isinstance(window, int) and window < context and not _full_layers_rotate(config)
+
+
+def _full_layers_rotate(config: PreTrainedConfig) -> bool:
+    """Whether any layer that sees all tokens has positions, in a model that has layers with a window besides."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if config.model_type in _ROTATE_IN_WINDOWS or rope.get("full_attention", rope) is None:  # None: Beam
+        return False
+    thetas = getattr(config, "layer_rope_theta", None)  # Granite's with windows: 0 where a layer has no positions
+    return not thetas or any(
+        theta for kind, theta in zip(config.layer_types, thetas, strict=True) if kind == "full_attention"
+    )
 
 
 def with_one_rope(config: PreTrainedConfig, layer_types: dict[str, dict[str, Any]]) -> PreTrainedConfig:

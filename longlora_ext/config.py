@@ -208,21 +208,23 @@ def extend_config(
         as transformers scales only beyond it), `s2attn_context_length` and `s2attn_group_size`, and `s2attn_sink`,
         `s2attn_window` and `s2attn_dense_layers` where they are asked for (an earlier extension's are not taken over).
         Where layer types have RoPE parameters of their own, those of layers with a sliding window stay as they are, and
-        so does RoPE where these alone have positions (Cohere 2, EXAONE 4, Afmoe), unless `rope_parameters` are given.
+        so does RoPE where these alone have positions (Cohere 2, EXAONE 4, Afmoe, Flint, Kolibri, Beam, some Granite),
+        unless `rope_parameters` are given.
         Linear scaling is given `original_max_position_embeddings` too, so that nobody has to ask whether
         `max_position_embeddings` is the length before or after it. A `head_dim` of `None` is filled in.
 
     Raises:
         ValueError: An argument is out of its range, or the config's RoPE cannot be extended as asked.
     """
-    if is_int(context_length) and only_windows_rotate(config, context_length) and not rope_parameters:
-        rope_type = "default"
+    stays = is_int(context_length) and only_windows_rotate(config, context_length) and not rope_parameters
     by_type = copy.deepcopy(getattr(config, "rope_parameters", None) or {})
     layer_types = of_layer_types(by_type)
     concerned = to_extend(config, layer_types, context_length)
     config = settle_context(config, present_context_length)
     if layer_types:
         config = with_one_rope(config, {name: layer_types[name] for name in concerned})
+    if stays:
+        rope_type = rope_type_of(config)
     present = _present_length(config)
     if not is_int(context_length) or context_length <= present:
         raise ValueError(
@@ -233,7 +235,9 @@ def extend_config(
     extended.s2attn_group_size = _group_size(context_length, group_ratio, group_size)
     set_pattern(extended, sink=sink, window=window, dense_layers=dense_layers)
     extended.s2attn_context_length = context_length
-    new = extended_rope(config, context_length, rope_type, dict(rope_parameters or {}))
+    new = dict(config.rope_parameters)
+    if not stays:
+        new = extended_rope(config, context_length, rope_type, dict(rope_parameters or {}))
     if rope_type != "dynamic":
         extended.max_position_embeddings = context_length
     if rope_type == "linear":

@@ -9,8 +9,6 @@ import pytest
 import torch
 from transformers import (
     AutoConfig,
-    Cohere2Config,
-    Exaone4Config,
     HunYuanDenseV1Config,
     MixtralConfig,
     NemotronConfig,
@@ -246,22 +244,6 @@ def test_a_head_dim_that_a_config_leaves_open_is_filled_in(family: str, rope_typ
     assert model.model.rotary_emb.inv_freq.shape == (rotated // 2,)
     with torch.no_grad():
         assert model(tokens(1, 200)).logits.isfinite().all()
-
-
-@pytest.mark.parametrize("kind", [Cohere2Config, Exaone4Config])
-def test_rope_stays_where_only_windows_have_positions(kind: type[PreTrainedConfig]) -> None:
-    """What they do within the model's own context stays the same, by yarn as well."""
-    config = kind(**SIZES, sliding_window=16, layer_types=["sliding_attention", "full_attention"])
-    assert {"sliding_attention", "full_attention"} == set(config.layer_types)
-    extended = extend_config(config, 256, rope_type="yarn")
-    assert extended.rope_parameters == {**config.rope_parameters, "rope_type": "default"}
-    assert context_length(extended) == extended.max_position_embeddings == 256
-    models = [tiny_model(config=each).eval() for each in (config, extended)]
-    logits = [model(tokens(1, 60)).logits for model in models]
-    assert torch.equal(*logits)
-    all_see_all = kind(**SIZES, sliding_window=None, layer_types=["full_attention"] * 2)
-    everywhere = extend_config(all_see_all, 256, rope_type="yarn")
-    assert everywhere.rope_parameters["factor"] == 4
 
 
 def test_scaling_by_alpha_is_not_extended() -> None:
