@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from longlora_ext._lengths import CONTEXT_LENGTH, ORIGINAL, context_length, is_int, named_original, rope_type_of
+from longlora_ext._per_layer import layer_config
 
 # Types whose parameters name the length the model was first trained at, and what they need besides a factor.
 _NEEDS_ORIGINAL = ("yarn", "llama3", "longrope")
@@ -33,8 +34,9 @@ _STALE = ("attention_factor", "type")
 def fill_in_head_dim(config: PreTrainedConfig) -> None:
     """Give a config that leaves `head_dim` open the one that its model has. transformers computes the frequencies of a
     scaled RoPE with the field as it is."""
-    if getattr(config, "head_dim", 0) is None:
-        config.head_dim = config.hidden_size // config.num_attention_heads
+    layer = layer_config(config)
+    if getattr(layer, "head_dim", 0) is None:
+        config.head_dim = layer.hidden_size // layer.num_attention_heads
 
 
 def to_extend(config: PreTrainedConfig, layer_types: dict[str, Any], context: Any) -> list[str]:

@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig
 from longlora_ext import _lengths
 from longlora_ext._lengths import CONTEXT_LENGTH, context_length, is_int, of_layer_types, rope_type_of, settle_context
 from longlora_ext._pattern import DENSE_LAYERS, SINK, WINDOW, check_window, resolve_layers
+from longlora_ext._per_layer import layer_config
 from longlora_ext._rope import (
     NTK,
     check_rope,
@@ -237,14 +238,14 @@ def extend_config(
     extended.s2attn_context_length = context_length
     new = dict(config.rope_parameters)
     if not stays:
-        new = extended_rope(config, context_length, rope_type, dict(rope_parameters or {}))
+        new = extended_rope(layer_config(config, concerned), context_length, rope_type, dict(rope_parameters or {}))
     if rope_type != "dynamic":
         extended.max_position_embeddings = context_length
     if rope_type == "linear":
         extended.original_max_position_embeddings = original_of_linear(config, present)
     extended.rope_parameters = new
     fill_in_head_dim(extended)
-    check_rope(extended, "default" if rope_type == NTK else rope_type)
+    check_rope(layer_config(extended, concerned), "default" if rope_type == NTK else rope_type)
     if layer_types:
         new = dict(extended.rope_parameters)
         kept = {name: rope for name, rope in by_type.items() if rope is None or isinstance(rope, dict)}

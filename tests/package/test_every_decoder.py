@@ -29,7 +29,7 @@ PINNED = "5.23.0"  # requirements.txt: other versions have other models
 
 NAMED = ["gemma3_text", "gpt_oss", "qwen3", "qwen3_moe", "mixtral", "olmo2", "olmo3", "phi3", "gpt_neox", "smollm3",
          "granite"]  # fmt: skip
-OTHERS = ["deepseek_v3", "falcon", "deepseek_v32", "lfm2", "doge"]
+OTHERS = ["deepseek_v3", "falcon", "deepseek_v32", "lfm2", "doge", "gemma4_text"]
 
 pytestmark = pytest.mark.skipif(transformers.__version__ != PINNED, reason="docs/models.md is of another version")
 
@@ -52,6 +52,11 @@ def test_a_model_does_what_the_page_says(kind: str) -> None:
 def test_llama_3_x() -> None:
     """Whose RoPE is scaled already."""
     assert not verdict("llama", rope_parameters=LLAMA3).refusal
+
+
+def test_gemma_4_of_31b() -> None:
+    """Whose full layers have other heads than those with a window: larger, and fewer of keys, which are values too."""
+    assert not verdict("gemma4_text", attention_k_eq_v=True, num_global_key_value_heads=1).refusal
 
 
 @pytest.mark.full
@@ -114,3 +119,19 @@ def test_rope_that_scales_all_frequencies_multiplies() -> None:
     twice = extend_config(once, 8 * CONTEXT, rope_type="proportional")
     assert twice.rope_parameters["full_attention"]["factor"] == 8.0
     assert torch.equal(torch.tensor(gemma.rope_parameters["sliding_attention"]["rope_theta"]), torch.tensor(1e4))
+
+
+def test_rope_is_that_of_the_heads_of_the_full_layers() -> None:
+    """Gemma 4's have twice the dimensions of the others: reading `head_dim` was an error of no words of ours."""
+    ropes = {name: {"rope_type": "default", "rope_theta": 1e4} for name in ("full_attention", "sliding_attention")}
+    gemma = small_config("gemma4_text", global_head_dim=32, rope_parameters=ropes)
+    rope = extend_config(gemma, 4 * CONTEXT, rope_type="ntk").rope_parameters
+    assert rope["full_attention"]["rope_theta"] == pytest.approx(1e4 * 4 ** (32 / 30))
+    assert rope["sliding_attention"] == ropes["sliding_attention"]
+    factors = {"short_factor": [1.0] * 16, "long_factor": [4.0] * 16}  # one for two dimensions
+    assert extend_config(gemma, 4 * CONTEXT, rope_type="longrope", rope_parameters=factors)
+    with pytest.raises(ValueError, match="do not fit rope_type 'longrope'"):
+        wrong = {name: values[:8] for name, values in factors.items()}
+        extend_config(gemma, 4 * CONTEXT, rope_type="longrope", rope_parameters=wrong)
+    kept = extend_config(gemma, 4 * CONTEXT).per_layer_config
+    assert [layer.head_dim for layer in kept] == [16, 32]

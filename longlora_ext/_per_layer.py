@@ -1,0 +1,20 @@
+"""Models whose layers differ in fields of the config, as Gemma 4's in `head_dim`: only a layer's config has these."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+
+def layer_configs(config: PreTrainedConfig) -> Sequence[PreTrainedConfig]:
+    """The config of each layer where they differ, otherwise the model's alone."""
+    each: Any = config  # older versions of transformers have no such configs
+    return each.per_layer_config if getattr(config, "is_heterogeneous", False) else (config,)
+
+
+def layer_config(config: PreTrainedConfig, layer_types: Iterable[str] = ()) -> PreTrainedConfig:
+    """The config of the first layer of one of these types, or of the first one of all."""
+    each, kinds = layer_configs(config), getattr(config, "layer_types", None) or ()
+    return next((layer for kind, layer in zip(kinds, each, strict=False) if kind in layer_types), each[0])
