@@ -22,6 +22,7 @@ import longlora_ext.attention  # noqa: F401
 from app.models.suitable import check_attention
 from every_decoder import verdict
 from longlora_ext import extend_config
+from longlora_ext.parallel import check_sequence_parallel
 from small_decoders import CONTEXT, LLAMA3, kinds, small_config
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -57,6 +58,18 @@ def test_llama_3_x() -> None:
 def test_gemma_4_of_31b() -> None:
     """Whose full layers have other heads than those with a window: larger, and fewer of keys, which are values too."""
     assert not verdict("gemma4_text", attention_k_eq_v=True, num_global_key_value_heads=1).refusal
+
+
+def test_heads_of_all_layers_are_to_be_divided_where_processes_share_sequences() -> None:
+    gemma = small_config("gemma4_text", num_attention_heads=6, attention_k_eq_v=True, num_global_key_value_heads=3)
+    check_sequence_parallel(gemma, 3, "halo")
+    with pytest.raises(ValueError, match="2 ranks do not divide 6 query heads and 3 key and value heads"):
+        check_sequence_parallel(gemma, 2, "ulysses")  # nor the full layers', though 2 divide those of the others
+
+
+def test_laguna_whose_layers_differ_in_query_heads() -> None:
+    """It was refused for heads that are "split over ranks". Of each layer's the second half is shifted."""
+    assert not verdict("laguna", num_attention_heads_per_layer=[4, 2]).refusal
 
 
 @pytest.mark.full
