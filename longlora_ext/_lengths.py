@@ -91,9 +91,10 @@ def is_int(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def named_original(config: PreTrainedConfig) -> int | None:
-    """The original length, if the config names it. As in transformers the config's field wins over the parameter."""
-    original = getattr(config, ORIGINAL, None) or _one_rope(config).get(ORIGINAL)
+def named_original(config: PreTrainedConfig, given: dict[str, Any] | None = None) -> int | None:
+    """The original length, if the config or parameters given besides name it, which win over those that it has. As in
+    transformers the config's field wins over any parameter."""
+    original = getattr(config, ORIGINAL, None) or {**_one_rope(config), **(given or {})}.get(ORIGINAL)
     return original if is_int(original) else None
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from longlora_ext._lengths import CONTEXT_LENGTH, ORIGINAL, context_length, is_int, named_original, rope_type_of
+from longlora_ext._per_layer import layer_config
 
 # Types whose parameters name the length the model was first trained at, and what they need besides a factor.
 _NEEDS_ORIGINAL = ("yarn", "llama3", "longrope")
@@ -19,7 +20,7 @@ _OF_ALL_FREQUENCIES = ("linear", "proportional")
 _DEFAULTS: dict[str, dict[str, Any]] = {"llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0}}
 # Decoders of transformers that have no positions in layers that see all tokens, where others have a sliding window.
 # Not cohere2_moe, of which some such layers have them.
-_ROTATE_IN_WINDOWS = ("afmoe", "cohere2", "exaone4", "exaone_moe")
+_ROTATE_IN_WINDOWS = ("afmoe", "cohere2", "exaone4", "exaone_moe", "flint", "kolibri1")
 #: A larger theta and no scaling, which is no type of transformers': the config that comes of it is of type "default".
 NTK = "ntk"
 #: All that a context can be extended by.
@@ -33,8 +34,9 @@ _STALE = ("attention_factor", "type")
 def fill_in_head_dim(config: PreTrainedConfig) -> None:
     """Give a config that leaves `head_dim` open the one that its model has. transformers computes the frequencies of a
     scaled RoPE with the field as it is."""
-    if getattr(config, "head_dim", 0) is None:
-        config.head_dim = config.hidden_size // config.num_attention_heads
+    layer = layer_config(config)
+    if getattr(layer, "head_dim", 0) is None:
+        config.head_dim = layer.hidden_size // layer.num_attention_heads
 
 
 def to_extend(config: PreTrainedConfig, layer_types: dict[str, Any], context: Any) -> list[str]:
@@ -53,9 +55,20 @@ def only_windows_rotate(config: PreTrainedConfig, context: int) -> bool:
 
     The windows stay what they were, and so does what RoPE does within them: a scaled one would be another, for nothing.
     """
-    window, used = getattr(config, "sliding_window", None), set(getattr(config, "layer_types", None) or ())
-    is_such = config.model_type in _ROTATE_IN_WINDOWS and {"sliding_attention", "full_attention"} <= used
-    return is_such and isinstance(window, int) and window < context
+    window, used = getattr(config, "sliding_window", None), getattr(config, "layer_types", None) or ()
+    is_mixed = {"sliding_attention", "full_attention"} <= set(used)
+    return is_mixed and isinstance(window, int) and window < context and not _full_layers_rotate(config)
+
+
+def _full_layers_rotate(config: PreTrainedConfig) -> bool:
+    """Whether any layer that sees all tokens has positions, in a model that has layers with a window besides."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if config.model_type in _ROTATE_IN_WINDOWS or rope.get("full_attention", rope) is None:  # None: Beam
+        return False
+    thetas = getattr(config, "layer_rope_theta", None)  # Granite's with windows: 0 where a layer has no positions
+    return not thetas or any(
+        theta for kind, theta in zip(config.layer_types, thetas, strict=True) if kind == "full_attention"
+    )
 
 
 def with_one_rope(config: PreTrainedConfig, layer_types: dict[str, dict[str, Any]]) -> PreTrainedConfig:
@@ -107,7 +120,7 @@ def extended_rope(config: PreTrainedConfig, context: int, rope_type: str, given:
         return {**new, **given}
     original = config.max_position_embeddings
     if rope_type in _NEEDS_ORIGINAL:
-        original = named_original(config) or original
+        original = named_original(config, given) or original
         new[ORIGINAL] = original
     factor = float(math.ceil(context / original))
     if rope_type == present_type and rope_type in _OF_ALL_FREQUENCIES:

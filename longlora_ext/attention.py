@@ -16,7 +16,8 @@ KV cache as it is. These fields of the model's config are read:
 - `s2attn_dense_layers` (list of `int`): these layers attend densely in training too; absent, none.
 - `s2attn_mode`: `"auto"` (absent: the same), or `"s2"` and `"dense"` to ask for one of them in training and
   eval alike.
-- `num_attention_heads`: the second half of the heads is shifted.
+- `num_attention_heads`, or what `num_attention_heads_per_layer` has for the layer: the second half of the heads is
+  shifted.
 
 A forward pass with `sequence_group=SequenceGroup(group)`, of `longlora_ext.parallel`, is on sequences that processes
 share: documents are told by `position_ids` alone.
@@ -39,6 +40,7 @@ from longlora_ext import _pattern
 from longlora_ext._deepspeed_ulysses import first_shifted_head, sequence_parallel
 from longlora_ext._dense import dense, dense_eval, run_op, sdpa
 from longlora_ext._mask import attention_window, check_masks_of, own_mask, s2attn_mask
+from longlora_ext._per_layer import query_heads
 from longlora_ext._routed import check_class_of
 from longlora_ext.config import attention_mode, group_size
 from longlora_ext.documents import doc_start_from_cu_seqlens, doc_start_from_position_ids
@@ -134,7 +136,7 @@ def s2attn_forward(
         documents,
         scaling,
         kwargs.get("s_aux"),
-        first_shifted_head=first_shifted_head(config.num_attention_heads, query.shape[1]),
+        first_shifted_head=first_shifted_head(query_heads(module), query.shape[1]),
         **_pattern.of_layer(config, window, keys),
     )
 

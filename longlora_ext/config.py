@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig
 from longlora_ext import _lengths
 from longlora_ext._lengths import CONTEXT_LENGTH, context_length, is_int, of_layer_types, rope_type_of, settle_context
 from longlora_ext._pattern import DENSE_LAYERS, SINK, WINDOW, check_window, resolve_layers
+from longlora_ext._per_layer import layer_config
 from longlora_ext._rope import (
     NTK,
     check_rope,
@@ -179,7 +180,8 @@ def extend_config(
     """A copy of a model's config for a longer context.
 
     The factor is `ceil(context_length / original)`. For a model without scaling, `original` is its
-    `max_position_embeddings`. A model that is scaled already is extended with its own `rope_type` only:
+    `max_position_embeddings`, or for `yarn`, `llama3` and `longrope` the `original_max_position_embeddings` in
+    `rope_parameters`. A model that is scaled already is extended with its own `rope_type` only:
     factors of `linear` and `llama3` multiply, those of Llama 3.1 and 3.2 being no ratio of lengths; for `yarn`
     and the like the factor is counted from the length that the parameters name as the original one. The other
     parameters are kept. A factor never becomes smaller.
@@ -207,21 +209,23 @@ def extend_config(
         as transformers scales only beyond it), `s2attn_context_length` and `s2attn_group_size`, and `s2attn_sink`,
         `s2attn_window` and `s2attn_dense_layers` where they are asked for (an earlier extension's are not taken over).
         Where layer types have RoPE parameters of their own, those of layers with a sliding window stay as they are, and
-        so does RoPE where these alone have positions (Cohere 2, EXAONE 4, Afmoe), unless `rope_parameters` are given.
+        so does RoPE where these alone have positions (Cohere 2, EXAONE 4, Afmoe, Flint, Kolibri, Beam, some Granite),
+        unless `rope_parameters` are given.
         Linear scaling is given `original_max_position_embeddings` too, so that nobody has to ask whether
         `max_position_embeddings` is the length before or after it. A `head_dim` of `None` is filled in.
 
     Raises:
         ValueError: An argument is out of its range, or the config's RoPE cannot be extended as asked.
     """
-    if is_int(context_length) and only_windows_rotate(config, context_length) and not rope_parameters:
-        rope_type = "default"
+    stays = is_int(context_length) and only_windows_rotate(config, context_length) and not rope_parameters
     by_type = copy.deepcopy(getattr(config, "rope_parameters", None) or {})
     layer_types = of_layer_types(by_type)
     concerned = to_extend(config, layer_types, context_length)
     config = settle_context(config, present_context_length)
     if layer_types:
         config = with_one_rope(config, {name: layer_types[name] for name in concerned})
+    if stays:
+        rope_type = rope_type_of(config)
     present = _present_length(config)
     if not is_int(context_length) or context_length <= present:
         raise ValueError(
@@ -232,14 +236,16 @@ def extend_config(
     extended.s2attn_group_size = _group_size(context_length, group_ratio, group_size)
     set_pattern(extended, sink=sink, window=window, dense_layers=dense_layers)
     extended.s2attn_context_length = context_length
-    new = extended_rope(config, context_length, rope_type, dict(rope_parameters or {}))
+    new = dict(config.rope_parameters)
+    if not stays:
+        new = extended_rope(layer_config(config, concerned), context_length, rope_type, dict(rope_parameters or {}))
     if rope_type != "dynamic":
         extended.max_position_embeddings = context_length
     if rope_type == "linear":
         extended.original_max_position_embeddings = original_of_linear(config, present)
     extended.rope_parameters = new
     fill_in_head_dim(extended)
-    check_rope(extended, "default" if rope_type == NTK else rope_type)
+    check_rope(layer_config(extended, concerned), "default" if rope_type == NTK else rope_type)
     if layer_types:
         new = dict(extended.rope_parameters)
         kept = {name: rope for name, rope in by_type.items() if rope is None or isinstance(rope, dict)}

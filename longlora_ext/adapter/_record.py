@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from longlora_ext._lengths import ORIGINAL
+from longlora_ext._per_layer import layer_config
 from longlora_ext.adapter._checkpoint import listed
 from longlora_ext.adapter._precision import fp32_weight, plain_name, whole_shape
 from longlora_ext.config import CONFIG_FIELDS, context_length, fill_in_head_dim
@@ -137,7 +138,8 @@ def sample(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _base_shape(config: PreTrainedConfig) -> dict[str, Any]:
-    return {name: getattr(config, name, None) for name in _SHAPE_FIELDS}
+    first = layer_config(config)
+    return {name: getattr(first, name, None) for name in _SHAPE_FIELDS}
 
 
 def check_shape(config: PreTrainedConfig, record: dict[str, Any], base: str) -> None:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig, Trainer, TrainingArguments
 
 import longlora_ext.attention  # noqa: F401  (registers attn_implementation="s2attn")
+from longlora_ext._per_layer import layer_configs
 from longlora_ext.config import kv_heads
 from longlora_ext.loss import IGNORED_LABEL
 from longlora_ext.parallel._layers import SequenceGroup, check_rope
@@ -40,11 +41,10 @@ def check_sequence_parallel(config: PreTrainedConfig, sequence_parallel_size: in
     size = sequence_parallel_size
     if size == 1:
         return
-    heads: int = config.num_attention_heads
-    groups = kv_heads(config)
-    if by == "ulysses" and (reason := why_not_ulysses(heads, groups, size)):
-        raise ValueError(f"sequence_parallel_size {size} with by='ulysses': {reason}; by='halo' has no such limit")
     check_rope(config)
+    for layer in layer_configs(config) if by == "ulysses" else ():
+        if reason := why_not_ulysses(layer.num_attention_heads, kv_heads(layer), size):
+            raise ValueError(f"sequence_parallel_size {size} with by='ulysses': {reason}; by='halo' has no such limit")
 
 
 class SequenceParallelTrainer(Trainer):

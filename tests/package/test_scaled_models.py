@@ -9,8 +9,6 @@ import pytest
 import torch
 from transformers import (
     AutoConfig,
-    Cohere2Config,
-    Exaone4Config,
     HunYuanDenseV1Config,
     MixtralConfig,
     NemotronConfig,
@@ -206,6 +204,20 @@ def test_a_factor_never_becomes_smaller(rope: dict) -> None:
         extend_config(config, 1024, rope_type=kind, rope_parameters={"factor": 2.0})
 
 
+@pytest.mark.parametrize("rope", [{"rope_type": "default"}, YARN], ids=["not scaled", "scaled"])
+@pytest.mark.parametrize("context, factor", [(640, 5.0), (700, 6.0)])
+def test_a_factor_is_counted_from_the_original_length_that_is_given(rope: dict, context: int, factor: float) -> None:
+    """Qwen 3 has a max_position_embeddings of 40960, and was trained at 32768."""
+    given = {"original_max_position_embeddings": 128}
+    config = scaled(160, **rope)
+    assert extend_config(config, context, rope_type="yarn", rope_parameters=given).rope_parameters["factor"] == factor
+    if rope["rope_type"] == "default":
+        extended = extend_config(config, context, rope_type="llama3", rope_parameters=given)
+        assert extended.rope_parameters["factor"] == factor
+    with pytest.raises(ValueError, match="do not fit rope_type 'yarn'"):
+        extend_config(config, 640, rope_type="yarn", rope_parameters={"original_max_position_embeddings": "128"})
+
+
 def test_the_old_name_of_a_type_does_not_stay_beside_another() -> None:
     config = scaled(rope_type="default", type="default")
     assert "type" not in extend_config(config, 512, rope_type="yarn").rope_parameters
@@ -232,22 +244,6 @@ def test_a_head_dim_that_a_config_leaves_open_is_filled_in(family: str, rope_typ
     assert model.model.rotary_emb.inv_freq.shape == (rotated // 2,)
     with torch.no_grad():
         assert model(tokens(1, 200)).logits.isfinite().all()
-
-
-@pytest.mark.parametrize("kind", [Cohere2Config, Exaone4Config])
-def test_rope_stays_where_only_windows_have_positions(kind: type[PreTrainedConfig]) -> None:
-    """What they do within the model's own context stays the same, by yarn as well."""
-    config = kind(**SIZES, sliding_window=16, layer_types=["sliding_attention", "full_attention"])
-    assert {"sliding_attention", "full_attention"} == set(config.layer_types)
-    extended = extend_config(config, 256, rope_type="yarn")
-    assert extended.rope_parameters == {**config.rope_parameters, "rope_type": "default"}
-    assert context_length(extended) == extended.max_position_embeddings == 256
-    models = [tiny_model(config=each).eval() for each in (config, extended)]
-    logits = [model(tokens(1, 60)).logits for model in models]
-    assert torch.equal(*logits)
-    all_see_all = kind(**SIZES, sliding_window=None, layer_types=["full_attention"] * 2)
-    everywhere = extend_config(all_see_all, 256, rope_type="yarn")
-    assert everywhere.rope_parameters["factor"] == 4
 
 
 def test_scaling_by_alpha_is_not_extended() -> None:

@@ -8,6 +8,7 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase
 
 from app.inputs.tokenised import Tokenised
+from longlora_ext._per_layer import layer_configs
 from longlora_ext._routed import check_layer_types, check_routed
 from longlora_ext.attention import attention_window
 from longlora_ext.config import context_length, kv_heads
@@ -19,9 +20,13 @@ NEEDS_A_WINDOW = ("afmoe", "cohere2", "ministral", "olmo3")
 
 
 def head_dim_of(config: PreTrainedConfig) -> int:
-    """Dimensions of a head of q and k."""
-    heads = getattr(config, "num_attention_heads", None)
-    return getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else LARGEST_HEAD_DIM)
+    """Dimensions of a head of q and k, in the layer that has the most of them."""
+    return max(map(_head_dim, layer_configs(config)))
+
+
+def _head_dim(layer: PreTrainedConfig) -> int:
+    heads = getattr(layer, "num_attention_heads", None)
+    return getattr(layer, "head_dim", None) or (layer.hidden_size // heads if heads else LARGEST_HEAD_DIM)
 
 
 def check_attention(config: PreTrainedConfig, context: int | None = None) -> None:
@@ -35,7 +40,6 @@ def check_attention(config: PreTrainedConfig, context: int | None = None) -> Non
         model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         check_routed(model_class)
     check_layer_types(config)
-    heads = getattr(config, "num_attention_heads", None)
     if getattr(config, "attn_logit_softcapping", None):
         raise ValueError("its attention caps its logits (attn_logit_softcapping), which S2-Attn cannot express")
     if getattr(config, "use_bidirectional_attention", None):
@@ -46,8 +50,10 @@ def check_attention(config: PreTrainedConfig, context: int | None = None) -> Non
             f'its attention has dropout ({config.attention_dropout}), which S2-Attn has not: set "attention_dropout": '
             "0.0 in its config.json"
         )
-    if heads and heads % kv_heads(config):
-        raise ValueError(f"its {heads} query heads are no multiple of its {kv_heads(config)} key and value heads")
+    for layer in layer_configs(config):
+        heads = getattr(layer, "num_attention_heads", None)
+        if heads and heads % kv_heads(layer):
+            raise ValueError(f"its {heads} query heads are no multiple of its {kv_heads(layer)} key and value heads")
 
 
 def _check_window(config: PreTrainedConfig, context: int | None) -> None:
