@@ -109,13 +109,16 @@ def apply_record(config: PreTrainedConfig, record: dict[str, Any]) -> None:
     fill_in_head_dim(config)
 
 
-def fingerprint_of(model: nn.Module) -> dict[str, list[float]]:
-    """What the base model of a prepared model can be known by. Collective under ZeRO and FSDP."""
+def fingerprint_of(model: nn.Module, adapter: Iterable[torch.Tensor]) -> dict[str, list[float]]:
+    """What the base model of a prepared model, with the weights of `adapter`, can be known by. Collective under ZeRO
+    and FSDP."""
+    of_adapter = {id(weight) for weight in adapter}  # which may be frozen as well
     return fingerprint(
         {
             plain_name(name).removeprefix("base_model.model.").replace(".base_layer.", "."): parameter
             for name, parameter in model.named_parameters()
             if not parameter.requires_grad
+            and id(parameter) not in of_adapter
             and len(whole_shape(parameter)) == 2
             and parameter.is_floating_point()
             and ".original_module." not in name
