@@ -115,7 +115,7 @@ def fingerprint_of(model: nn.Module, adapter: Iterable[torch.Tensor]) -> dict[st
     of_adapter = {id(weight) for weight in adapter}  # which may be frozen as well
     return fingerprint(
         {
-            plain_name(name).removeprefix("base_model.model.").replace(".base_layer.", "."): parameter
+            _name_in_base(name): parameter
             for name, parameter in model.named_parameters()
             if not parameter.requires_grad
             and id(parameter) not in of_adapter
@@ -124,6 +124,12 @@ def fingerprint_of(model: nn.Module, adapter: Iterable[torch.Tensor]) -> dict[st
             and ".original_module." not in name
         }
     )
+
+
+def _name_in_base(name: str) -> str:
+    """What a frozen weight of a prepared model is called in the base model."""
+    parts = plain_name(name).removeprefix("base_model.model.").split(".")
+    return ".".join(part for part in parts if part not in ("base_layer", "token_adapter"))
 
 
 def fingerprint(frozen: dict[str, torch.Tensor]) -> dict[str, list[float]]:

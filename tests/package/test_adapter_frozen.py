@@ -1,5 +1,6 @@
 """Adapters of which a part is frozen, at the start, later, or when it is saved: all of it is saved."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,3 +68,13 @@ def test_what_is_frozen_later_keeps_what_it_has_learned(which, tied: bool, tmp_p
     freeze(model, which)
     train(model)
     assert_saved(model, base, tmp_path)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_single_tokens_may_be_trained(tied: bool, tmp_path: Path) -> None:
+    """PEFT wraps the embedding, which is frozen."""
+    base = fp32_base(tmp_path / "base", tie_word_embeddings=tied)
+    save_random_adapter(base, tmp_path / "adapter", trainable_token_indices=[3, 4], modules_to_save=None)
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    assert_same_logits(tmp_path / "adapter", tmp_path / "merged", base)
+    assert "model.embed_tokens.weight" in json.loads((tmp_path / "adapter/longlora.json").read_text())["base_weights"]
