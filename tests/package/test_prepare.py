@@ -66,6 +66,16 @@ def test_models_that_do_not_fit_are_refused() -> None:
         prepare_model(prepared, lora_config(model))
 
 
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_starts_that_change_the_base_model_are_refused(start: str, tmp_path: Path) -> None:
+    """No base model on a disk would be the one that the adapter is of."""
+    model = extended_model(save_base(tmp_path), torch.float32)
+    before = model.model.layers[0].self_attn.q_proj.weight.detach().clone()
+    with pytest.raises(ValueError, match=f"init_lora_weights is '{start}', .* may be True, .*, 'eva' or 'mica'"):
+        prepare_model(model, lora_config(model, init_lora_weights=start))
+    assert model.model.layers[0].self_attn.q_proj.weight.equal(before)
+
+
 @pytest.mark.parametrize(
     ("kind", "targets"),
     [
