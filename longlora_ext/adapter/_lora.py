@@ -28,7 +28,8 @@ _UNDERSTOOD = {
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
     "ensure_weight_tying", "runtime_config",
 }  # fmt: skip
-_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal")  # the others change the base model's weights as well
+#: Values of init_lora_weights. The others, such as PiSSA, change the base model's weights as well.
+PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 
 
 class NeedsWholeModel(Exception):
@@ -109,7 +110,7 @@ def obstacle(config: Any) -> str | None:
     """What of an adapter is more than a change of single weights."""
     if type(config) is not LoraConfig:
         return f"the type {config.peft_type}"
-    if config.init_lora_weights not in _PLAIN_STARTS:
+    if config.init_lora_weights not in PLAIN_STARTS:
         return f"init_lora_weights={config.init_lora_weights!r}"
     plain = LoraConfig()
     names = [field.name for field in dataclasses.fields(plain) if field.name not in _UNDERSTOOD]

@@ -33,7 +33,7 @@ from longlora_ext.adapter._lora import LoraWeights, NeedsWholeModel
 from longlora_ext.adapter._record import apply_record, check_shape, check_tying, check_weights, read_record
 from longlora_ext.adapter._stored import StoredModel
 from longlora_ext.adapter._tokenizer import save_tokenizer
-from longlora_ext.adapter._tying import settle_tying
+from longlora_ext.adapter._tying import settle_tying, untie_adapted
 from longlora_ext.config import CONFIG_FIELDS, context_length
 
 #: What the programs that make an adapter write into its folder about that.
@@ -157,6 +157,7 @@ def _by_peft(
     folder: Path, base: str, dtype: torch.dtype | None, max_shard_size: int, hub: dict[str, Any]
 ) -> Callable[[Path], None]:
     model: Any = load(folder, base_model=base, attn_implementation="sdpa", dtype=dtype or "auto", **hub)
+    untie_adapted(model.get_base_model())
     try:
         merged = model.merge_and_unload(safe_merge=True)
     except RuntimeError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -33,15 +34,13 @@ def _cast_output(module: nn.Module, args: Any, output: torch.Tensor, dtype: torc
     return output.to(dtype)
 
 
-def fp32_state(model: nn.Module, only_trainable: bool) -> dict[str, torch.Tensor]:
-    """The fp32 weights under their full names, on the CPU of the first process (elsewhere empty). A tied weight
-    is one tensor under all its names. Collective under ZeRO and FSDP, which gather one weight at a time.
+def fp32_state(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Weights by name, in fp32 on the CPU of the first process (elsewhere empty). A tied weight is one tensor
+    under all its names. Collective under ZeRO and FSDP, which gather one weight at a time.
     """
     state: dict[str, torch.Tensor] = {}
     seen: dict[int, torch.Tensor] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if only_trainable and not parameter.requires_grad:
-            continue
+    for name, parameter in weights:
         if id(parameter) not in seen:
             weight = fp32_weight(parameter)
             seen[id(parameter)] = weight.cpu() if is_first_process() else weight.new_empty(0)

@@ -17,8 +17,10 @@ from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from longlora_ext.adapter._generation import keep_generation_config
+from longlora_ext.adapter._lora import PLAIN_STARTS
 from longlora_ext.adapter._norms import names_for_peft, norms_of
 from longlora_ext.adapter._precision import train_in_fp32
+from longlora_ext.adapter._record import base_shape, differences
 from longlora_ext.adapter._targets import projections_of
 from longlora_ext.adapter._tying import is_tied, settle_tying
 
@@ -71,11 +73,13 @@ def prepare_model(model: PreTrainedModel, peft_config: PeftConfig | None) -> Pre
         which keeps fp32 masters of them.
 
     Raises:
-        ValueError: The model has an adapter already, or PEFT leaves a module frozen that `peft_config` names in
-            `modules_to_save`, or unties what it says is tied.
+        ValueError: The model has an adapter already, it has other layers or another vocabulary than its files,
+            `init_lora_weights` changes the base model as PiSSA does, or PEFT leaves a module frozen that `peft_config`
+            names in `modules_to_save`, or unties what it says is tied.
     """
     if isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError("the model has an adapter already: pass the base model")
+    _check_start(peft_config)
     settle_tying(model)
     in_fp32 = not is_deepspeed_zero3_enabled()
     if peft_config is None:
@@ -94,6 +98,7 @@ def prepare_model(model: PreTrainedModel, peft_config: PeftConfig | None) -> Pre
         for parameter in prepared.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
+    _check_base(model, base)
     _check_trained(prepared, peft_config)
     if tied and getattr(peft_config, "ensure_weight_tying", False) and not is_tied(model):
         raise ValueError(
@@ -101,6 +106,34 @@ def prepare_model(model: PreTrainedModel, peft_config: PeftConfig | None) -> Pre
             "trained: pass modules_to_save=[...] without the embedding"
         )
     return prepared
+
+
+def _check_start(peft_config: PeftConfig | None) -> None:
+    """Raise `ValueError` if LoRA begins with a part of the base model's weights: an adapter does not hold the rest."""
+    start = getattr(peft_config, "init_lora_weights", True)
+    if start not in PLAIN_STARTS:
+        *others, last = map(repr, PLAIN_STARTS)
+        raise ValueError(
+            f"init_lora_weights is {start!r}, which changes the base model's weights, so that the adapter would fit no "
+            f"model on a disk: it may be {', '.join(others)} or {last}"
+        )
+
+
+def _check_base(model: PreTrainedModel, base: str) -> None:
+    """Raise `ValueError` if the model is no longer that of its files, which its adapter would be put on."""
+    kind = type(model.config)
+    try:
+        fields, _ = kind.get_config_dict(base, local_files_only=True)
+    except OSError:  # the model was made of a config, or its files are no longer there
+        return
+    if not fields:  # a folder without, of which from_pretrained would make one by default
+        return
+    stored = kind.from_pretrained(base, local_files_only=True)
+    if differ := differences(base_shape(model.config), base_shape(stored)):
+        raise ValueError(
+            f"the model is no longer that of {base}: it has {differ}, and its adapter would not load. Save the model "
+            "to another folder, and load it from there"
+        )
 
 
 def _check_trained(prepared: PeftModel, peft_config: PeftConfig) -> None:

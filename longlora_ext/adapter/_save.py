@@ -54,8 +54,9 @@ def save_adapter(
         raise ValueError(f"the model must have the one adapter of prepare_model, but it has {list(model.peft_config)}")
     target = Path(folder)
     on_first_process(lambda: refuse_to_overwrite(target))
-    state = fp32_state(model, only_trainable=isinstance(model, PeftModel))
-    fingerprint = fingerprint_of(model) if isinstance(model, PeftModel) else {}
+    weights = _weights_of(model)
+    state = fp32_state(weights.items())
+    fingerprint = fingerprint_of(model, weights.values()) if isinstance(model, PeftModel) else {}
 
     def write() -> None:
         if broken := [name for name, weight in state.items() if not weight.isfinite().all()]:
@@ -81,11 +82,18 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def _weights_of(model: PeftModel | PreTrainedModel) -> dict[str, torch.Tensor]:
+    """What to save, by its names in the file: of an adapter all that belongs to it, as a weight that is frozen now may
+    have been trained before."""
+    weights: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    if isinstance(model, PeftModel):
+        weights = get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
+    return {plain_name(name): weight for name, weight in weights.items()}
+
+
 def _write_adapter(
-    model: PeftModel, state: dict[str, torch.Tensor], fingerprint: dict[str, list[float]], folder: Path
+    model: PeftModel, tensors: dict[str, torch.Tensor], fingerprint: dict[str, list[float]], folder: Path
 ) -> None:
-    tensors = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
-    tensors = {plain_name(name): tensor for name, tensor in tensors.items()}
     # PEFT reads a tied weight under all its names, and safetensors wants no two names for the same memory.
     first = {id(tensor): name for name, tensor in reversed(tensors.items())}
     tensors = {name: tensor if first[id(tensor)] == name else tensor.clone() for name, tensor in tensors.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 
@@ -26,3 +28,14 @@ def settle_tying(model: PreTrainedModel) -> None:
     """
     if model.get_output_embeddings() is not None:
         say_tied(model.config, is_tied(model))
+
+
+def untie_adapted(model: PreTrainedModel) -> None:
+    """Give the output layer a weight of its own if LoRA is on it, or on the embedding that it is tied to.
+
+    PEFT merges LoRA into a weight where it is, and so would change what both compute.
+    """
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    if is_tied(model) and any(isinstance(layer, BaseTunerLayer) for layer in (embedding, output)):
+        layer = getattr(output, "base_layer", output)
+        layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)

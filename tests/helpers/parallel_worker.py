@@ -71,7 +71,8 @@ def zero(kind: str, case: str) -> Found:
             engine.backward(loss)
             engine.step()
             losses[-1].append(loss.item())
-        weights.append(fp32_state(engine.module, only_trainable=True))
+        named = engine.module.named_parameters(remove_duplicate=False)
+        weights.append(fp32_state((name, weight) for name, weight in named if weight.requires_grad))
     distance = [(weights[1][name] - weight).abs().max().item() for name, weight in weights[0].items()]
     return {"losses": losses, "distance": max(distance, default=0.0)}
 

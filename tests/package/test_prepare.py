@@ -66,6 +66,35 @@ def test_models_that_do_not_fit_are_refused() -> None:
         prepare_model(prepared, lora_config(model))
 
 
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_starts_that_change_the_base_model_are_refused(start: str, tmp_path: Path) -> None:
+    """No base model on a disk would be the one that the adapter is of."""
+    model = extended_model(save_base(tmp_path), torch.float32)
+    before = model.model.layers[0].self_attn.q_proj.weight.detach().clone()
+    with pytest.raises(ValueError, match=f"init_lora_weights is '{start}', .* may be True, .*, 'eva' or 'mica'"):
+        prepare_model(model, lora_config(model, init_lora_weights=start))
+    assert model.model.layers[0].self_attn.q_proj.weight.equal(before)
+
+
+def test_a_model_that_is_no_longer_that_of_its_files_is_refused(tmp_path: Path) -> None:
+    """Nothing would load its adapter, and that would be known after the training."""
+    model = extended_model(save_base(tmp_path))
+    model.resize_token_embeddings(63)
+    with pytest.raises(ValueError, match=r"no longer that of .*: it has vocab_size 63 instead of 61, .* Save"):
+        prepare_model(model, lora_config(model))
+    model = extended_model(tmp_path)
+    with pytest.raises(ValueError, match="it has num_hidden_layers 4 instead of 2"):
+        prepare_model(model, lora_config(model, layer_replication=[[0, 2], [0, 2]]))
+    model = extended_model(tmp_path)
+    model.resize_token_embeddings(63)
+    model.save_pretrained(tmp_path / "larger")
+    larger = AutoModelForCausalLM.from_pretrained(tmp_path / "larger")
+    assert prepare_model(larger, lora_config(larger)).get_input_embeddings().weight.shape[0] == 63
+    model = extended_model(tmp_path)
+    (tmp_path / "config.json").unlink()  # a folder of GGUF files has none
+    prepare_model(model, lora_config(model))
+
+
 @pytest.mark.parametrize(
     ("kind", "targets"),
     [

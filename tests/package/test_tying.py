@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from finetune_runs import make_model, make_text, run, small_run
 from longlora_ext.adapter import load, load_base, merge, prepare_model, save_adapter
 from longlora_ext.config import extend_config
-from merged_models import save_random_adapter
+from merged_models import assert_same_logits, fp32_base, save_random_adapter
 from tiny_models import tokens
 from tiny_training import CONTEXT, extended_model, save_base, train
 
@@ -83,6 +83,18 @@ def test_half_of_a_tied_weight_is_untied_by_merging(tmp_path: Path) -> None:
     assert not says_tied(tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits_of(merged), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layer", ["lm_head", "embed_tokens"])
+def test_lora_on_one_side_of_a_tied_weight(layer: str, tmp_path: Path) -> None:
+    """PEFT would add it to both."""
+    base = fp32_base(tmp_path / "base", tie_word_embeddings=True)
+    adapter = save_random_adapter(
+        base, tmp_path / "adapter", target_modules=["q_proj", layer], modules_to_save=None, init_lora_weights=False
+    )
+    merge(adapter, tmp_path / "merged")
+    assert not says_tied(tmp_path / "merged")
+    assert_same_logits(adapter, tmp_path / "merged", base)
 
 
 def test_the_same_twice_in_a_file_is_tied(tmp_path: Path, caplog) -> None:
