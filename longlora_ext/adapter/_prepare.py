@@ -20,7 +20,6 @@ from longlora_ext.adapter._generation import keep_generation_config
 from longlora_ext.adapter._lora import PLAIN_STARTS
 from longlora_ext.adapter._norms import names_for_peft, norms_of
 from longlora_ext.adapter._precision import train_in_fp32
-from longlora_ext.adapter._record import base_shape, differences
 from longlora_ext.adapter._targets import projections_of
 from longlora_ext.adapter._tying import is_tied, settle_tying
 
@@ -73,9 +72,9 @@ def prepare_model(model: PreTrainedModel, peft_config: PeftConfig | None) -> Pre
         which keeps fp32 masters of them.
 
     Raises:
-        ValueError: The model has an adapter already, it has other layers or another vocabulary than its files,
-            `init_lora_weights` changes the base model as PiSSA does, or PEFT leaves a module frozen that `peft_config`
-            names in `modules_to_save`, or unties what it says is tied.
+        ValueError: The model has an adapter already, its vocabulary is not that of its files, `init_lora_weights`
+            changes the base model as PiSSA does, or PEFT leaves a module frozen that `peft_config` names in
+            `modules_to_save`, or unties what it says is tied.
     """
     if isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError("the model has an adapter already: pass the base model")
@@ -87,6 +86,7 @@ def prepare_model(model: PreTrainedModel, peft_config: PeftConfig | None) -> Pre
         keep_generation_config(model)
         return model.float() if in_fp32 else model
     dtype, base, tied = model.dtype, model.name_or_path or "", is_tied(model)
+    _check_vocabulary(model, base)
     prepared = get_peft_model(model, peft_config, autocast_adapter_dtype=in_fp32)
     if os.path.isdir(base):  # an adapter must find its base from any working directory
         prepared.peft_config[ADAPTER].base_model_name_or_path = os.path.abspath(base)
@@ -98,7 +98,6 @@ def prepare_model(model: PreTrainedModel, peft_config: PeftConfig | None) -> Pre
         for parameter in prepared.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
-    _check_base(model, base)
     _check_trained(prepared, peft_config)
     if tied and getattr(peft_config, "ensure_weight_tying", False) and not is_tied(model):
         raise ValueError(
@@ -119,20 +118,17 @@ def _check_start(peft_config: PeftConfig | None) -> None:
         )
 
 
-def _check_base(model: PreTrainedModel, base: str) -> None:
-    """Raise `ValueError` if the model is no longer that of its files, which its adapter would be put on."""
-    kind = type(model.config)
+def _check_vocabulary(model: PreTrainedModel, base: str) -> None:
+    """Raise `ValueError` if the vocabulary is no longer that of the model's files, as the adapter is put on those."""
     try:
-        fields, _ = kind.get_config_dict(base, local_files_only=True)
+        stored, _ = model.config.get_config_dict(base, local_files_only=True)
     except OSError:  # the model was made of a config, or its files are no longer there
         return
-    if not fields:  # a folder without, of which from_pretrained would make one by default
-        return
-    stored = kind.from_pretrained(base, local_files_only=True)
-    if differ := differences(base_shape(model.config), base_shape(stored)):
+    here = getattr(model.config, "vocab_size", None)
+    if (there := stored.get("vocab_size", here)) != here:
         raise ValueError(
-            f"the model is no longer that of {base}: it has {differ}, and its adapter would not load. Save the model "
-            "to another folder, and load it from there"
+            f"the model has a vocabulary of {here} tokens, but {base} has {there}, and an adapter would not load: save "
+            "the model to another folder, and load it from there"
         )
 
 

@@ -52,7 +52,7 @@ def write_record(
         "rope_parameters": config.rope_parameters,
         **({ORIGINAL: getattr(config, ORIGINAL)} if hasattr(config, ORIGINAL) else {}),
         "config": {name: getattr(config, name) for name in CONFIG_FIELDS if hasattr(config, name)},
-        "base_shape": base_shape(config),
+        "base_shape": _base_shape(config),
         "base_weights": fingerprint,
         "versions": {"transformers": transformers.__version__, "peft": peft.__version__},
         "tensors": sorted(tensors),
@@ -146,22 +146,22 @@ def sample(weight: torch.Tensor) -> torch.Tensor:
     return flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES]
 
 
-def base_shape(config: PreTrainedConfig) -> dict[str, Any]:
-    """What a config says by which the adapter of one model does not fit another."""
+def _base_shape(config: PreTrainedConfig) -> dict[str, Any]:
     first = layer_config(config)
     return {name: getattr(first, name, None) for name in _SHAPE_FIELDS}
 
 
 def check_shape(config: PreTrainedConfig, record: dict[str, Any], base: str) -> None:
     """Compare a base model's config with that of training. Whether weights are tied is not asked of it."""
-    if differ := differences(base_shape(config), record["base_shape"]):
-        raise ValueError(f"{base} is not the base model of this adapter: it has {differ}")
-
-
-def differences(here: dict[str, Any], there: dict[str, Any]) -> str:
-    """In words, where one shape of a model is not the other."""
-    differ = [name for name in there if name != _TIED and here.get(name) != there[name]]
-    return ", ".join(f"{name} {here.get(name)} instead of {there[name]}" for name in differ)
+    here = _base_shape(config)
+    here[_TIED] = record["base_shape"].get(_TIED)
+    differ = [
+        f"{name} {here.get(name)} instead of {want}"
+        for name, want in record["base_shape"].items()
+        if here.get(name) != want
+    ]
+    if differ:
+        raise ValueError(f"{base} is not the base model of this adapter: it has {', '.join(differ)}")
 
 
 def check_tying(peft_config: Any, tied: bool, base: str) -> None:
