@@ -90,7 +90,8 @@ def _with_one_head_dim(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor,
     largest = padded(max(q.shape[-1], v.shape[-1]))
     if q.shape[-1] == v.shape[-1] == largest:
         return q, k, v
-    q, k, v = (F.pad(x, (0, largest - x.shape[-1])) for x in (q, k, v))
+    # A dimension of size 1 may have any stride, of which F.pad would make another order of dimensions.
+    q, k, v = (F.pad(x, (0, largest - x.shape[-1])).contiguous() for x in (q, k, v))
     return q, k, v
 
 

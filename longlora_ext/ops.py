@@ -67,19 +67,21 @@ def s2attn(
         q: [B, N, H, D], any N. The kernels take bfloat16 and float16, on a CPU float32 and float64 as well, with D up
             to 256. Elsewhere the same attention is computed by calls of torch's, more slowly, and a warning says so.
             Any strides; the last dimension must be contiguous. On CUDA, a tensor with rows that do not begin at
-            multiples of 16 bytes is copied. All inputs must be finite: a NaN or infinity shows in all rows that see it,
-            and may show in rows that do not: kernels compute tiles of up to a few hundred tokens, in which what is
-            masked weighs 0, and 0 * NaN is NaN. So a NaN in `v` may reach earlier rows and other documents, and in the
-            backward pass one in any input or in the gradient may; none reaches other rows of the batch or other KV
-            heads. With `sink`, one in `k` or `v` of a document's first token shows in all rows of the document.
+            multiples of 16 bytes is copied. All inputs must be finite: a NaN, or an infinity that makes no score minus
+            infinity, shows in all rows that see it, and may show in rows that do not: kernels compute tiles of up to a
+            few hundred tokens, in which what is masked weighs 0, and 0 * NaN is NaN. So a NaN in `v` may reach earlier
+            rows and other documents, and in the backward pass one in any input or in the gradient may; none reaches
+            other rows of the batch or other KV heads. With `sink`, one in `k` or `v` of a document's first token shows
+            in all rows of the document.
         k: [B, Nk, Hkv, D], dtype and device of `q`; Hkv divides H. Nk >= N: the queries are the last of the keys'
             tokens, as with a KV cache or a prompt in parts.
         v: Like `k`. Its head dim may differ from that of `q` and `k`; it is then the output's.
         group_size: G, tokens in a group, even. With G >= N and no shifted head this is dense causal attention.
         doc_start: int32 [B, N]: for each token the index, within its row, of the first token of its document. Groups
             restart there and nothing is seen across. `longlora_ext.documents` makes it. It counts in rows of `k`, and
-            is negative where a document began before these. Without it the document begins at the first key. Checked on
-            a CPU; on CUDA, where to look would be to wait, a wrong one gives wrong numbers or NaN.
+            is negative where a document began before these, by less than 2^29 tokens. Without it the document begins at
+            the first key. Checked on a CPU; on CUDA, where to look would be to wait, a wrong one gives wrong numbers or
+            NaN.
         first_shifted_head: Query heads from this one on are shifted; H // 2 by default. A rank that holds only some
             heads passes clamp(H_total // 2 - its_first_head, 0, H).
         wrap: Algorithm 1 of the paper to the letter: shifted heads are rolled by G/2, so that the last half group

@@ -6,6 +6,7 @@ tiles of rows, with masks (`_tiles.py`).
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from longlora_ext._arguments import Arguments
@@ -34,6 +35,8 @@ def strided(
     plain = pattern.doc_start is None and pattern.window is None and q.shape[1] == k.shape[1]
     forms_scores = with_lse or not is_fused(q)
     if plain and not forms_scores:
+        if pattern.scale < torch.finfo(torch.float32).tiny:  # with which torch multiplies its mask: -inf * 0 is NaN
+            q, pattern = q * pattern.scale, pattern._replace(scale=1.0)
         return by_groups(q, k, v, pattern), None
     out, lse = by_tiles(q, k, v, pattern, forms_scores)
     return out, lse if with_lse else None

@@ -273,3 +273,19 @@ def test_v_of_another_head_dim_and_head_dims_without_a_kernel(head_dims: tuple[i
         assert a.shape == e.shape
         error, ulp = (p.double() - e).abs().max(), torch.finfo(p.dtype).eps * e.abs().max()
         torch.testing.assert_close(a.double(), e, rtol=0, atol=(3 * error + 16 * ulp).item())
+
+
+@pytest.mark.parametrize("sink", [False, True])
+@pytest.mark.parametrize("scale", [0.0, 1e-46])
+def test_scale_of_nothing(scale: float, sink: bool) -> None:
+    """Each row is the mean of what it sees."""
+    q, k, v = torch.randn(3, 1, 40, 2, 264).unbind()
+    expected, _ = s2attn_reference(*(x.double() for x in (q, k, v)), 16, sink=sink, scale=scale)
+    torch.testing.assert_close(s2attn(q, k, v, 16, scale=scale, sink=sink).double(), expected, rtol=0, atol=1e-5)
+
+
+def test_one_dimension_and_a_negative_scale() -> None:
+    """-q gives the last dimension another stride, which means nothing where its size is 1."""
+    q, k, v = (x.transpose(1, 2) for x in torch.randn(3, 2, 4, 64, 1).unbind())
+    expected, _ = s2attn_reference(*(x.double() for x in (q, k, v)), 16, scale=-0.3)
+    torch.testing.assert_close(s2attn(q, k, v, 16, scale=-0.3).double(), expected, rtol=0, atol=1e-5)
