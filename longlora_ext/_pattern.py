@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from longlora_ext._lengths import is_int
+from longlora_ext._lengths import CONTEXT_LENGTH, is_int
 
 SINK = "s2attn_sink"
 WINDOW = "s2attn_window"
@@ -39,10 +39,17 @@ def window(config: PreTrainedConfig) -> int | None:
 def of_layer(config: PreTrainedConfig, own_window: int | None, keys: int) -> dict[str, Any]:
     """`window` and `sink` of S2-Attn in a layer with this sliding window of its own, or without, over so many keys.
 
-    The narrower of two windows counts. A layer's own window never showed the first token, so it does not now, however
-    short the row is: what a document sees does not depend on the others in its row.
+    The narrower of two windows counts. A layer's own window never showed the first token, so it does not now.
     """
-    return {"window": smaller(clipped(own_window, keys), window(config)), "sink": own_window is None and sink(config)}
+    shown = sink(config) and not hides(config, own_window)
+    return {"window": smaller(clipped(own_window, keys), window(config)), "sink": shown}
+
+
+def hides(config: PreTrainedConfig, own_window: int | None) -> bool:
+    """Whether a layer's own window hides any of the model's context. It is not asked of a row, which may be shorter:
+    what a document sees must not depend on the others in its row."""
+    context = getattr(config, CONTEXT_LENGTH, None) or getattr(config, "max_position_embeddings", None)
+    return own_window is not None and (context is None or own_window < context)
 
 
 def window_of_layer(module: Any) -> int | None:

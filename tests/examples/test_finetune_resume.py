@@ -231,5 +231,7 @@ def test_two_runs_do_not_write_to_one_folder(inputs: tuple[Path, Path], tmp_path
         first.wait()
     assert second.returncode == 2
     assert second.stderr.count("error: ") == 1 and "another run is writing to it" in second.stderr
-    third = run(*small_run(*inputs, tmp_path / "out", steps=1), "--resume_from_checkpoint", "latest")
+    done = [int(path.parent.name.split("-")[1]) for path in tmp_path.glob("out/checkpoint-*/complete.json")]
+    steps = max(done, default=1)
+    third = run(*small_run(*inputs, tmp_path / "out", steps=steps), "--resume_from_checkpoint", "latest")
     assert third.returncode == 0, third.stderr

@@ -248,3 +248,6 @@ def test_a_sink_that_the_model_s_own_windows_leave_out_is_not_claimed() -> None:
     assert seen(mixed).endswith("and the first token in 2 of 3 layers (the others have windows)")
     mixed.s2attn_sink = False
     assert "first token" not in seen(mixed)
+    whole = MistralConfig(num_hidden_layers=3, sliding_window=64, max_position_embeddings=64, s2attn_group_size=32)
+    whole.s2attn_sink = True
+    assert seen(whole).endswith("and the first token")  # its windows hide nothing, as those of Phi-3-mini-128k

@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedConfig
 
 from longlora_ext._mask import attention_window
-from longlora_ext._pattern import sink
+from longlora_ext._pattern import hides
 
 
 def own_windows(config: PreTrainedConfig) -> list[int | None]:
@@ -16,7 +16,6 @@ def own_windows(config: PreTrainedConfig) -> list[int | None]:
     return [config.sliding_window if "sliding" in kind else None for kind in types]
 
 
-def layers_with_sink(config: PreTrainedConfig) -> int:
-    """How many layers show rows the first token in training, if the config says so: a window of the model's own never
-    has (`longlora_ext._pattern.of_layer`)."""
-    return own_windows(config).count(None) if sink(config) else 0
+def layers_for_sink(config: PreTrainedConfig) -> int:
+    """How many layers can show rows the first token in training."""
+    return sum(not hides(config, window) for window in own_windows(config))

@@ -25,7 +25,7 @@ import torch
 from transformers import PreTrainedConfig, TrainingArguments
 
 from app.inputs.files import is_there
-from app.models.windows import layers_with_sink
+from app.models.windows import layers_for_sink
 from app.runs.command_line import EXAMPLES
 from app.runs.json_files import read_json
 from app.runs.launch import launcher, say
@@ -113,7 +113,7 @@ def describe(
             "training": "s2attn",
             "group_size": group,
             "sink": sink(config),
-            "layers_with_sink": layers_with_sink(config),  # the others have windows of their own
+            "layers_with_sink": layers_for_sink(config) if sink(config) else 0,  # the others have windows
             "window": window(config),
             "shift": group // 2,
             "shifted_heads": list(range(heads // 2, heads)),

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig, TrainingArguments
 
-from app.models.windows import layers_with_sink
+from app.models.windows import layers_for_sink
 from app.runs.command_line import EXAMPLES
 from app.runs.launch import WORLD_SIZE
 from app.runs.run import Run
@@ -101,10 +101,10 @@ def seen(config: PreTrainedConfig) -> str:
         groups = "one group of all tokens"
     if (window := getattr(config, "s2attn_window", None)) is not None:
         groups += f", in them a window of {window:,}"
-    if (layers := layers_with_sink(config)) == config.num_hidden_layers:
-        groups += ", and the first token"
-    elif sink(config):  # though all else is as asked
-        groups += f", and the first token in {layers} of {config.num_hidden_layers} layers (the others have windows)"
+    if sink(config):
+        layers, of_all = layers_for_sink(config), config.num_hidden_layers
+        others = f" in {layers} of {of_all} layers (the others have windows)" if layers < of_all else ""
+        groups += f", and the first token{others}"
     return groups + (f", dense in layers {in_words(dense)}" if (dense := dense_layers(config)) else "")
 
 

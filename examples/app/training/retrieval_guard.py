@@ -23,7 +23,7 @@ from transformers import (
 
 from app.evaluation.answer_nats import answer_ids, answer_losses
 from app.evaluation.prompts import DEPTHS, passkey
-from app.models.windows import own_windows
+from app.models.windows import layers_for_sink
 from app.runs.json_files import write_json
 from app.runs.launch import say
 from app.runs.run import Run
@@ -47,7 +47,7 @@ LOST = 3
 def advice(options: ModelOptions, steps: int, config: PreTrainedConfig) -> str:
     """What may help a run that loses retrieval, without what it does already or what its model's layers rule out."""
     is_dense = options.dense_steps >= steps or len(dense_layers(config)) == config.num_hidden_layers
-    may_see = not is_dense and not sink(config) and None in own_windows(config)
+    may_see = not is_dense and not sink(config) and layers_for_sink(config) > 0
     ways = ["let each token see the first one (--sink)"] if may_see else []
     more = "take more steps (docs/extend.md: keys that were lost after 16 were found after 32)"
     ways += ["lower --learning_rate", more]
