@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
 
     measurement = make_measurement(data, text.eval_tokens, base_config, config, run)
     tail = DenseTail(model.config, options.dense_steps) if options.dense_steps else None
-    trainer = make_trainer(model, data, options, args, run, measurement, guard, tail)
+    trainer = make_trainer(model, data, options, args, steps, run, measurement, guard, tail)
     with one_clear_error(f"{model_option}--rows {text.rows}: "):
         check_documents(model, args, packed=text.rows == "packed")
     say(banner(options, args, steps, base_config, model, data, run))

@@ -7,17 +7,16 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from app.runs.checkpoints import CompletionMarker, take_over_rotation
 from app.runs.run import Run
 from app.training.data import TrainingData
 from app.training.measure import Measurement
-from app.training.options import ModelOptions, TrainingOptions
+from app.training.options import ModelOptions
 from app.training.retrieval_guard import RetrievalGuard
 from app.training.shared_memory import KeepNoName
 from app.training.shared_sequences import trainer_of
-from app.training.steps import steps_of
 from app.training.stop_at_nan import StopAtNaN
 from longlora_ext.data import pad_rows
 
@@ -26,7 +25,8 @@ def make_trainer(
     model: PreTrainedModel | PeftModel,
     data: TrainingData,
     options: ModelOptions,
-    args: TrainingOptions,
+    args: TrainingArguments,
+    steps: int,
     run: Run,
     measurement: Measurement | None,
     guard: RetrievalGuard | None,
@@ -39,6 +39,7 @@ def make_trainer(
         data: What on.
         options: Whether processes share sequences.
         args: The Trainer's arguments. The limit for checkpoints is taken out of them.
+        steps: Of the whole run.
         run: The run.
         measurement: What measures perplexity, if anything does.
         guard: What asks for pass keys, if anything does.
@@ -52,7 +53,7 @@ def make_trainer(
 
     marker = CompletionMarker(take_over_rotation(args), to_go_on)
     # Resumed at its end, a run would do one step too many. Of one sequence an epoch is one step: all are over then.
-    is_over = 0 < steps_of(args, len(data.rows), options.sequence_parallel_size) <= run.step
+    is_over = 0 < steps <= run.step
     return trainer_of(options)(
         model=model,
         args=args,
