@@ -8,45 +8,26 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import evaluate
 import finetune_llama
 import generate
 import merge_adapter
 import plan
-import tiny_gguf
 from app.models.convert_gguf import convert_gguf
-from app.models.gguf_rope import LLAMA3, read_model_config
 from app.models.tokenizer import read_tokenizer
-from app.models.use_model import open_model
-from app.planning.presets import read_config
 from app.runs.command_line import TINY_LLAMA
 from finetune_runs import make_text
 from longlora_ext.adapter import load
-from tiny_gguf import save_gguf
-
-gguf = pytest.importorskip("gguf", reason="NOT TESTED: transformers reads GGUF with the package gguf")
+from tiny_gguf import logits, open_for_evaluation, save_gguf, save_small
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Llama with the first 512 of its 2,048 tokens: whoever opens a GGUF file reads all of them, each time."""
-    folder, tokens = tmp_path_factory.mktemp("tiny"), 512
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(TINY_LLAMA), AutoTokenizer.from_pretrained(TINY_LLAMA)
-    model.resize_token_embeddings(tokens)
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    vocab = {token: id for token, id in state["model"]["vocab"].items() if id < tokens}
-    merges = [pair for pair in state["model"]["merges"] if "".join(pair) in vocab]
-    state["model"] |= {"vocab": vocab, "merges": merges}
-    tokenizer.backend_tokenizer.model = Tokenizer.from_str(json.dumps(state)).model
-    for part in (model, tokenizer):
-        part.save_pretrained(folder)
-    return folder
+    return save_small(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -69,17 +50,6 @@ def text(tmp_path: Path) -> Path:
     return tmp_path / "text.py"
 
 
-def opened(*given: object) -> Any:
-    """What `evaluate.py` opens."""
-    options = evaluate.parse(["perplexity", *map(str, given)])
-    return open_model(options, options.attention)
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(torch.arange(2, 60)[None]).logits
-
-
 def ways(files: Path, name: str, option: str = "--model") -> list[list[object]]:
     """Ways to say which file."""
     return [[option, files, "--gguf_file", name], [option, files / name], [option, f"{files}/", f"--gguf_file={name}"]]
@@ -88,7 +58,7 @@ def ways(files: Path, name: str, option: str = "--model") -> list[list[object]]:
 @pytest.mark.parametrize("way", range(3))
 def test_what_is_opened_is_the_model(tiny: Path, way: int, files: Path) -> None:
     expected = logits(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32))
-    found = opened(*ways(files, "tiny.gguf")[way], "--dtype", "float32")
+    found = open_for_evaluation(*ways(files, "tiny.gguf")[way], "--dtype", "float32")
     assert torch.equal(logits(found.model), expected)
     assert found.trained_length == 256 and not found.model.training
     assert found.description["model"] == str(files / "tiny.gguf") and found.description["kind"] == "model"
@@ -106,7 +76,7 @@ def test_digits_are_put_by_themselves_where_the_model_has_learned_it(tiny: Path,
     assert expected != plain(text, add_special_tokens=False)["input_ids"]
     convert_gguf(str(tmp_path), "model.gguf", tmp_path / "folder", torch.float32)
     for model in ("model.gguf", "folder"):
-        tokenizer = opened("--model", tmp_path / model).tokenizer
+        tokenizer = open_for_evaluation("--model", tmp_path / model).tokenizer
         assert tokenizer(text, add_special_tokens=False)["input_ids"] == expected
         assert tokenizer.decode(expected) == text
     assert "note" not in capsys.readouterr().out
@@ -140,75 +110,16 @@ def test_text_begins_with_bos_as_in_llama_cpp(
         assert tokenizer("import os")["input_ids"] == [tokenizer.bos_token_id] * begins + plain
 
 
-ROPE: dict[str, dict[str, Any]] = {
-    "linear": {"factor": 4.0},
-    "yarn": {"factor": 4.0, "original_max_position_embeddings": 256},
-    "llama3": {"factor": 8.0, **LLAMA3},
-}
-
-
-def scaled_model(tiny: Path, folder: Path, rope: dict[str, Any], name: str = "folder") -> Path:
-    """The tiny Llama with another RoPE."""
-    config = AutoConfig.from_pretrained(tiny)
-    config.rope_parameters = {"rope_theta": 10000.0, **rope}
-    config.max_position_embeddings = 131072 if rope["rope_type"] == "llama3" else 1024
-    AutoModelForCausalLM.from_pretrained(tiny, config=config).save_pretrained(folder / name)
-    AutoTokenizer.from_pretrained(tiny).save_pretrained(folder / name)
-    return folder / name
-
-
-@pytest.mark.parametrize("rope_type", ROPE)
-def test_rope_is_scaled_as_the_file_says(tiny: Path, rope_type: str, tmp_path: Path) -> None:
-    """Which transformers does not read: RoPE would be unscaled, without a word."""
-    rope = {"rope_type": rope_type, **ROPE[rope_type]}
-    folder = scaled_model(tiny, tmp_path, rope)
-    save_gguf(folder, tmp_path / "model.gguf")
-    expected = AutoModelForCausalLM.from_pretrained(folder)
-    # What a factor multiplies is not said of linear scaling, neither by a file nor by a folder.
-    settled = ["--present_context_length", 1024] if rope_type == "linear" else []
-    found = opened("--model", tmp_path / "model.gguf", "--dtype", "float32", *settled)
-    assert found.model.config.rope_parameters == {"rope_theta": 10000.0, **rope}
-    assert torch.equal(logits(found.model), logits(expected))
-    assert found.trained_length == expected.config.max_position_embeddings
-    converted = convert_gguf(str(tmp_path), "model.gguf", tmp_path / "converted", torch.float32)
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(converted)), logits(expected))
-    assert read_config(str(tmp_path), "model.gguf").rope_parameters == found.model.config.rope_parameters
-
-
-def test_rope_that_is_scaled_in_an_unknown_way_is_an_error(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By other factors than Llama 3's, by longrope, or by yarn with a number that is not known."""
-    rope = {"rope_type": "llama3", **ROPE["llama3"], "original_max_position_embeddings": 256}
-    save_gguf(scaled_model(tiny, tmp_path, rope), tmp_path / "llama3.gguf")
-    yarn = scaled_model(tiny, tmp_path, {"rope_type": "yarn", **ROPE["yarn"]}, "yarn")
-    said = {
-        "longrope": lambda writer, config: writer.add_tensor("rope_factors_long.weight", np.ones(16, np.float32)),
-        "yarn": lambda writer, config: (
-            writer.add_rope_scaling_type(gguf.RopeScalingType.YARN),
-            writer.add_rope_scaling_factor(4.0),
-            writer.add_rope_scaling_yarn_log_mul(0.1),
-        ),
-    }
-    for name, write in said.items():
-        monkeypatch.setattr(tiny_gguf, "_write_scaling", write)
-        save_gguf(yarn, tmp_path / f"{name}.gguf")
-    messages = {"llama3": "not Llama 3's", "longrope": "by longrope", "yarn": r"\(type yarn, yarn_log_multiplier\)"}
-    for name, message in messages.items():
-        with pytest.raises(ValueError, match=f"{name}.gguf scales RoPE .*{message}.*: use the model's own folder"):
-            read_model_config(str(tmp_path), f"{name}.gguf")
-
-
 def test_quantised_weights_are_expanded(tiny: Path, files: Path) -> None:
     expected = logits(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32))
-    found = opened("--model", files / "packed.gguf", "--dtype", "float32")
+    found = open_for_evaluation("--model", files / "packed.gguf", "--dtype", "float32")
     distance = (logits(found.model) - expected).norm() / expected.norm()
     assert 0 < distance < 0.05
     assert {weight.dtype for weight in found.model.parameters()} == {torch.float32}
 
 
 def test_scaling_alone_and_s2_attention(tiny: Path, files: Path) -> None:
-    scaled = opened("--model", files / "tiny.gguf", "--context_length", "1024", "--attention", "s2")
+    scaled = open_for_evaluation("--model", files / "tiny.gguf", "--context_length", "1024", "--attention", "s2")
     assert scaled.trained_length == 1024 and scaled.model.config.rope_parameters["factor"] == 4
     assert scaled.description["attention"] == "S2-Attn"
     plain = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
@@ -256,15 +167,15 @@ def train(model: list[object], output: Path, text: Path) -> None:
 def test_an_adapter_of_a_file_is_used_and_merged_wherever_its_run_lies(files: Path, tmp_path: Path) -> None:
     text = make_text(tmp_path / "text.jsonl")
     train(["--model_name_or_path", files / "tiny.gguf"], tmp_path / "run", text)
-    here = opened("--model", tmp_path / "run/adapter", "--dtype", "float32")
+    here = open_for_evaluation("--model", tmp_path / "run/adapter", "--dtype", "float32")
     assert here.trained_length == 512
     expected = logits(here.model)
 
     shutil.move(tmp_path / "run", tmp_path / "moved")
-    assert torch.equal(logits(opened("--model", "moved/adapter", "--dtype", "float32").model), expected)
+    assert torch.equal(logits(open_for_evaluation("--model", "moved/adapter", "--dtype", "float32").model), expected)
     assert torch.equal(logits(load("moved/adapter", attn_implementation="sdpa")), expected)
     merge_adapter.main(["moved/adapter", "merged", "--dtype", "float32"])
-    torch.testing.assert_close(logits(opened("--model", "merged", "--dtype", "float32").model), expected)
+    torch.testing.assert_close(logits(open_for_evaluation("--model", "merged", "--dtype", "float32").model), expected)
 
     shutil.rmtree("moved/base_model")  # and then it is not guessed
     with pytest.raises(FileNotFoundError, match="run/base_model: pass base_model"):
@@ -276,7 +187,7 @@ def test_a_file_that_lacks_weights_is_an_error_for_all(tiny: Path, files: Path, 
     broken = save_gguf(tiny, tmp_path / "broken.gguf", leave_out="blk.1.ffn_up.weight")
     incomplete = r"incomplete: .* no model.layers.1.mlp.up_proj.weight"
     with pytest.raises(ValueError, match=incomplete):
-        opened("--model", broken)
+        open_for_evaluation("--model", broken)
     with pytest.raises(ValueError, match=incomplete):
         convert_gguf(str(tmp_path), broken.name, tmp_path / "folder", torch.float32)
     assert not (tmp_path / "folder").exists()

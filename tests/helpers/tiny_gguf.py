@@ -1,4 +1,4 @@
-"""A model folder as a GGUF file, as llama.cpp's converter writes a Llama."""
+"""A model folder as a GGUF file, as llama.cpp's converter writes a Llama; and a small one to write."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType, TokenType
 from gguf.quants import quantize
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+import evaluate
+from app.models.use_model import open_model
+from app.runs.command_line import TINY_LLAMA
 
 TENSORS = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -19,6 +24,20 @@ TENSORS = {
     "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
 }  # fmt: skip
 OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+def save_small(folder: Path, tokens: int = 512) -> Path:
+    """Write the tiny Llama with the first of its 2,048 tokens: who opens a GGUF file reads all of them, each time."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(TINY_LLAMA), AutoTokenizer.from_pretrained(TINY_LLAMA)
+    model.resize_token_embeddings(tokens)
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocab = {token: id for token, id in state["model"]["vocab"].items() if id < tokens}
+    merges = [pair for pair in state["model"]["merges"] if "".join(pair) in vocab]
+    state["model"] |= {"vocab": vocab, "merges": merges}
+    tokenizer.backend_tokenizer.model = Tokenizer.from_str(json.dumps(state)).model
+    for part in (model, tokenizer):
+        part.save_pretrained(folder)
+    return folder
 
 
 def save_gguf(
@@ -102,3 +121,15 @@ def _write_scaling(writer: GGUFWriter, config: Any) -> None:
         writer.add_rope_scaling_factor(rope["factor"])
         if original := rope.get("original_max_position_embeddings"):
             writer.add_rope_scaling_orig_ctx_len(original)
+
+
+def open_for_evaluation(*given: object) -> Any:
+    """What `evaluate.py` opens."""
+    options = evaluate.parse(["perplexity", *map(str, given)])
+    return open_model(options, options.attention)
+
+
+def logits(model: Any) -> torch.Tensor:
+    """Of some tokens."""
+    with torch.no_grad():
+        return model(torch.arange(2, 60)[None]).logits
