@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
 import time
@@ -29,15 +28,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here comes from a hub
 import app.runs.launch  # noqa: F401  isort: skip  (must come first: sets variables that libraries read at import)
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.utils.data import Dataset
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import Trainer, TrainingArguments
 
 from app.inputs.corpus import sha256_of_texts, stdlib_documents
 from app.runs.checkpoints import CompletionMarker, find_resumable, remove_incomplete, take_over_rotation
@@ -45,155 +36,10 @@ from app.runs.command_line import Parser, as_program
 from app.runs.errors import one_clear_error
 from app.runs.json_files import write_json
 from app.runs.launch import fail
+from app.tiny.card import model_card
+from app.tiny.model import CONTEXT_LENGTH, new_model, save, train_tokenizer
+from app.tiny.text import EVAL_LENGTHS, Windows, encode, evaluate, held_out_windows
 from longlora_ext._folders import appearing
-
-CONTEXT_LENGTH = 256
-EVAL_LENGTHS = (256, 512, 1024)
-MAX_BYTES = 8_000_000
-END_OF_TEXT = "<|endoftext|>"
-PADDING = "<|padding|>"
-
-CARD = """\
-# A tiny Llama to test with
-
-{parameters:,} parameters, context {context} tokens, trained from scratch by `examples/train_tiny_llama.py`
-on the standard library of CPython {python} ({train_tokens:,} tokens of source code and of the language
-reference; one twelfth, chosen by module name, is held out: see `examples/app/inputs/corpus.py`). It has
-learned what Python source looks like, and nothing else. It exists so that the examples and tests of this
-project run everywhere in minutes, without a download or a GPU. Do not use it for anything else.
-
-- Architecture: `LlamaForCausalLM`, {layers} layers, hidden size {hidden}, {heads} heads on {kv_heads} KV
-  heads of {head_dim} dimensions, RoPE theta 10000, tied embeddings. The weights are stored in bfloat16 and
-  load as float32.
-- Tokenizer: byte-level BPE, {vocab:,} tokens, trained on the same text. It can encode any bytes, adds nothing
-  to a text, and `{end_of_text}` separates documents.
-- Training: {steps:,} steps of {batch} x {context} tokens, seed {seed}, {minutes:.0f} minutes{resumed}; the loss
-  curve, the versions and the corpus' SHA-256 are in `training_log.json`.
-
-Perplexity of the stored weights on held-out documents, in windows of the given number of tokens, with dense
-attention:
-
-| tokens | RoPE unscaled | RoPE scaled x4, not trained |
-|---|---|---|
-{table}
-
-It does not extrapolate beyond its {context} tokens, and scaling RoPE alone does not help.
-`examples/finetune_llama.py` extends it.
-
-The text it was trained on is part of CPython, under the PSF License Agreement. The model has the licence of
-this project.
-"""
-
-
-class Windows(Dataset):
-    """`count` windows of `length` tokens out of one stream; every pass over it is cut at another offset."""
-
-    def __init__(self, stream: torch.Tensor, length: int, count: int, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        starts: list[int] = []
-        while len(starts) < count:
-            offset = int(torch.randint(length, (), generator=generator))
-            blocks = torch.arange(offset, len(stream) - length, length)
-            starts += blocks[torch.randperm(len(blocks), generator=generator)].tolist()
-        self.stream, self.length, self.starts = stream, length, starts[:count]
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        window = self.stream[self.starts[index] : self.starts[index] + self.length]
-        return {"input_ids": window, "labels": window}
-
-
-def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer of `vocab_size` tokens, 256 bytes and two special tokens included."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT, PADDING],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(documents, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        pad_token=PADDING,
-        model_max_length=CONTEXT_LENGTH,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama of 3.5 million parameters with random weights."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=CONTEXT_LENGTH,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return LlamaForCausalLM(config)
-
-
-def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> list[torch.Tensor]:
-    """Each document's tokens, with the end-of-text token after the last."""
-    encodings = tokenizer.backend_tokenizer.encode_batch(documents)
-    return [torch.tensor([*encoding.ids, tokenizer.eos_token_id]) for encoding in encodings]
-
-
-def held_out_windows(encoded: list[torch.Tensor], length: int, count: int) -> torch.Tensor:
-    """At most `count` windows [count, length], none across two documents, spread evenly over them."""
-    windows = torch.cat([tokens[: len(tokens) // length * length].view(-1, length) for tokens in encoded])
-    return windows[torch.linspace(0, len(windows) - 1, min(count, len(windows))).long()]
-
-
-@torch.inference_mode()
-def perplexity(model: LlamaForCausalLM, windows: torch.Tensor, length: int) -> float:
-    """Perplexity of `windows` [count, n] where the model sees pieces of `length` tokens of them."""
-    losses = [
-        model(input_ids=batch, labels=batch, use_cache=False).loss.double()
-        for batch in windows.reshape(-1, length).split(max(1, 4096 // length))
-    ]
-    return math.exp(torch.stack(losses).mean())
-
-
-def evaluate(folder: Path, windows: torch.Tensor) -> dict[str, dict[str, float]]:
-    """Perplexities of the model stored in `folder`: as it is, and with RoPE scaled to the longest length."""
-    result: dict[str, dict[str, float]] = {}
-    for name, factor in (("unscaled", 1.0), ("scaled_x4", max(EVAL_LENGTHS) / CONTEXT_LENGTH)):
-        config = LlamaConfig.from_pretrained(folder)
-        if factor != 1:
-            config.rope_parameters = dict(config.rope_parameters or {}, rope_type="linear", factor=factor)
-        model = LlamaForCausalLM.from_pretrained(folder, config=config).eval()
-        result[name] = {str(length): round(perplexity(model, windows, length), 3) for length in EVAL_LENGTHS}
-    return result
-
-
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write weights (in bfloat16), config and tokenizer so that plain transformers loads them."""
-    model.bfloat16().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    # Half the size on disk, full precision in use: dtype "auto" means float32 for this model.
-    _edit_json(folder / "config.json", dtype="float32", use_cache=True)
-    # The class name that every version of transformers knows.
-    _edit_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
-    size = (folder / "model.safetensors").stat().st_size
-    if size > MAX_BYTES:
-        raise ValueError(f"model.safetensors has {size:,} bytes, and at most {MAX_BYTES:,} may be shipped")
-
-
-def _edit_json(path: Path, **changes: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes, indent=2) + "\n")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -306,31 +152,6 @@ def main(arguments: list[str] | None = None) -> None:
         (finished / "README.md").write_text(model_card(model, log))
     print(json.dumps(log["perplexity"], indent=1))
     print(f"wrote {options.output_dir}; the checkpoints are still in {partial}")
-
-
-def model_card(model: LlamaForCausalLM, log: dict) -> str:
-    config, arguments, found = model.config, log["arguments"], log["perplexity"]
-    columns = [[f"{found[name][str(length)]:.1f}" for length in EVAL_LENGTHS] for name in found]
-    rows = zip(map(str, EVAL_LENGTHS), *columns, strict=True)
-    return CARD.format(
-        parameters=log["parameters"],
-        context=CONTEXT_LENGTH,
-        python=log["versions"]["python"],
-        train_tokens=log["train_tokens"],
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=config.hidden_size // config.num_attention_heads,
-        vocab=config.vocab_size,
-        end_of_text=END_OF_TEXT,
-        steps=arguments["max_steps"],
-        batch=arguments["batch_size"],
-        seed=arguments["seed"],
-        minutes=log["seconds"] / 60,
-        resumed=f" from {log['resumed_from']} on" if log["resumed_from"] else "",
-        table="\n".join(f"| {' | '.join(row)} |" for row in rows),
-    )
 
 
 if __name__ == "__main__":

@@ -12,10 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import train_tiny_llama as script
 from app.inputs import corpus
+from app.tiny.text import EVAL_LENGTHS, Windows, encode, held_out_windows, perplexity
 
 FOLDER = Path(script.__file__).parent / "tiny_llama"
 LOG = json.loads((FOLDER / "training_log.json").read_text())
@@ -29,8 +31,8 @@ def model() -> LlamaForCausalLM:
 
 @pytest.fixture(scope="module")
 def windows() -> torch.Tensor:
-    encoded = script.encode(TOKENIZER, corpus.stdlib_documents()[1])
-    return script.held_out_windows(encoded, max(script.EVAL_LENGTHS), LOG["perplexity_windows"])
+    encoded = encode(TOKENIZER, corpus.stdlib_documents()[1])
+    return held_out_windows(encoded, max(EVAL_LENGTHS), LOG["perplexity_windows"])
 
 
 def test_the_folder_is_complete_and_small() -> None:
@@ -68,11 +70,11 @@ def test_held_out_perplexity_is_what_the_log_says(model: LlamaForCausalLM, windo
     """The same within 1 % on the same text, and near it on the texts of other versions of Python."""
     same = corpus.sha256_of_texts(corpus.stdlib_documents()[1]) == LOG["held_out_sha256"]
     logged = LOG["perplexity"]["unscaled"]["256"]
-    assert script.perplexity(model, windows, 256) == pytest.approx(logged, rel=0.01 if same else 0.15)
+    assert perplexity(model, windows, 256) == pytest.approx(logged, rel=0.01 if same else 0.15)
 
 
 def test_does_not_extrapolate(model: LlamaForCausalLM, windows: torch.Tensor) -> None:
-    at = {length: script.perplexity(model, windows[::8], length) for length in (256, 512, 1024)}
+    at = {length: perplexity(model, windows[::8], length) for length in (256, 512, 1024)}
     assert at[512] > 1.05 * at[256]
     assert at[1024] > 1.2 * at[256]
 
@@ -96,7 +98,7 @@ def test_every_byte_has_a_token_and_nothing_is_added() -> None:
     text = "".join(map(chr, range(0x250))) + "\r\n\t  x  , y . \U0001f600\ud55c"
     assert TOKENIZER.decode(TOKENIZER(text).input_ids) == text
     assert TOKENIZER("").input_ids == []
-    single = {TOKENIZER.backend_tokenizer.token_to_id(letter) for letter in script.pre_tokenizers.ByteLevel.alphabet()}
+    single = {TOKENIZER.backend_tokenizer.token_to_id(letter) for letter in pre_tokenizers.ByteLevel.alphabet()}
     assert len(single) == 256
     assert None not in single
 
@@ -208,7 +210,7 @@ def test_too_little_text_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_windows_cover_the_text_and_repeat_with_the_seed() -> None:
     stream = torch.arange(10_000)
-    one, same, other = (script.Windows(stream, 100, 250, seed) for seed in (0, 0, 1))
+    one, same, other = (Windows(stream, 100, 250, seed) for seed in (0, 0, 1))
     assert one.starts == same.starts != other.starts
     assert len(one) == 250
     assert torch.equal(one[7]["input_ids"], torch.arange(one.starts[7], one.starts[7] + 100))
@@ -221,7 +223,7 @@ def test_perplexity_is_that_of_the_tokens_seen_in_pieces(model: LlamaForCausalLM
     with torch.no_grad():
         logits = model(windows.view(6, 256)).logits.double().log_softmax(-1)
     expected = -logits[:, :-1].gather(-1, windows.view(6, 256)[:, 1:, None]).mean()
-    assert script.perplexity(model, windows, 256) == pytest.approx(math.exp(expected), rel=1e-4)
+    assert perplexity(model, windows, 256) == pytest.approx(math.exp(expected), rel=1e-4)
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
