@@ -24,7 +24,7 @@ from app.training.checks import check_documents, check_training
 from app.training.context import extended, read_base_config
 from app.training.data import read_data
 from app.training.dense_tail import DenseTail
-from app.training.manifest import check_versions, describe, repeated
+from app.training.manifest import check_versions, describe, repeated, say_other_length
 from app.training.measure import make_measurement
 from app.training.model import build_model, load_tokenizer
 from app.training.report import banner, results
@@ -65,13 +65,15 @@ def main(argv: Sequence[str]) -> None:
         run.settle(data.settings | fit_to_steps(args, steps))
         check_versions(earlier)
         guard = make_guard(options, steps, tokenizer, base_config, config, run)
-        run.begin(describe(argv, options, text, args, config, run))
+        run.begin(describe(argv, options, text, args, config, run, steps))
+        say_other_length(run.manifest, earlier)
     with one_clear_error(model_option):
         model = build_model(options, args, config, run, tokenizer, data.train.ends)
 
     measurement = make_measurement(data, text.eval_tokens, base_config, config, run)
     tail = DenseTail(model.config, options.dense_steps) if options.dense_steps else None
-    trainer = make_trainer(model, data, options, args, steps, run, measurement, guard, tail)
+    with one_clear_error(model_option):
+        trainer = make_trainer(model, data, options, args, steps, run, measurement, guard, tail)
     with one_clear_error(f"{model_option}--rows {text.rows}: "):
         check_documents(model, args, packed=text.rows == "packed")
     say(banner(options, args, steps, base_config, model, data, run))

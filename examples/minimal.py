@@ -2,6 +2,7 @@
 
     python examples/minimal.py            # about half a minute on two CPU cores
     python examples/minimal.py FOLDER     # where to write the adapter, in place of minimal_adapter
+    torchrun --nproc_per_node 2 examples/minimal.py      # on two GPUs; by python set CUDA_VISIBLE_DEVICES=0
 
 It extends the tiny Llama of this folder from 256 to 1024 tokens, on source code that every Python has. For a model and
 a text of your own, change the names in capitals. finetune_llama.py does the same with everything that a long run needs:

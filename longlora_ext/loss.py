@@ -112,6 +112,11 @@ class _TiledLoss:
         self.model.get_decoder().register_forward_hook(self._keep)
 
     def _begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if getattr(model, "_is_replica", False):
+            raise ValueError(
+                "tile_loss does not go with nn.DataParallel, which the Trainer uses where one process sees several "
+                "GPUs: start a process for each, torchrun --nproc_per_node GPUS, or set CUDA_VISIBLE_DEVICES=0"
+            )
         self.is_due = kwargs.get("labels") is not None and "logits_to_keep" not in kwargs
         return args, {**kwargs, "logits_to_keep": 1} if self.is_due else kwargs
 

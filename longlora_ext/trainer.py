@@ -6,6 +6,7 @@ Trainer(model, args, callbacks=[DenseTail(model.config, 0.1)])           # the l
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 from transformers import PreTrainedConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -17,7 +18,8 @@ __all__ = ["DenseTail", "dense_count"]
 
 def dense_count(share: float, steps: int) -> int:
     """How many of a run's steps are dense: below 1 `share` is a share of them, rounded up, and from 1 on a count."""
-    return math.ceil(share * steps) if share < 1 else int(share)
+    # As it is written: 0.07 of 100 are 7, of which the product of the nearest binary number is a little more.
+    return math.ceil(Fraction(str(share)) * steps) if share < 1 else int(share)
 
 
 class DenseTail(TrainerCallback):

@@ -55,7 +55,7 @@ def by_tiles(q: Tensor, k: Tensor, v: Tensor, pattern: Arguments, forms_scores: 
     batch, seqlen, heads, _ = q.shape
     keys = k.shape[1]
     reach = min(pattern.group_size, keys, keys if pattern.window is None else pattern.window)
-    entries = SCORES // (batch * k.shape[2]) if forms_scores else MASK_ENTRIES // batch
+    entries = SCORES // max(1, batch * k.shape[2]) if forms_scores else MASK_ENTRIES // max(1, batch)
     rows = max(FEWEST_ROWS, min(MOST_ROWS, max(reach, 128), entries // reach))
     doc_start = None if pattern.doc_start is None else pattern.doc_start.long()
     exact = torch.promote_types(q.dtype, torch.float32)

@@ -69,7 +69,7 @@ def write_card(folder: Path, record: dict[str, Any], peft_config: Any) -> None:
         "RoPE": ", ".join(f"{field} {_short(value)}" for field, value in record["rope_parameters"].items()),
         "group size of S2-Attn": group and f"{group:,} tokens, in training; attention is dense in use",
         "layers dense in training": in_words(record["config"].get("s2attn_dense_layers") or ()),
-        "LoRA": _lora(peft_config),
+        str(getattr(peft_config.peft_type, "value", peft_config.peft_type)).replace("LORA", "LoRA"): _lora(peft_config),
         "trained in full": _listed(getattr(peft_config, "modules_to_save", None)),
     }
     text = _TEXT.format(
@@ -85,7 +85,8 @@ def write_card(folder: Path, record: dict[str, Any], peft_config: Any) -> None:
 def _lora(peft_config: Any) -> str | None:
     rank = getattr(peft_config, "r", None)
     on = _listed(getattr(peft_config, "target_modules", None))
-    return f"rank {rank}, alpha {peft_config.lora_alpha}, on {on}" if rank else None
+    alpha = getattr(peft_config, "lora_alpha", getattr(peft_config, "alpha", None))  # LoHa and LoKr; VeRA has none
+    return ", ".join([f"rank {rank}", *([f"alpha {alpha}"] if alpha is not None else []), f"on {on}"]) if rank else None
 
 
 def _short(value: Any) -> str:

@@ -32,7 +32,7 @@ from longlora_ext.adapter._load import HUB_ARGUMENTS, base_of, check_one_model, 
 from longlora_ext.adapter._lora import LoraWeights, NeedsWholeModel
 from longlora_ext.adapter._record import apply_record, check_shape, check_tying, check_weights, read_record
 from longlora_ext.adapter._stored import StoredModel
-from longlora_ext.adapter._tokenizer import save_tokenizer
+from longlora_ext.adapter._tokenizer import plain_tokenizer, save_tokenizer
 from longlora_ext.adapter._tying import settle_tying, untie_adapted
 from longlora_ext.config import CONFIG_FIELDS, context_length
 
@@ -95,7 +95,10 @@ def merge(
         write = _by_peft(folder, base, dtype, shard_size, hub_arguments)
     tokenizer_folder = _tokenizer_folder(folder, base)
     with naming(f"the tokenizer of {tokenizer_folder}"):
-        tokenizer = tokenizer_folder and AutoTokenizer.from_pretrained(tokenizer_folder, **hub_arguments)
+        tokenizer: Any = None
+        if tokenizer_folder:
+            found = AutoTokenizer.from_pretrained(tokenizer_folder, **hub_arguments)
+            tokenizer = plain_tokenizer(found, tokenizer_folder, **hub_arguments)
     with appearing(target) as unfinished:
         if tokenizer:
             save_tokenizer(tokenizer, unfinished, read_record(folder)["context_length"])

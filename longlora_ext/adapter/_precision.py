@@ -42,7 +42,7 @@ def fp32_state(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.T
     seen: dict[int, torch.Tensor] = {}
     for name, parameter in weights:
         if id(parameter) not in seen:
-            weight = fp32_weight(parameter)
+            weight = fp32_weight(parameter).contiguous()  # PEFT ties the factors of a tied weight as transposes
             seen[id(parameter)] = weight.cpu() if is_first_process() else weight.new_empty(0)
         state[name] = seen[id(parameter)]
     return state if is_first_process() else {}

@@ -72,9 +72,9 @@ def prepare_model(model: PreTrainedModel, peft_config: PeftConfig | None) -> Pre
         which keeps fp32 masters of them.
 
     Raises:
-        ValueError: The model has an adapter already, its vocabulary is not that of its files, `init_lora_weights`
-            changes the base model as PiSSA does, or PEFT leaves a module frozen that `peft_config` names in
-            `modules_to_save`, or unties what it says is tied.
+        ValueError: The model has an adapter already, `peft_config` is one of prompts, the model's vocabulary is not
+            that of its files, `init_lora_weights` changes the base model as PiSSA does, or PEFT leaves a module frozen
+            that `peft_config` names in `modules_to_save`, or unties what it says is tied.
     """
     if isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError("the model has an adapter already: pass the base model")
@@ -109,6 +109,11 @@ def prepare_model(model: PreTrainedModel, peft_config: PeftConfig | None) -> Pre
 
 def _check_start(peft_config: PeftConfig | None) -> None:
     """Raise `ValueError` if LoRA begins with a part of the base model's weights: an adapter does not hold the rest."""
+    if peft_config is not None and peft_config.is_prompt_learning:
+        raise ValueError(
+            f"{type(peft_config).__name__} learns a prompt and changes no layer, so that nothing would learn to read "
+            "further: pass what lora_config makes, or another config of weights"
+        )
     start = getattr(peft_config, "init_lora_weights", True)
     if start not in PLAIN_STARTS:
         *others, last = map(repr, PLAIN_STARTS)

@@ -87,6 +87,8 @@ def _weights_of(model: PeftModel | PreTrainedModel) -> dict[str, torch.Tensor]:
     have been trained before."""
     weights: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     if isinstance(model, PeftModel):
+        buffers = model.named_buffers(remove_duplicate=False)
+        weights |= {name: buffer for name, buffer in buffers if ADAPTER in name.split(".")}  # VeRA's projections
         weights = get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
     return {plain_name(name): weight for name, weight in weights.items()}
 

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 _LENGTH = "model_max_length"
+
+
+def plain_tokenizer(tokenizer: Any, source: str, **hub_arguments: Any) -> Any:
+    """A tokenizer that `AutoTokenizer` has read from `source`, or transformers' own in place of mistral-common's.
+
+    Where that package is installed, as vLLM asks for it, models with a `tekken.json` get its tokenizer, which takes no
+    chat template and other arguments.
+    """
+    if type(tokenizer).__name__ != "MistralCommonBackend":
+        return tokenizer
+    return PreTrainedTokenizerFast.from_pretrained(source, **hub_arguments)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, context: int) -> None:

@@ -35,10 +35,12 @@ def agree(
         For each rank the place of its first row in its document, in each sequence of the batch.
 
     Raises:
-        ValueError: On every rank, if something is wrong on any.
+        ValueError: On every rank, if something is wrong on any; of a later call with the same positions, on that one.
         RuntimeError: A rank does not answer.
     """
     key = (name, group, *call.items())
+    if error is not None and any(known[:2] == key[:2] for known in kept(_agreed, position_ids)):
+        raise ValueError(f"{name}: {error}")  # the others, who know this call, would not come to hear of it
     if error is None and (found := kept(_agreed, position_ids).get(key)):
         return found
     ends: tuple[list[int], list[int]] = ([], [])

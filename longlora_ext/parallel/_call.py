@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from longlora_ext._arguments import LARGEST_SCALE, Arguments, check_arguments, in_autocast, with_defaults
@@ -20,7 +21,8 @@ class Call:
     """A call that all ranks make.
 
     Attributes:
-        tensors: q, k and v, in the dtype to compute in.
+        tensors: q, k and v, in the dtype to compute in, with one head dim: zeros behind the smaller one.
+        head_dim: That of the values, and of the result.
         group: The ranks.
         first_shifted_head: With its default filled in.
         scale: Likewise.
@@ -28,6 +30,7 @@ class Call:
     """
 
     tensors: tuple[Tensor, Tensor, Tensor]
+    head_dim: int
     group: dist.ProcessGroup
     first_shifted_head: int
     scale: float
@@ -60,18 +63,20 @@ def prepare(
     if group is None:
         raise ValueError(f"{name}: there is no process group: call torch.distributed.init_process_group before")
     q, k, v = in_autocast(q, k, v)
+    of_scores, of_values = q.shape[-1], v.shape[-1]
+    q, k, v = with_one_head_dim(q, k, v)
     error = _why_not(q, k, v, group_size, position_ids, first_shifted_head, window, scale)
     if error is None and by_kernels and (reason := why_unsupported(q.device, q.dtype, q.shape[3])):
         error = f"there is no kernel, and only ulysses_s2attn can do without: {reason}"
     shared: dict[str, object] = {}
     if error is None:
-        first_shifted_head, scale = with_defaults(q, first_shifted_head, scale)
+        first_shifted_head, scale = with_defaults(q[..., :of_scores], first_shifted_head, scale)
         shared = {
             "seqlen": q.shape[1],
             "batch": q.shape[0],
             "heads": q.shape[2],
             "kv_heads": k.shape[2],
-            "head_dim": q.shape[3],
+            "head_dim": (of_scores, of_values),
             "dtype": str(q.dtype),
             "group_size": group_size,
             "first_shifted_head": first_shifted_head,
@@ -82,7 +87,16 @@ def prepare(
         }
     positions = agree(name, error, shared, position_ids, group)
     assert first_shifted_head is not None and scale is not None
-    return Call((q, k, v), group, first_shifted_head, scale, positions)
+    return Call((q, k, v), of_values, group, first_shifted_head, scale, positions)
+
+
+def with_one_head_dim(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Zeros behind the head dim of the scores or of the values, which change no product, so that they are the same."""
+    if q.dim() != 4 or v.dim() != 4 or q.shape[-1] != k.shape[-1] or q.shape[-1] == v.shape[-1]:
+        return q, k, v
+    largest = max(q.shape[-1], v.shape[-1])
+    q, k, v = (F.pad(x, (0, largest - x.shape[-1])) for x in (q, k, v))
+    return q, k, v
 
 
 def _why_not(

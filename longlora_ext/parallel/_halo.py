@@ -47,7 +47,7 @@ def halo_s2attn(
         q: [B, L, H, D], this rank's rows, L on every rank. What a kernel of this package takes (`why_unsupported`):
             D of at most 256; bfloat16 or float16, on a CPU float32 or float64 as well.
         k: [B, L, Hkv, D], like `q`; Hkv divides H.
-        v: Like `k`.
+        v: Like `k`, but its heads may have another D, which is that of the result.
         group_size: G, tokens in a group, even.
         position_ids: int32 or int64 [B, L] or [1, L]: the place of each row in its document, which is counted from 0
             where it begins, on whichever rank that is. What ranks have to know of them costs a small all-gather each
@@ -64,12 +64,13 @@ def halo_s2attn(
 
     Raises:
         ValueError: On all ranks, before any work, if an argument of one does not fit, or no kernel takes it, or ranks
-            differ in what must be the same, or their rows do not follow each other.
+            differ in what must be the same, or their rows do not follow each other. After a first call with the same
+            positions, a mistake of one rank is an error there, for which the others wait until they give up.
         RuntimeError: A rank has died, or did not come before the group's timeout; with gloo it says which.
     """
     arguments = (q, k, v, group_size, position_ids, group, first_shifted_head, window, sink, scale)
     call = prepare("halo_s2attn", *arguments, by_kernels=True)
-    head_dim, rest = q.shape[3], padded(q.shape[3]) - q.shape[3]
+    rest = padded(call.tensors[0].shape[3]) - call.tensors[0].shape[3]
     q, k, v = (F.pad(x, (0, rest)) if rest else x for x in call.tensors)
     batch, length, heads, _ = q.shape
     layout = Layout(
@@ -88,7 +89,7 @@ def halo_s2attn(
     places = position_ids.expand(batch, -1)
     exchange = Exchange(layout, dist.get_rank(call.group), call.group)
     out = HaloAttention.apply(q, k, v, places, exchange, scale, deterministic)
-    return out[..., :head_dim].contiguous() if rest else out
+    return out if out.shape[3] == call.head_dim else out[..., : call.head_dim].contiguous()
 
 
 class HaloAttention(torch.autograd.Function):

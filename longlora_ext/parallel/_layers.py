@@ -38,7 +38,10 @@ class SequenceGroup:
             dense attention; the other one where heads do not divide, or where the device has no kernels for the halo.
 
     Attributes:
-        layers: How many attention layers have been called with it.
+        layers: How many attention layers have been called with it. If these are not all of a model's, or the model
+            passes something from token to token beside its attention (`check_documents_apart` finds that), its
+            sequences cannot be shared: `SequenceParallelTrainer` refuses such models, and who calls the model looks
+            for themselves.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, by: str = "auto") -> None:

@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, Trainer, TrainingArguments
 import longlora_ext.attention  # noqa: F401  (registers attn_implementation="s2attn")
 from longlora_ext._per_layer import layer_configs
 from longlora_ext.config import kv_heads
+from longlora_ext.independence import check_documents_apart
 from longlora_ext.loss import IGNORED_LABEL
 from longlora_ext.parallel._layers import SequenceGroup, check_rope
 from longlora_ext.parallel._ulysses import why_not_ulysses
@@ -62,7 +63,8 @@ class SequenceParallelTrainer(Trainer):
             `longlora_ext.data.pad_rows` does; `compute_metrics` is not for shared sequences.
 
     Raises:
-        ValueError: The size does not divide the number of processes, or an argument is not for shared sequences.
+        ValueError: The size does not divide the number of processes, or an argument is not for shared sequences, or
+            the model passes something from token to token beside its attention, as hybrids with Mamba do.
     """
 
     def __init__(self, *args: Any, sequence_parallel_size: int, by: str = "auto", **kwargs: Any) -> None:
@@ -72,6 +74,8 @@ class SequenceParallelTrainer(Trainer):
             raise ValueError(
                 f"sequence_parallel_size must divide the number of processes, {self.processes}, but it is {size}"
             )
+        if not dist.is_initialized():
+            raise ValueError("there are no processes to share sequences: start the program by torchrun or deepspeed")
         if kwargs.get("compute_metrics") or kwargs.get("compute_loss_func"):
             raise ValueError("compute_metrics and compute_loss_func are not for sequences that processes share")
         groups = [list(range(first, first + size)) for first in range(0, self.processes, size)]
@@ -82,12 +86,27 @@ class SequenceParallelTrainer(Trainer):
         super().__init__(*args, **kwargs)
         model: Any = self.model
         check_sequence_parallel(model.config.get_text_config(), size, by)
+        if size > 1:
+            self._check_mixing()
         self.data_collator = Cut(self.data_collator, dist.get_rank(own), size)
         if self.label_smoother is not None or not self.args.average_tokens_across_devices:
             raise ValueError(
                 "sequences that processes share are trained without label_smoothing_factor, and with "
                 "average_tokens_across_devices"
             )
+
+    def _check_mixing(self) -> None:
+        """Raise `ValueError` if the model passes anything from token to token by other means than its attention, which
+        alone knows of the other processes: what it passes on does not stop at a document's end."""
+        model: Any = self.model
+        plugin = self.args.deepspeed_plugin
+        if plugin and plugin.zero_stage < 3:
+            model.to(self.args.device)  # as DeepSpeed does; else it would compute on the CPU until then
+        try:
+            with self.accelerator.autocast():
+                check_documents_apart(model)
+        except ValueError as error:
+            raise ValueError(f"the sequences of {type(model).__name__} cannot be shared: {error}") from error
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of which each process of a group gets the same, its part of them."""
@@ -96,6 +115,20 @@ class SequenceParallelTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """The same for evaluation."""
         return self._shared(super().get_eval_dataloader(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """The same for `predict`."""
+        return self._shared(super().get_test_dataloader(test_dataset))
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """The loss of a test set: each process has the logits of its part of a sequence alone.
+
+        Raises:
+            ValueError: `args.prediction_loss_only` is not set.
+        """
+        if not self.args.prediction_loss_only:
+            raise ValueError("processes that share sequences predict their loss alone: set prediction_loss_only=True")
+        return super().predict(*args, **kwargs)
 
     def _shared(self, loader: Any) -> DataLoader:
         """To accelerate, a group is to be one process.
@@ -121,6 +154,8 @@ class SequenceParallelTrainer(Trainer):
         """The loss, of which this process has a part. Collective."""
         shared = self.sequence_group
         shared.layers = 0
+        if not model.training:
+            inputs = self._without_fillers(inputs)
         inputs = {**inputs, "sequence_group": shared, "use_cache": False}
         if model.training and num_items_in_batch is not None:
             # Counted over all parts: their losses add up as those of any processes do.
@@ -152,13 +187,26 @@ class SequenceParallelTrainer(Trainer):
         self.gather_function = self._each_sequence
         return super().evaluation_loop(*args, **kwargs)
 
+    def _without_fillers(self, inputs: Any) -> dict[str, torch.Tensor]:
+        """A batch in which rows that only fill up the last one, repeated for it, are nothing to learn."""
+        if (kept := self._kept()) is None:
+            return dict(inputs)
+        rows = len(inputs["input_ids"])
+        own = max(0, kept - dist.get_rank(self.same_place) * rows)
+        labels = inputs["labels"].clone()
+        labels[own:] = IGNORED_LABEL
+        return {**inputs, "labels": labels, "shift_labels": labels}
+
+    def _kept(self) -> int | None:
+        """How many sequences of a batch of all processes are no repetitions, if it is one that was filled up."""
+        state = self.accelerator.gradient_state
+        return state.remainder if state.end_of_dataloader and state.remainder > 0 else None
+
     def _each_sequence(self, values: torch.Tensor) -> torch.Tensor:
         """[values of all processes], those of a sequence once, and none of those that fill up the last batch."""
         parts = [torch.empty_like(values) for _ in range(dist.get_world_size(self.same_place))]
         dist.all_gather(parts, values.contiguous(), group=self.same_place)
-        state = self.accelerator.gradient_state
-        kept = state.remainder if state.end_of_dataloader and state.remainder > 0 else None
-        return torch.cat(parts)[:kept]
+        return torch.cat(parts)[: self._kept()]
 
 
 class Cut:

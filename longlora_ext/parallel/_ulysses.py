@@ -77,7 +77,7 @@ def ulysses_s2attn(
     q, k, v = call.tensors
     if reason := why_not_ulysses(q.shape[2], k.shape[2], len(call.positions)):
         raise ValueError(f"ulysses_s2attn: {reason}")
-    return attend_by_heads(
+    out = attend_by_heads(
         (q, k, v),
         dist.get_rank(call.group),
         len(call.positions),
@@ -90,6 +90,7 @@ def ulysses_s2attn(
         scale=call.scale,
         deterministic=deterministic,
     )
+    return out if out.shape[3] == call.head_dim else out[..., : call.head_dim].contiguous()
 
 
 def attend_by_heads(

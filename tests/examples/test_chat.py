@@ -12,6 +12,7 @@ from app.inputs.chat import encode as encode_conversation
 from app.inputs.conversations import Conversation, conversation
 from app.inputs.template import ChatTemplate
 from byte_tokens import ASKED, BEGINNINGS, ENDLESS, FORGETFUL, MARK, PLAIN, byte_tokenizer
+from chat_templates import CHATML
 from finetune_runs import ROOT
 
 MARKED = """\
@@ -113,6 +114,16 @@ def test_what_is_not_learned_is_what_the_model_will_be_asked() -> None:
         asked = tokenizer.apply_chat_template(ASKED[:turn], add_generation_prompt=True)["input_ids"]
         assert ids[: len(asked)] == asked
         assert labels[len(asked) - 1] == -100 and labels[len(asked)] == ids[len(asked)]
+
+
+@pytest.mark.parametrize("answer", ["<tool>x</tool>", "<thought>no</thought> 4", "<think", "four", "0"])
+def test_letters_that_an_answer_shares_with_the_prompt_to_think_are_learned(answer: str) -> None:
+    """The template asks with <think>, which its answers lack: what they begin with alike was taken for the prompt."""
+    asking = "<|im_start|>assistant\n<think>\n"
+    tokenizer = byte_tokenizer(CHATML.replace("<|im_start|>assistant\n", asking), eos_token="<eos>")
+    rows = [*ASKED[:2], {"role": "assistant", "content": answer}]
+    ((piece,),) = learned(tokenizer, rows)
+    assert piece.rstrip() == f"{answer}<|im_end|><eos>" or piece.rstrip() == f"{answer}<|im_end|>\n<eos>", piece
 
 
 def test_llama_2_prompt() -> None:

@@ -70,6 +70,25 @@ def test_what_follows_the_last_answer_to_learn_is_left_out() -> None:
     assert "Milan" not in shown(row)
 
 
+@pytest.mark.parametrize("empty", [None, ""])
+def test_of_several_spellings_of_a_column_the_one_that_holds_something_counts(empty: str | None) -> None:
+    """As in a table of two that were put together. The later one counted, and what the first held was lost."""
+    row: dict[str, Any] = {"instruction": "q", "input": "i", "output": "a", "Input": empty}
+    for columns in (row, dict(reversed(row.items()))):
+        assert [message["content"] for message in conversation(columns).messages] == ["q\n\ni", "a"]
+    refused = {**chat(ASKED, ANSWER), "train": False, "Train": empty}
+    assert "says not to learn it" in error(refused)
+
+
+def test_a_system_message_that_a_column_repeats_is_there_once() -> None:
+    """Where the message has both spellings of its fields, as a Parquet file of two tables gives them."""
+    said = {"role": None, "from": "system", "content": None, "value": "Be brief."}
+    parts = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
+    for first in (said, parts):
+        roles = [message["role"] for message in conversation(chat(first, ASKED, ANSWER, system="Be brief.")).messages]
+        assert roles == ["system", "user", "assistant"]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -238,6 +257,8 @@ def test_variables_of_the_template() -> None:
         ({"instruction": "x", "output": "y", "answer": "z"}, "it has both output and answer"),
         ({**chat(ASKED, ANSWER), "conversations": [ASKED, ANSWER]}, "it has both messages and conversations"),
         (chat({**ASKED, "role": "system"}, ASKED, ANSWER, system="x"), "and the first of its messages differ"),
+        (chat({"role": None, "from": "system", "value": "y"}, ASKED, ANSWER, system="x"), "its messages differ"),
+        ({"System Prompt": "x", "system_prompt": "y", "question": "q", "answer": "a"}, "two columns 'system_prompt', "),
         ({"instruction": "x", "output": "y", "history": [["a"]]}, "round 1 of its history is ['a']; expected is"),
         ({"instruction": "x", "output": "y", "history": "a"}, "its history is 'a', which is no JSON"),
         (chat(ASKED, ANSWER, tools="weather"), "its tools is 'weather', which is no JSON"),

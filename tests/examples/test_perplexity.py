@@ -254,3 +254,16 @@ def test_rows_come_along_only_if_they_were_measured_likewise(tmp_path: Path) -> 
     assert measurement(record, 30, 20).rows == rows
     for changed in (measurement(record, 30, 21), measurement(record, 20, 30), measurement(record, 30, 20, context=128)):
         assert changed.rows == {} and "before" not in changed.table()
+
+
+def test_rows_do_not_come_along_where_other_answers_are_scored(tmp_path: Path) -> None:
+    """Of the same text: marks of what is learned were changed."""
+    documents = make_documents(10)
+
+    def measurement(answer: int, before: dict | None = None) -> measure.Measurement:
+        labels = [np.where(np.arange(10) < answer, -100, documents[0])]
+        return measure.Measurement(tmp_path, CONFIG, extend_config(CONFIG, 64), documents, before, labels)
+
+    record = {**measurement(5).record, "perplexity": {"before": {"64": 3.0}}}
+    assert measurement(5, record).rows == record["perplexity"]
+    assert measurement(9, record).rows == {}

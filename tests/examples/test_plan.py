@@ -36,6 +36,17 @@ def test_the_sink_and_the_window_are_counted(asked: dict, tmp_path: Path, capsys
     assert {name: found["run"][name] for name in asked} == asked
 
 
+def test_a_model_whose_rope_needs_factors_is_planned_at_its_own_context(tmp_path: Path, capsys) -> None:
+    """The search for the longest context that fits asked for a longer one, and the plan ended in an error."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 1024, **factors}
+    config = small(2)
+    config.max_position_embeddings, config.rope_parameters = 4096, rope
+    config.save_pretrained(tmp_path)
+    command.main(["--model", str(tmp_path), "--context", "4096", "--json"])
+    assert json.loads(capsys.readouterr().out)["longest_context"]["default"] == 4096
+
+
 def test_what_a_token_sees_is_named(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(Plan, "longest", lambda *_: 0)
     small().save_pretrained(tmp_path)

@@ -7,6 +7,7 @@ import io
 import json
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -254,12 +255,22 @@ def test_parquet_of_any_type_of_text(tmp_path: Path, values: pa.Array) -> None:
         ({"text": [["a"]]}, "its column 'text' holds list<.*>, not text"),
         ({"body": ["a"], "id": [1]}, "it has no column 'text'; it has body, id"),
         ({"text": pa.array([], pa.string())}, "it has no rows"),
+        (pa.Table.from_arrays([["a"], ["b"]], ["text", "text"]), "a column is given twice: 'text'"),
     ],
 )
-def test_parquet_without_text_is_refused(tmp_path: Path, table: dict, message: str) -> None:
-    pa.parquet.write_table(pa.table(table), tmp_path / "x.parquet")
+def test_parquet_without_text_is_refused(tmp_path: Path, table: Any, message: str) -> None:
+    pa.parquet.write_table(pa.table(table) if isinstance(table, dict) else table, tmp_path / "x.parquet")
     with pytest.raises(ValueError, match=rf"cannot read .*/x\.parquet as parquet: {message}"):
         load_documents([str(tmp_path / "x.parquet")])
+
+
+def test_a_column_that_rows_have_twice_is_refused(tmp_path: Path) -> None:
+    """The last one counted. Beside the column of text it does no harm."""
+    twice = pa.Table.from_arrays([["q"], ["a"], ["b"]], ["text", "answer", "answer"])
+    pa.parquet.write_table(twice, tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match="a column is given twice: 'answer'"):
+        [row for _, rows in read_tables([str(tmp_path / "x.parquet")]) for row in rows]
+    assert load_documents([str(tmp_path / "x.parquet")])["text"][:] == ["q"]
 
 
 def test_parquet_that_is_damaged_is_refused(tmp_path: Path) -> None:

@@ -69,6 +69,20 @@ def test_a_full_disk_is_one_clear_error_and_the_run_goes_on_when_there_is_room(
     assert losses(tmp_path / "out") == pytest.approx(losses(undisturbed), abs=1e-6)
 
 
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_full_disk_behind_the_adapter_is_said(checkpoint: bool, tmp_path: Path, capsys) -> None:
+    """There is nothing to go on with: what was advised would have been refused."""
+    (tmp_path / "adapter").mkdir()
+    if checkpoint:
+        (tmp_path / "checkpoint-2").mkdir()
+        (tmp_path / "checkpoint-2" / "complete.json").write_text("{}")
+    with pytest.raises(SystemExit, match="2"), writing_to(tmp_path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    said = capsys.readouterr().err
+    assert "adapter/ is complete, and what was to be measured of it is missing" in said
+    assert ("go on with --resume_from_checkpoint latest" in said) == checkpoint
+
+
 def test_a_full_disk_shows_in_a_sharded_checkpoint_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What torch raises on all processes of FSDP when one of them cannot write its shard."""
     with pytest.raises(SystemExit), writing_to(tmp_path):

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 import longlora_ext.attention  # noqa: F401
 from app.inputs.tokens import tokenise
+from app.models import tokenizer
+from app.runs.command_line import TINY_LLAMA
 from longlora_ext.data import PackedSequences
 from tiny_texts import PAD, character_tokenizer, tokenised
 
@@ -73,3 +75,14 @@ def test_largest_id() -> None:
     assert tokenised([[1, 9], [], [3]]).largest_id == 9
     assert tokenised([[1, 9], [3]]).dataset.select([1]).num_rows == 1
     assert tokenised([]).largest_id == -1
+
+
+def test_a_tokenizer_of_mistral_common_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where that package is installed, AutoTokenizer prefers its own, which has no chat template."""
+
+    class MistralCommonBackend:
+        pass
+
+    monkeypatch.setattr(tokenizer.AutoTokenizer, "from_pretrained", lambda *_, **__: MistralCommonBackend())
+    found = tokenizer.read_tokenizer(str(TINY_LLAMA))
+    assert found.is_fast and found("def")["input_ids"]

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Trainer
 
 import finetune_llama
 import forks
@@ -61,6 +62,27 @@ def test_a_line_for_several_steps_counts_them_all(arguments: list[str], monkeypa
     assert (
         entry["tokens_per_second"] == 3 * 2 * 2 * 128 / 2
     )  # steps, batches, sequences, tokens; the clock was read twice
+
+
+def test_the_time_of_evaluating_is_not_counted(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two lines of the log too, where `--eval_steps` divides `--logging_steps`."""
+    now = [0.0]
+    monkeypatch.setattr("app.training.step_log.perf_counter", lambda: now[0])
+    step, evaluation = Trainer.training_step, Trainer.evaluate
+
+    def slow(method: Any, seconds: float) -> Any:
+        def call(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+            now[0] += seconds
+            return method(self, *args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(Trainer, "training_step", slow(step, 1))
+    monkeypatch.setattr(Trainer, "evaluate", slow(evaluation, 100))
+    given = ["--logging_steps", "3", "--save_steps", "3", "--max_steps", "3", "--eval_strategy", "steps"]
+    finetune_llama.main([*arguments, *given, "--eval_steps", "1"])
+    (entry,) = logged(Path("out"), 3).values()
+    assert entry["tokens_per_second"] == 2 * 128  # two batches a step, each of two sequences and a second
 
 
 @pytest.mark.full

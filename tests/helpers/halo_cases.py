@@ -25,6 +25,7 @@ class Case:
     window: int | None = None
     sink: bool = False
     head_dim: int = HEAD_DIM
+    value_dim: int | None = None  # where it is another
     each_row_its_own: bool = False  # another sequence of the batch is one document
 
     @property
@@ -46,12 +47,13 @@ class Case:
         """q, k and v, the gradient of the result, and the places, of all ranks."""
         rows = self.batch, ranks * self.length
 
-        def random(heads: int) -> Tensor:
-            return torch.randn(*rows, heads, self.head_dim, dtype=torch.float64)
+        def random(heads: int, head_dim: int = self.head_dim) -> Tensor:
+            return torch.randn(*rows, heads, head_dim, dtype=torch.float64)
 
+        of_values = self.value_dim or self.head_dim
         return (
-            [random(self.heads), random(self.kv_heads), random(self.kv_heads)],
-            random(self.heads),
+            [random(self.heads), random(self.kv_heads), random(self.kv_heads, of_values)],
+            random(self.heads, of_values),
             self.places(ranks),
         )
 
@@ -70,6 +72,8 @@ CASES = {
     "one KV head": Case(16, 24, kv_heads=1),
     "as many KV heads": Case(16, 24, kv_heads=4),
     "a head dim that is padded": Case(16, 24, head_dim=HEAD_DIM - 3),  # what is sent is padded too
+    "values of fewer dimensions": Case(16, 24, value_dim=HEAD_DIM - 3, documents=(5, 20)),
+    "values of more dimensions": Case(16, 24, head_dim=HEAD_DIM - 3, value_dim=HEAD_DIM),
     "documents that end on borders": Case(16, 8, documents=(16, 16, 16)),
     "documents across borders": Case(16, 8, documents=(5, 20, 30)),
     "a document over three ranks": Case(8, 12, documents=(6, 12)),

@@ -112,6 +112,12 @@ def errors() -> dict[str, str]:
                 attend(*call, scale=scales.get(name))
             except ValueError as error:
                 found[f"{attend.__name__} {name}"] = str(error)
+    halo_s2attn(x, x, x, 8, places := places.clone())
+    try:
+        if last:
+            halo_s2attn(x, x, x, 8, places, scale=float("nan"))
+    except ValueError as error:
+        found["after a good call"] = str(error)
     return found
 
 

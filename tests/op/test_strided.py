@@ -150,6 +150,14 @@ def test_wrap_with_sink_and_window(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_same(a, b)
 
 
+@pytest.mark.usefixtures("no_kernels")
+def test_a_batch_of_nothing() -> None:
+    q, k, v = (x[:0] for x in Problem(batch=2, seqlen=96, heads=6, kv_heads=2).tensors())
+    assert s2attn(q, k, v, 24, window=20).shape == q.shape
+    out, lse = torch.ops.longlora.s2attn_with_lse(q, k, v, 24)
+    assert out.shape == q.shape and lse.shape == (0, 6, 96)
+
+
 @pytest.mark.parametrize("sink", [False, True])
 def test_unshifted_groups_are_neither_copied_nor_masked(sink: bool) -> None:
     """What torch's attention is called with: views of q, k and v, unless a sink goes in front of them."""

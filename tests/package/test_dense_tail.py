@@ -17,7 +17,9 @@ from longlora_ext.trainer import DenseTail, dense_count
 from tiny_models import tiny_model, tokens
 
 
-@pytest.mark.parametrize(("asked", "steps", "count"), [(0.1, 200, 20), (0.1, 5, 1), (3, 200, 3), (200, 200, 200)])
+@pytest.mark.parametrize(
+    ("asked", "steps", "count"), [(0.1, 200, 20), (0.1, 5, 1), (0.07, 100, 7), (3, 200, 3), (200, 200, 200)]
+)
 def test_a_share_or_a_number_of_steps(asked: float, steps: int, count: int) -> None:
     assert dense_count(asked, steps) == count
 

@@ -99,6 +99,11 @@ def test_what_ranks_have_to_know_is_asked_once(found: list[dict[str, Any]]) -> N
         assert rank["again"]["distance"] < 1e-6
 
 
+def test_a_mistake_after_a_good_call_is_an_error_at_once(found: list[dict[str, Any]]) -> None:
+    """The rank that made it waited for others, which had no reason to come."""
+    assert found[-1]["errors"]["after a good call"].startswith("halo_s2attn: scale must be finite")
+
+
 MESSAGES = {
     "length": "seqlen must be the same on all ranks, but is 8 on rank 0 and 6 on rank {last}; the number of ranks must",
     "group": "group_size must be the same on all ranks, but is 8 on rank 0 and 10 on rank {last}",

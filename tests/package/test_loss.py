@@ -168,3 +168,10 @@ def test_other_refusals() -> None:
 
     with pytest.raises(ValueError, match="LlamaModel cannot be tiled: it has no output layer"):
         tile_loss(AutoModel.from_config(tiny_config()))
+
+
+def test_copies_of_the_model_in_one_process_are_refused() -> None:
+    """What `nn.DataParallel` makes, as the Trainer does where a script is started by python and sees several GPUs."""
+    replica = tile_loss(prepared("full"))._replicate_for_data_parallel()
+    with pytest.raises(ValueError, match=r"does not go with nn\.DataParallel.*torchrun --nproc_per_node"):
+        replica(**batch())

@@ -13,7 +13,7 @@ from app.evaluation.prompts import ADJECTIVES, NOUNS
 from app.evaluation.ruler import TASKS as RULER
 from app.models.use_model import add_model_options, add_scaling_options, check_model_options
 from app.runs import launch
-from app.runs.command_line import HelpFormatter, Parser
+from app.runs.command_line import HelpFormatter, Parser, check_not_empty
 from app.runs.errors import one_clear_error
 
 DESCRIPTION = """\
@@ -187,6 +187,8 @@ def _add_perplexity(group: argparse._ArgumentGroup) -> None:
 
 def _check(parser: Parser, options: argparse.Namespace) -> None:
     """Refuse what is wrong by itself, whatever model and text are."""
+    for name in ("model", "text", "haystack", "output"):
+        check_not_empty(parser, name, getattr(options, name, None))
     for name in ("stride", "max_documents", "batch_tokens", "trials", "by_position"):
         value = getattr(options, name, None)
         if value is not None and value < 1:

@@ -172,6 +172,12 @@ def _by_comparison(conversation: Conversation, template: ChatTemplate) -> list[E
             )
         ids = _tokens(whole, tokenizer)
         start = shared_start(_tokens(prompt, tokenizer), ids)
+        content = messages[turn]["content"]
+        if content and not whole.startswith(prompt.rstrip()):
+            # What asking adds, such as <think>, is not in this answer. Letters that both begin with are the answer's.
+            another = {**messages[turn], "content": "1" if content.strip().startswith("0") else "0"}
+            head = whole[: shared_start(whole, template.write([*messages[:turn], another], context))]
+            start = min(start, shared_start(_tokens(head, tokenizer), ids))
         if start == len(ids):
             raise ValueError("the model's chat template leaves the answer out")
         labels = [IGNORED_LABEL] * start + ids[start:]

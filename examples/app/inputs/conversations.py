@@ -87,7 +87,7 @@ def conversation(row: dict[str, Any]) -> Conversation:
     Raises:
         ValueError: What is wrong with it, in words that follow "row 7: ".
     """
-    columns = {_plain(name): value for name, value in row.items()}
+    columns = _columns(row)
     given = {name: value for name, value in columns.items() if not is_absent(value)}
     lists = [name for name in LISTS if name in given]
     pair = any(name in columns for name in ASKED) and any(name in columns for name in ANSWERS)
@@ -96,15 +96,17 @@ def conversation(row: dict[str, Any]) -> Conversation:
     for why, names in REFUSED.items():
         if found := [name for name in names if name in given]:
             raise ValueError(f"its column {found[0]!r} {why}")
-    system = [{"role": SYSTEM, "content": text}] if (text := _column(given, SYSTEMS)) else []
+    system = _column(given, SYSTEMS)
     context = _context(given)
     _check_marks(given)
     turns = _listed(lists, given) if lists else _asked_and_answered(given)
-    if system and turns and isinstance(turns[0], dict) and turns[0].get("role", turns[0].get("from")) == SYSTEM:
-        if turns[0].get("content", turns[0].get("value")) != system[0]["content"]:
+    read = [read_message(turn, number) for number, turn in enumerate(turns, 1)]
+    if system:
+        first = read_message({"role": SYSTEM, "content": system}, 0)
+        if not read or read[0][0]["role"] != SYSTEM:
+            read.insert(0, first)
+        elif read[0][0]["content"] != first[0]["content"]:
             raise ValueError("its column for the system's message and the first of its messages differ")
-        system = []
-    read = [read_message(turn, number) for number, turn in enumerate([*system, *turns], 1 - len(system))]
     messages, learned = [message for message, _ in read], [answer for _, answer in read]
     _check_turns(messages, learned)
     last = len(learned) - learned[::-1].index(True)
@@ -113,6 +115,19 @@ def conversation(row: dict[str, Any]) -> Conversation:
         if name in given and not _repeats(name, given.pop(name), said):
             raise ValueError(f"its column {name!r} says something that its conversation does not: drop one of them")
     return Conversation(messages[:last], learned[:last], context, tuple(sorted(given)))
+
+
+def _columns(row: dict[str, Any]) -> dict[str, Any]:
+    """A row's columns by their plain names. Of several spellings of one, as tables that were put together have them,
+    one may hold something."""
+    columns: dict[str, Any] = {}
+    for name, value in row.items():
+        there = columns.get(plain := _plain(name))
+        if plain not in columns or is_absent(there):
+            columns[plain] = value
+        elif not is_absent(value) and value != there:
+            raise ValueError(f"it has two columns {plain!r}, spelt differently, that differ: drop one of them")
+    return columns
 
 
 def _listed(names: list[str], given: dict[str, Any]) -> list[Any]:

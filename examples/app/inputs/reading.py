@@ -178,8 +178,11 @@ def _parquet_batches(file: str, column: str | None = None) -> Iterator[pa.Record
             shutil.copyfileobj(packed, copy)
             stream = copy
         table = pyarrow.parquet.ParquetFile(stream, buffer_size=PIECE)
+        names = table.schema_arrow.names
         if column is not None:
-            _check_column(column, table.schema_arrow.names)
+            _check_column(column, names)
+        if twice := next((name for name in names if names.count(name) > 1 and column in (None, name)), None):
+            raise ValueError(f"a column is given twice: {twice!r}")
         groups = [table.metadata.row_group(group) for group in range(table.num_row_groups)]
         row_bytes = sum(group.total_byte_size for group in groups) // max(1, table.metadata.num_rows)
         rows = min(max(1, BATCH[0] // max(1, row_bytes)), BATCH[1])

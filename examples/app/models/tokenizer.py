@@ -13,6 +13,7 @@ from transformers.utils import cached_file
 
 from app.models.gguf_rope import read_gguf
 from app.runs.launch import say
+from longlora_ext.adapter._tokenizer import plain_tokenizer
 
 #: Names in `tokenizer.ggml.pre` of GPT-2's way to split text. It is what transformers does with names it does not know.
 AS_GPT2 = {"exaone4", "gpt-2", "granite-docling", "jais", "mpt", "olmo", "phi-2", "trillion"}
@@ -39,7 +40,7 @@ def read_tokenizer(source: str, gguf_file: str | None = None) -> PreTrainedToken
         gguf_file: The file's name in it.
     """
     if gguf_file is None:
-        return AutoTokenizer.from_pretrained(source)
+        return plain_tokenizer(AutoTokenizer.from_pretrained(source), source)
     tokenizer: Any = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
     file = str(cached_file(source, gguf_file))
     way = _field(file, "pre")

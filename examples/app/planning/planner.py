@@ -25,7 +25,7 @@ from app.runs.command_line import EXAMPLES
 from app.training.recipe import CHECKPOINTING
 from longlora_ext.adapter import lora_config, prepare_model
 from longlora_ext.attention import NAME
-from longlora_ext.config import DEFAULT_GROUP_RATIO, config_for, context_length, even_group_size
+from longlora_ext.config import DEFAULT_GROUP_RATIO, config_for, context_length, even_group_size, rope_type_of
 from longlora_ext.loss import tile_loss, why_not_tiled
 
 #: Bytes that no tensor shows: CUDA's context, the libraries' workspaces, gaps in the allocator. Assumed, not computed.
@@ -232,15 +232,18 @@ class Plan:
         return self._run(layers, Way()).flops.total() // self.run.batch
 
     def longest(self, way: Way, memory: int) -> int:
-        """The longest context, a multiple of `GRAIN` up to `MOST`, that fits in so many bytes; 0 if there is none."""
+        """The longest context, a multiple of `GRAIN` up to `MOST`, that fits in so many bytes; 0 if there is none.
 
+        Of a model whose RoPE needs factors from a search for a longer context, none is longer than its own.
+        """
         room = memory - sum(self.memory(way).values()) + self.step(way).peak
 
         def peak(tokens: int) -> int:
             return Plan(self.base, tokens, self.run, self.kinds).step(way).peak
 
-        low, high, most, peaks = 0, None, MOST // GRAIN, {0: 0}  # the longest that fits, the shortest that does not
-        last, guess = 0, 8
+        limit = context_length(self.base) if rope_type_of(self.base) == "longrope" else MOST
+        low, high, most, peaks = 0, None, limit // GRAIN, {0: 0}  # the longest that fits, the shortest that does not
+        last, guess = 0, min(8, most)
         while low < most and high != low + 1:  # a peak is nearly a straight line of the tokens
             peaks[guess] = peak(guess * GRAIN)
             last, low, high = (low, guess, high) if peaks[guess] <= room else (low, low, guess)

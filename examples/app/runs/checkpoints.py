@@ -144,6 +144,16 @@ class CompletionMarker(TrainerCallback):
         self.limit = limit
         self.content = content
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Called on every process. From a checkpoint the Trainer takes over how often its run saved, logged and
+        evaluated, and where the best one lay then: what counts are this call's options, and where it lies now."""
+        state.compute_steps(args, state.max_steps)
+        best = Path(str(args.output_dir)) / f"checkpoint-{state.best_global_step}"
+        if state.best_global_step and best.is_dir():
+            state.best_model_checkpoint = str(best)
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Called on every process when its part of the checkpoint is written."""
         wait_for_all()

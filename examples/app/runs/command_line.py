@@ -69,6 +69,12 @@ class Parser(HfArgumentParser):
             super().print_help(file)
 
 
+def check_not_empty(parser: argparse.ArgumentParser, option: str, value: Any) -> None:
+    """End the program if an option's value, or one of its values, is empty, as a variable that is not set makes it."""
+    if any(isinstance(word, str) and not word.strip() for word in (value if isinstance(value, list) else [value])):
+        parser.error(f"--{option} is empty")
+
+
 def is_given(argv: Sequence[str], option: str) -> bool:
     """Whether an option of that name stands in `argv`: `--name VALUE`, `--name=VALUE`, with _ or - within it."""
     spellings = {f"--{option}", f"--{option.replace('_', '-')}"}

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from app.runs.checkpoints import complete_checkpoints
 from app.runs.errors import one_clear_error
+from app.runs.run_folder import RESULTS
 
 #: Why a disk takes no more, in the system's words, which end up in the messages of most libraries.
 REASONS = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)))
@@ -45,9 +46,13 @@ def _recognised(folder: Path) -> Iterator[None]:
         if reason is None:
             raise
         complete = ", ".join(path.name for path in complete_checkpoints(folder).values()) or "none"
+        made = next((f"{result}/" for result in RESULTS if (folder / result).exists()), None)
+        advice = "Make room, then go on with --resume_from_checkpoint latest"
+        if made:
+            lacking = f"{made} is complete, and what was to be measured of it is missing"
+            advice = lacking if complete == "none" else f"{lacking}. {advice}"
         raise FullDisk(
-            f"{folder} cannot be written to: {reason}. The run has stopped; complete checkpoints: {complete}. Make "
-            "room, then go on with --resume_from_checkpoint latest"
+            f"{folder} cannot be written to: {reason}. The run has stopped; complete checkpoints: {complete}. {advice}"
         ) from error
 
 

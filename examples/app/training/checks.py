@@ -15,6 +15,12 @@ from longlora_ext.independence import check_documents_apart
 def check_training(args: TrainingArguments, data: TrainingData, options: ModelOptions) -> None:
     """Raise `ValueError` if there would be nothing to learn, or not a step to do."""
     data.train.check_rows(data.rows)
+    if args.eval_strategy != "no" and not len(data.eval_rows):
+        strategy = args.to_dict()["eval_strategy"]
+        raise ValueError(
+            f"--eval_strategy {strategy} has nothing to evaluate on, as none of so little text is held out: give "
+            "--eval_file"
+        )
     batch = args.per_device_train_batch_size * (WORLD_SIZE // options.sequence_parallel_size)
     if args.dataloader_drop_last and len(data.rows) < batch:
         raise ValueError(

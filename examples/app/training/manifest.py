@@ -39,6 +39,9 @@ from longlora_ext.config import context_length, group_size
 #: Arguments of one call, not of the run: where it wrote, what it went on from, what a launcher or a person added.
 NOT_REPEATED = ("from_manifest", "output_dir", "resume_from_checkpoint", "local_rank", "hub_token")
 
+#: Schedules of the learning rate that are the same in a longer run.
+OF_ANY_LENGTH = ("constant", "constant_with_warmup")
+
 #: Options whose values may be paths.
 PATHS = ("model_name_or_path", "train_file", "eval_file", "deepspeed", "fsdp_config")
 
@@ -76,6 +79,21 @@ def check_versions(manifest: dict[str, Any] | None) -> None:
         say(f"note: the same run with other versions: {'; '.join(others)}")
 
 
+def say_other_length(manifest: dict[str, Any], repeats: dict[str, Any] | None) -> None:
+    """Say that a run was made longer whose learning rate depends on the number of steps, or that such a one is done
+    again."""
+    of = repeats or manifest
+    steps, schedule = of.get("steps"), of.get("effective", {}).get("lr_scheduler_type")
+    others = [call["steps"] for call in of.get("earlier", []) if call.get("steps", steps) != steps]
+    if not others or schedule in OF_ANY_LENGTH:
+        return
+    depends = f"its learning rate ({schedule}) depends on their number"
+    if repeats:
+        say(f"note: the run that is done again had {others[-1]:,} steps at first, and {depends}: these losses differ")
+    else:
+        say(f"note: the run was to have {others[-1]:,} steps, and {depends}: one of {steps:,} from its start differs")
+
+
 def describe(
     argv: Sequence[str],
     options: ModelOptions,
@@ -83,6 +101,7 @@ def describe(
     args: TrainingArguments,
     config: PreTrainedConfig,
     run: Run,
+    steps: int,
 ) -> dict[str, Any]:
     """The manifest of a run that is about to begin, or to go on from a checkpoint.
 
@@ -91,6 +110,7 @@ def describe(
         options, text, args: What they came to.
         config: The extended config.
         run: The run, with all of its settings.
+        steps: How many it is to have.
     """
     heads: int = config.num_attention_heads
     group = group_size(config)
@@ -108,6 +128,7 @@ def describe(
             "revision": getattr(config, "_commit_hash", None),  # on the hub
         },
         "context": context_length(config),
+        "steps": steps,
         "rope": config.rope_parameters,
         "attention": {
             "training": "s2attn",
@@ -164,5 +185,6 @@ def _earlier(checkpoint: Path | None) -> dict[str, Any]:
     """The calls that a run has behind it when it goes on from a checkpoint, the first one first."""
     path = checkpoint.parent / RUN_FILE if checkpoint else None
     before = read_json(path) if path and path.is_file() else {}
-    call = {name: before[name] for name in ("date", "from", "commit", "versions", "device") if name in before}
+    names = ("date", "from", "commit", "versions", "device", "steps")
+    call = {name: before[name] for name in names if name in before}
     return {"earlier": [*before.get("earlier", []), call]} if call else {}

@@ -71,7 +71,7 @@ class Measurement(BeforeTraining):
         self.record: dict[str, Any] = {
             "tokens": sum(map(len, documents)),
             "documents": len(documents),
-            "sha256": fingerprint(documents),
+            "sha256": fingerprint([*documents, *(labels or [])]),
             "scored": "all" if labels is None else "answers",
             "attention": "dense",
             "stride": "half the context",

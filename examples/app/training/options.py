@@ -87,7 +87,8 @@ class ModelOptions:
         default=None,
         metadata={
             "help": "paper: the settings of the LongLoRA paper for all that is not given, whatever the model. Default: "
-            "for a model of your own these, but for --sink and --rope_type yarn; a smaller recipe for the tiny Llama."
+            "for a model of your own these, but for --sink, --rope_type yarn and the learning rate of fewer than 1000 "
+            "steps; a smaller recipe for the tiny Llama."
         },
     )
     check_retrieval: bool = field(

@@ -13,7 +13,7 @@ from transformers.utils import is_liger_kernel_available
 
 from app.inputs.sources import read_source, read_sources
 from app.models.four_bits import check_bitsandbytes
-from app.runs.command_line import EXAMPLES, is_given
+from app.runs.command_line import EXAMPLES, check_not_empty, is_given
 from app.runs.errors import one_clear_error
 from app.runs.json_files import json_object, json_option
 from app.runs.launch import WORLD_SIZE
@@ -28,8 +28,8 @@ def check_options(parser: argparse.ArgumentParser, argv: Sequence[str], options:
         argv: What was typed.
         options: What `parser` made of it.
     """
-    if not options.model_name_or_path:
-        parser.error("--model_name_or_path is empty")
+    for name in ("model_name_or_path", "train_file", "eval_file", "output_dir", "resume_from_checkpoint"):
+        check_not_empty(parser, name, getattr(options, name))
     _check_idle(parser, argv, options)
     _check_numbers(parser, options)
     _check_text(parser, options)

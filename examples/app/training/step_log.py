@@ -43,6 +43,14 @@ class LoggingTrainer(Trainer):
         self.dense_batches += attention_mode(inner.config) == "dense"
         return super().training_step(model, inputs, *args, **kwargs)
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the Trainer's, whose time is none of the steps before and behind it."""
+        began = perf_counter()
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            self.began += perf_counter() - began
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log what the Trainer has to say, and of steps the numbers above."""
         if "loss" in logs and self.batches:

@@ -52,12 +52,14 @@ def make_trainer(
         return {"resumable": not args.save_only_model, "settings": run.settings, **measured}
 
     marker = CompletionMarker(take_over_rotation(args), to_go_on)
-    # Resumed at its end, a run would do one step too many. Of one sequence an epoch is one step: all are over then.
-    is_over = 0 < steps <= run.step
+    rows: torch.utils.data.Dataset[Any] = data.rows
+    if 0 < steps <= run.step:  # resumed at its end, it would do one step too many: of one batch all passes are over
+        args.max_steps = steps
+        rows = torch.utils.data.Subset(rows, [0] * args.per_device_train_batch_size * args.world_size)
     return trainer_of(options)(
         model=model,
         args=args,
-        train_dataset=torch.utils.data.Subset(data.rows, [0]) if is_over else data.rows,
+        train_dataset=rows,
         eval_dataset=data.eval_rows,
         data_collator=partial(pad_rows, pad_token_id=data.pad_token_id),
         callbacks=[KeepNoName(), StopAtNaN(), marker, *filter(None, (*further, measurement, guard))],
