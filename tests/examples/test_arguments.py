@@ -124,6 +124,15 @@ def test_a_bad_argument_is_one_clear_error(
     assert not list(tmp_path.rglob("adapter*"))
 
 
+def test_an_evaluation_of_nothing_is_refused(inputs: tuple[Path, Path], tmp_path: Path, capsys) -> None:
+    """Of a single conversation none is held out: the first evaluation ended in a KeyError, or said nothing."""
+    (tmp_path / "one.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
+    words = ["--task", "sft", "--train_file", str(tmp_path / "one.jsonl"), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="2"):
+        finetune_llama.main(["--model_name_or_path", str(inputs[0]), *words, "--eval_strategy", "steps"])
+    assert "--eval_strategy steps has nothing to evaluate on" in capsys.readouterr().err
+
+
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         finetune_llama.main(["--help"])

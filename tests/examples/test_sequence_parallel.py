@@ -64,7 +64,7 @@ def test_it_trains_as_one_and_goes_on(task: str, by: str, rows: str, sharding: t
 def test_processes_that_share_a_sequence_are_one_for_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four processes that share by two have as many sequences at a time as two that do not."""
     monkeypatch.setattr(checks, "WORLD_SIZE", 4)
-    args: Any = SimpleNamespace(per_device_train_batch_size=3, dataloader_drop_last=True)
+    args: Any = SimpleNamespace(per_device_train_batch_size=3, dataloader_drop_last=True, eval_strategy="no")
     data: Any = SimpleNamespace(rows=range(6), train=SimpleNamespace(check_rows=lambda rows: None))
     options: Any = SimpleNamespace(sequence_parallel_size=2)
     checks.check_training(args, data, options)
