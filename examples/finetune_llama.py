@@ -72,11 +72,12 @@ def main(argv: Sequence[str]) -> None:
 
     measurement = make_measurement(data, text.eval_tokens, base_config, config, run)
     tail = DenseTail(model.config, options.dense_steps) if options.dense_steps else None
+    about = banner(options, args, steps, base_config, model, data, run)  # the Trainer's arguments are not all as given
     with one_clear_error(model_option):
         trainer = make_trainer(model, data, options, args, steps, run, measurement, guard, tail)
     with one_clear_error(f"{model_option}--rows {text.rows}: "):
         check_documents(model, args, packed=text.rows == "packed")
-    say(banner(options, args, steps, base_config, model, data, run))
+    say(about)
     with writing_to(run.folder):
         trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
         result = save_result(run, model, trainer, tokenizer, options, measurement, guard, tail, title=name)

@@ -92,7 +92,7 @@ def test_a_card_without_a_base_model(tmp_path: Path) -> None:
     """It has been made of a config, and has no name."""
     rope = {"full_attention": {"rope_type": "linear", "factor": 4.0}}
     record = {"context_length": 1024, "config": {"s2attn_group_size": 2048}, "rope_parameters": rope}
-    write_card(tmp_path, record, SimpleNamespace(base_model_name_or_path=None))
+    write_card(tmp_path, record, SimpleNamespace(base_model_name_or_path=None, peft_type="LORA"))
     card = ModelCard.load(tmp_path / "README.md")
     assert "base_model" not in card.data.to_dict() and "# Adapter, 1,024 tokens" in card.text
     assert "full_attention (rope_type linear, factor 4.0)" in card.text and "2,048 tokens" in card.text

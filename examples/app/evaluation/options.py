@@ -187,7 +187,7 @@ def _add_perplexity(group: argparse._ArgumentGroup) -> None:
 
 def _check(parser: Parser, options: argparse.Namespace) -> None:
     """Refuse what is wrong by itself, whatever model and text are."""
-    for name in ("model", "text", "haystack", "output"):
+    for name in ("text", "haystack", "output"):
         check_not_empty(parser, name, getattr(options, name, None))
     for name in ("stride", "max_documents", "batch_tokens", "trials", "by_position"):
         value = getattr(options, name, None)

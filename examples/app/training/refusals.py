@@ -28,7 +28,9 @@ def check_options(parser: argparse.ArgumentParser, argv: Sequence[str], options:
         argv: What was typed.
         options: What `parser` made of it.
     """
-    for name in ("model_name_or_path", "train_file", "eval_file", "output_dir", "resume_from_checkpoint"):
+    if not options.model_name_or_path:
+        parser.error("--model_name_or_path is empty")
+    for name in ("train_file", "eval_file", "output_dir", "resume_from_checkpoint"):
         check_not_empty(parser, name, getattr(options, name))
     _check_idle(parser, argv, options)
     _check_numbers(parser, options)
