@@ -45,11 +45,11 @@ class LoggingTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As the Trainer's, whose time is none of the steps before and behind it."""
-        began = perf_counter()
+        before, began = self.began, perf_counter()
         try:
             return super().evaluate(*args, **kwargs)
         finally:
-            self.began += perf_counter() - began
+            self.began = before + perf_counter() - began  # not added to: of several sets, it calls itself
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log what the Trainer has to say, and of steps the numbers above."""
