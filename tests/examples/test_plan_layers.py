@@ -201,6 +201,10 @@ HYBRIDS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "falcon_h1": ({"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16}, "FalconH1Mixer, which is no attention"),
     "lfm2": ({"layer_types": ["conv", "full_attention"] * 3}, "Lfm2ShortConv, which is no attention"),
+    "gemma4_text": (
+        {"layer_types": ["sliding_attention", "full_attention"] * 3, "sliding_window": 64, "global_head_dim": 32},
+        "its config is another one for some layers",
+    ),
     "minimax": (
         {"layer_types": ["linear_attention", "full_attention"] * 3},
         "of its 6 layers 3 have another kind of attention",

@@ -40,6 +40,8 @@ def kinds(config: PreTrainedConfig) -> tuple[Kind, ...]:
     Raises:
         ValueError: It has layers whose computation cannot be counted.
     """
+    if getattr(config, "is_heterogeneous", False):
+        raise ValueError("its config is another one for some layers (per_layer_config), so it cannot be planned")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     layers = layers_of(model)
