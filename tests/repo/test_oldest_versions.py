@@ -28,8 +28,8 @@ LEFT_OUT = {"qlora", "fsdp", "older_transformers", "corpus", "tiny_llama", "fine
 LEFT_OUT |= {"plan_layers", "gguf"}
 # What stands on torch, the file system and Python alone, which are the same here.
 LEFT_OUT |= {"halo", "halo_fsdp", "launch", "processes", "checkpoints", "command_line", "evaluate_arguments"}
-LEFT_OUT |= {"evaluate_folder", "manifest", "mixture", "model_folders", "model_source", "reading", "run_folder"}
-LEFT_OUT |= {"run_settings"}
+LEFT_OUT |= {"evaluate_folder", "manifest", "mixture", "mixture_runs", "model_folders", "model_source", "reading"}
+LEFT_OUT |= {"run_folder", "run_settings"}
 # What asks more of the same: of the planner, which plan.py's tests run; of evaluate.py, its other tasks and tables;
 # runs that cannot go on, where others are killed and resumed; and a page that is made of generate.py.
 LEFT_OUT |= {"planner", "ruler", "position", "stopped_runs", "demo"}
