@@ -11,7 +11,6 @@ import warnings
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -24,7 +23,7 @@ from longlora_ext._arguments import (
     with_defaults,
     with_positive_scale,
 )
-from longlora_ext._kernels import padded, why_unsupported
+from longlora_ext._kernels import padded, why_unsupported, with_head_dim
 from longlora_ext._strided import strided
 from longlora_ext.sinks import add_key
 
@@ -84,15 +83,10 @@ def _attend(
 
 
 def _with_one_head_dim(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Zeros behind the head dim, which change no product, up to one that kernels take, the same in all three."""
+    """The same head dim in all three, one that kernels take."""
     if q.shape[-1] != k.shape[-1] or k.dim() != 4 or v.dim() != 4:  # an error
         return q, k, v
-    largest = padded(max(q.shape[-1], v.shape[-1]))
-    if q.shape[-1] == v.shape[-1] == largest:
-        return q, k, v
-    # A dimension of size 1 may have any stride, of which F.pad would make another order of dimensions.
-    q, k, v = (F.pad(x, (0, largest - x.shape[-1])).contiguous() for x in (q, k, v))
-    return q, k, v
+    return with_head_dim(padded(max(q.shape[-1], v.shape[-1])), q, k, v)
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, with_lse: bool) -> tuple[Tensor, Any]:

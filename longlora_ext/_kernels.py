@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from longlora_ext._arguments import check
@@ -99,3 +100,12 @@ def _double_backward(ctx: Any, *grads: Tensor) -> None:
 
 torch.library.register_autograd("longlora::s2attn_fwd", _backward, setup_context=_setup_context)
 torch.library.register_autograd("longlora::s2attn_bwd", _double_backward)
+
+
+def with_head_dim(head_dim: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Zeros behind the head dim, which change no product, up to `head_dim` in all three."""
+    if q.shape[-1] == k.shape[-1] == v.shape[-1] == head_dim:
+        return q, k, v
+    # A dimension of size 1 may have any stride, of which F.pad would make another order of dimensions.
+    q, k, v = (F.pad(x, (0, head_dim - x.shape[-1])).contiguous() for x in (q, k, v))
+    return q, k, v

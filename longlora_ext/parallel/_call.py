@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from longlora_ext._arguments import LARGEST_SCALE, Arguments, check_arguments, in_autocast, with_defaults
-from longlora_ext._kernels import why_unsupported
+from longlora_ext._kernels import why_unsupported, with_head_dim
 from longlora_ext.parallel._agreement import agree
 
 __all__ = ["Call", "prepare"]
@@ -64,7 +63,8 @@ def prepare(
         raise ValueError(f"{name}: there is no process group: call torch.distributed.init_process_group before")
     q, k, v = in_autocast(q, k, v)
     of_scores, of_values = q.shape[-1], v.shape[-1]
-    q, k, v = with_one_head_dim(q, k, v)
+    if q.dim() == v.dim() == 4 and of_scores == k.shape[-1]:  # otherwise an error
+        q, k, v = with_head_dim(max(of_scores, of_values), q, k, v)
     error = _why_not(q, k, v, group_size, position_ids, first_shifted_head, window, scale)
     if error is None and by_kernels and (reason := why_unsupported(q.device, q.dtype, q.shape[3])):
         error = f"there is no kernel, and only ulysses_s2attn can do without: {reason}"
@@ -88,15 +88,6 @@ def prepare(
     positions = agree(name, error, shared, position_ids, group)
     assert first_shifted_head is not None and scale is not None
     return Call((q, k, v), of_values, group, first_shifted_head, scale, positions)
-
-
-def with_one_head_dim(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Zeros behind the head dim of the scores or of the values, which change no product, so that they are the same."""
-    if q.dim() != 4 or v.dim() != 4 or q.shape[-1] != k.shape[-1] or q.shape[-1] == v.shape[-1]:
-        return q, k, v
-    largest = max(q.shape[-1], v.shape[-1])
-    q, k, v = (F.pad(x, (0, largest - x.shape[-1])) for x in (q, k, v))
-    return q, k, v
 
 
 def _why_not(

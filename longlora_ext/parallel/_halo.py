@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longlora_ext._arguments import with_positive_scale
-from longlora_ext._kernels import padded
+from longlora_ext._kernels import padded, with_head_dim
 from longlora_ext.parallel._call import prepare
 from longlora_ext.parallel._exchange import Exchange
 from longlora_ext.parallel._layout import Layout
@@ -70,8 +69,7 @@ def halo_s2attn(
     """
     arguments = (q, k, v, group_size, position_ids, group, first_shifted_head, window, sink, scale)
     call = prepare("halo_s2attn", *arguments, by_kernels=True)
-    rest = padded(call.tensors[0].shape[3]) - call.tensors[0].shape[3]
-    q, k, v = (F.pad(x, (0, rest)) if rest else x for x in call.tensors)
+    q, k, v = with_head_dim(padded(call.tensors[0].shape[3]), *call.tensors)
     batch, length, heads, _ = q.shape
     layout = Layout(
         ranks=len(call.positions),

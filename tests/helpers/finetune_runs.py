@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -62,6 +63,14 @@ def run(
         return forks.run([SCRIPT, *arguments], environment(), processes, folder=cwd)
     command = [*launcher, str(SCRIPT), *map(str, arguments)]
     return subprocess.run(command, env=environment(), cwd=cwd, capture_output=True, text=True, timeout=patience())
+
+
+def found_by(worker: str, folder: Path, processes: int) -> dict[str, Any]:
+    """What processes of a worker of this folder have found, as the first one writes it."""
+    result = folder / "result.json"
+    done = forks.run([Path(__file__).with_name(worker), result], environment(), processes)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return json.loads(result.read_text())
 
 
 def deepspeed(processes: int | None = None) -> tuple[str, ...]:

@@ -5,25 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-import forks
-from finetune_runs import ROOT, environment, make_model, make_text, run
+from finetune_runs import ROOT, found_by, make_model, make_text, run
 from longlora_ext._deepspeed_ulysses import first_shifted_head, sequence_parallel
 from parallel_worker import SHARED, ULYSSES
-
-WORKER = Path(__file__).resolve().parents[1] / "helpers" / "parallel_worker.py"
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    result = tmp_path_factory.mktemp("parallel") / "result.json"
-    done = forks.run([WORKER, result], environment(), processes=2)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return json.loads(result.read_text())
+    return found_by("parallel_worker.py", tmp_path_factory.mktemp("parallel"), processes=2)
 
 
 @pytest.mark.parametrize("case", ["zero2 tied", "zero2 full", "zero3 tied", "zero3 full"])

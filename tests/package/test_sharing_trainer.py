@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import forks
-from finetune_runs import environment
+from finetune_runs import found_by
 from longlora_ext.data import pad_rows
 from sharing_worker import BATCH, LENGTHS, model, rows, trainer
-
-WORKER = Path(__file__).resolve().parents[1] / "helpers" / "sharing_worker.py"
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    result = tmp_path_factory.mktemp("sharing") / "result.json"
-    done = forks.run([WORKER, result], environment(), processes=4)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return json.loads(result.read_text())
+    return found_by("sharing_worker.py", tmp_path_factory.mktemp("sharing"), processes=4)
 
 
 def loss_of_one_process() -> float:
