@@ -6,6 +6,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import sys
 import textwrap
 from pathlib import Path
 from types import ModuleType
@@ -113,7 +114,8 @@ def code(text: str) -> str:
 
 def comment(module: ModuleType, name: str) -> str:
     """The lines of comment above a constant, in the module or where the module has it from."""
-    for source in (module, *(other for other in modules() if hasattr(other, name))):
+    ours = [other for path, other in sorted(sys.modules.items()) if path.startswith("longlora_ext.")]
+    for source in (module, *(other for other in ours if hasattr(other, name))):
         lines = inspect.getsource(source).splitlines()
         place = next((n for n, line in enumerate(lines) if re.match(rf"{name}\b.* = ", line)), None)
         if place is None:

@@ -1,4 +1,4 @@
-"""The fields of ours on a model's config, and the change of a config that lets a model read further.
+"""The change of a model's config that lets it read further.
 
 The RoPE parameters are part of the config, so the change is made before the model is built, and it is saved
 with it:
@@ -18,8 +18,18 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from longlora_ext import _lengths
-from longlora_ext._lengths import CONTEXT_LENGTH, context_length, is_int, of_layer_types, rope_type_of, settle_context
-from longlora_ext._pattern import DENSE_LAYERS, SINK, WINDOW, check_window, resolve_layers
+from longlora_ext._fields import (
+    CONFIG_FIELDS,
+    DEFAULT_GROUP_RATIO,
+    MODE,
+    MODES,
+    asked_group_size,
+    attention_mode,
+    even_group_size,
+    group_size,
+    set_pattern,
+)
+from longlora_ext._lengths import context_length, is_int, of_layer_types, rope_type_of, settle_context
 from longlora_ext._per_layer import layer_config
 from longlora_ext._rope import (
     NTK,
@@ -48,53 +58,6 @@ __all__ = [
     "set_pattern",
     "settle_context",
 ]
-
-GROUP_SIZE = "s2attn_group_size"
-MODE = "s2attn_mode"
-# The fields of ours on a config. A model without them is a plain transformers model.
-CONFIG_FIELDS = (GROUP_SIZE, SINK, WINDOW, DENSE_LAYERS, MODE, CONTEXT_LENGTH)
-
-MODES = ("auto", "s2", "dense")
-DEFAULT_GROUP_RATIO = 0.25
-
-
-def even_group_size(tokens: float) -> int:
-    """The largest even group size of at most `tokens` tokens, at least 2."""
-    return max(2, int(tokens) // 2 * 2)
-
-
-def group_size(config: PreTrainedConfig) -> int:
-    """The group size that a model of this config trains with, in tokens.
-
-    Args:
-        config: `s2attn_group_size` if it has one, otherwise a quarter of `max_position_embeddings`, made even.
-
-    Raises:
-        ValueError: `s2attn_group_size` is not a positive even integer.
-    """
-    size = getattr(config, GROUP_SIZE, None)
-    if size is None:
-        return even_group_size(config.max_position_embeddings * DEFAULT_GROUP_RATIO)
-    if not is_int(size) or size < 2 or size % 2:
-        raise ValueError(f"config.s2attn_group_size must be a positive even integer, but it is {size!r}")
-    return size
-
-
-def kv_heads(config: PreTrainedConfig) -> int:
-    """The heads of keys and values of a model of this config: as many as of queries, if it does not say."""
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-
-
-def attention_mode(config: PreTrainedConfig) -> str:
-    """Which attention a model of this config computes: one of `MODES`, `"auto"` if the config does not say.
-
-    Raises:
-        ValueError: `s2attn_mode` is none of them.
-    """
-    mode: Any = getattr(config, MODE, None) or "auto"
-    if mode not in MODES:
-        raise ValueError(f"config.s2attn_mode must be one of {', '.join(map(repr, MODES))}, but it is {mode!r}")
-    return mode
 
 
 def config_for(
@@ -159,7 +122,7 @@ def config_for(
         raise ValueError(f"context_length {context_length} is the model's own: RoPE is not scaled for it")
     config = copy.deepcopy(config)
     config.s2attn_context_length = context_length
-    config.s2attn_group_size = _group_size(context_length, group_ratio, group_size)
+    config.s2attn_group_size = asked_group_size(context_length, group_ratio, group_size)
     set_pattern(config, sink=sink, window=window, dense_layers=dense_layers)
     return config
 
@@ -233,7 +196,7 @@ def extend_config(
             f"it is {context_length!r}"
         )
     extended = copy.deepcopy(config)
-    extended.s2attn_group_size = _group_size(context_length, group_ratio, group_size)
+    extended.s2attn_group_size = asked_group_size(context_length, group_ratio, group_size)
     set_pattern(extended, sink=sink, window=window, dense_layers=dense_layers)
     extended.s2attn_context_length = context_length
     new = dict(config.rope_parameters)
@@ -253,27 +216,6 @@ def extend_config(
     return extended
 
 
-def set_pattern(
-    config: PreTrainedConfig, *, sink: bool, window: int | None, dense_layers: int | Sequence[int] | None = None
-) -> None:
-    """Set what S2-Attn shows a row beside its group, and which layers are dense. A config without gets no field.
-
-    What it has of an earlier extension goes, whether or not something else is asked.
-
-    Raises:
-        ValueError: `window` is not a positive integer, or there are no such layers.
-    """
-    for name in (SINK, WINDOW, DENSE_LAYERS):
-        if hasattr(config, name):
-            delattr(config, name)
-    if dense_layers is not None:
-        config.s2attn_dense_layers = resolve_layers(dense_layers, config.num_hidden_layers)
-    if sink:
-        config.s2attn_sink = True
-    if window is not None:
-        config.s2attn_window = check_window("window", window)
-
-
 def _present_length(config: PreTrainedConfig) -> int:
     if not getattr(config, "rope_parameters", None):
         raise ValueError(
@@ -281,15 +223,3 @@ def _present_length(config: PreTrainedConfig) -> int:
             "be extended"
         )
     return context_length(config)
-
-
-def _group_size(context: int, ratio: float, size: int | None) -> int:
-    if size is not None:
-        if not is_int(size) or size < 2 or size % 2 or size > 2 * context:
-            raise ValueError(
-                f"group_size must be an even integer from 2 to twice the context of {context}, but it is {size!r}"
-            )
-        return size
-    if not 0 < ratio <= 1:
-        raise ValueError(f"group_ratio must be above 0 and at most 1, but it is {ratio!r}")
-    return even_group_size(context * ratio)

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig, Trainer, TrainingArguments
 
 import longlora_ext.attention  # noqa: F401  (registers attn_implementation="s2attn")
+from longlora_ext._fields import kv_heads
 from longlora_ext._per_layer import layer_configs
-from longlora_ext.config import kv_heads
 from longlora_ext.independence import check_documents_apart
 from longlora_ext.loss import IGNORED_LABEL
 from longlora_ext.parallel._layers import SequenceGroup, check_rope

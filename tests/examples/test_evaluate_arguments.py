@@ -45,6 +45,8 @@ def test_the_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         ("passkey --depths 0 --depths 1", "--depths is given more than once"),
         ("perplexity --text {ids}", "the text has the token id 300, but the model's vocabulary has 257 tokens"),
         ("perplexity --text {odd}", "odd.bin is no file of token ids of 16 bits"),
+        ("perplexity --text {wide}", "wide.bin has token ids of 32 or 64 bits, it seems: "),
+        ("perplexity --text {wider}", "wider.bin has token ids of 32 or 64 bits, it seems: "),
         ("perplexity --attention eager", "invalid choice: 'eager'"),
         ("perplexity --text gone.txt", "gone.txt: no such file, folder or glob pattern"),
         ("perplexity --text {books} --lengths 512 --beyond_trained_length", "longest of 4 has 141"),
@@ -71,7 +73,10 @@ def test_a_bad_argument_is_one_clear_error(
     (tmp_path / "empty.txt").touch()
     (tmp_path / "ids.bin").write_bytes(np.full(40, 300, "<u2").tobytes())
     (tmp_path / "odd.bin").write_bytes(b"odd")
-    files = {name.partition(".")[0]: tmp_path / name for name in ("empty.txt", "ids.bin", "odd.bin")}
+    np.arange(40, dtype="<u4").tofile(tmp_path / "wide.bin")
+    np.full(40, 128_000, dtype="<u8").tofile(tmp_path / "wider.bin")
+    names = ("empty.txt", "ids.bin", "odd.bin", "wide.bin", "wider.bin")
+    files = {name.partition(".")[0]: tmp_path / name for name in names}
     words = given.format(books=books, **files).split()
     at = 1 if words[:1] and words[0] in evaluate.TASKS and "--model" not in words else None
     if at:

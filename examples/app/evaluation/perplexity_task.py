@@ -194,4 +194,12 @@ def _read_ids(file: str) -> np.ndarray:
     """Token ids as the original project publishes its evaluation data: 16 bits each and nothing else."""
     if Path(file).stat().st_size % 2:
         raise ValueError(f"{file} is no file of token ids of 16 bits: it has an odd number of bytes")
-    return np.fromfile(file, dtype="<u2")
+    ids = np.fromfile(file, dtype="<u2")
+    low, high = ids[::2], ids[1::2]
+    # No vocabulary has more than 2^18 tokens, so the upper halves of wider ids are at most 3.
+    if high.size and high.max() <= 3 < low.max():
+        raise ValueError(
+            f"{file} has token ids of 32 or 64 bits, it seems: every second number of 16 bits is at most 3. Write "
+            "them as numpy.uint16, or give the text itself, if the vocabulary has more than 65,536 tokens"
+        )
+    return ids

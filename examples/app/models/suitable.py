@@ -8,10 +8,11 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase
 
 from app.inputs.tokenised import Tokenised
+from longlora_ext._fields import kv_heads
 from longlora_ext._per_layer import layer_configs
 from longlora_ext._routed import check_layer_types, check_routed
 from longlora_ext.attention import attention_window
-from longlora_ext.config import context_length, kv_heads
+from longlora_ext.config import context_length
 from longlora_ext.ops import check_runs
 
 LARGEST_HEAD_DIM = 256  # of a kernel

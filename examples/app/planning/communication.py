@@ -12,7 +12,8 @@ from transformers import PreTrainedConfig
 from app.models.windows import own_windows
 from app.planning.planner import Plan, PlannedRun, Way
 from app.planning.shared_sequences import layout_of
-from longlora_ext.config import context_length, kv_heads
+from longlora_ext._fields import kv_heads
+from longlora_ext.config import context_length
 from longlora_ext.parallel._layout import Layout
 
 #: GB that a GPU sends in a second, assumed: an H100's NVLink has 450, a 400 Gb/s network card 50.

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
+from longlora_ext._fields import kv_heads
 from longlora_ext._mask import s2attn_mask
 from longlora_ext._pattern import clipped, is_dense_layer, of_layer
-from longlora_ext.config import attention_mode, group_size, kv_heads
+from longlora_ext.config import attention_mode, group_size
 from longlora_ext.parallel._exchange import Exchange
 from longlora_ext.parallel._halo import HaloAttention
 from longlora_ext.parallel._layers import by_halo
