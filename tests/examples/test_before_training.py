@@ -14,7 +14,7 @@ import longlora_ext.attention  # noqa: F401
 from app.evaluation.perplexity import sliding_window_perplexity
 from app.training.before_training import BEFORE, SCALED, BeforeTraining, old_rotary_embedding, why_not_before
 from app.training.measure import Measurement
-from app.training.retrieval_guard import RetrievalGuard
+from app.training.retrieval_guard import Advice, RetrievalGuard
 from finetune_runs import ROOT
 from longlora_ext.config import extend_config
 from tiny_models import tiny_config, tiny_model, tokens
@@ -74,7 +74,9 @@ def perplexities(folder: Path, config: Any) -> BeforeTraining:
 
 
 def pass_keys(folder: Path, config: Any) -> BeforeTraining:
-    return RetrievalGuard(folder, AutoTokenizer.from_pretrained(ROOT / "examples" / "tiny_llama"), config, "")
+    return RetrievalGuard(
+        folder, AutoTokenizer.from_pretrained(ROOT / "examples" / "tiny_llama"), config, config, Advice([], [])
+    )
 
 
 @pytest.mark.parametrize("make", [perplexities, pass_keys])

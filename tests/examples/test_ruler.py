@@ -65,6 +65,16 @@ def test_needles_are_anywhere_and_the_same_at_each_length() -> None:
     assert min(places) < 5 and max(places) > 45
 
 
+def test_the_words_around_a_haystack_are_those_of_ruler() -> None:
+    """One number is asked for in the singular. Noise has a line for each of its repetitions, a text has not."""
+    one, many = question("niah_single").prompt(3), question("niah_multivalue").prompt(3)
+    assert one.startswith("A special magic number is hidden within the following text. ")
+    assert many.startswith("Some special magic numbers are hidden within the following text. ")
+    _, *lines, last = one.splitlines()
+    assert sorted(line == ruler.NOISE for line in lines) == [False, True, True, True] and last.startswith("What is")
+    assert question("niah_single", haystack=ruler.of_text(["First."])).prompt(3).count("\n") == 2
+
+
 def test_a_text_is_a_haystack_and_begins_again() -> None:
     haystack = ruler.of_text(["First.", "Second.", "Third."])
     assert haystack(5) == ["First.", "Second.", "Third.", "First.", "Second."]
@@ -195,8 +205,8 @@ def test_a_chat_template_is_used_where_there_is_one(tokenizer, tmp_path: Path) -
         "{% if add_generation_prompt %}<assistant>{{ strftime_now('%Y') }}{% endif %}"
     )
     for changes, begins, ends in (
-        ({}, "<user>Some special", "</><assistant>2024 The special magic number for"),
-        ({"chat": False}, "Some special magic", "provided text? The special magic number for"),
+        ({}, "<user>A special magic number is hidden within", "</><assistant>2024 The special magic number for"),
+        ({"chat": False}, "A special magic number is hidden within", "provided text? The special magic number for"),
     ):
         task = asked(chatty, solved, tasks=["niah_single"], lengths=[2000], **changes)
         assert task.compute("niah_single-length-2000", lambda _: None)["recall"] == 2

@@ -8,6 +8,7 @@
 
 Prompts, answer prefixes, needles and counts are RULER's. Other than there: words are made up, not of an English
 dictionary, the list's own vocabulary grows with its length without an example before it, and vt has no example either.
+Where nothing else is given, all needles lie in noise, as RULER's first single one; most of its others lie in essays.
 Its two tasks of questions about documents need data sets and are left out; lm-eval has them.
 """
 
@@ -68,13 +69,14 @@ def niah(rng: random.Random, haystack: Haystack, keys: int, values: int, queries
     asked = rng.sample(names, queries)
     of_what = asked[0] if queries == 1 else f"{', '.join(asked[:-1])}, and {asked[-1]}"
     one = queries * values == 1
-    kind, are, what = ("number", "is", "What is") if one else ("numbers", "are", "What are all")
+    some, kind, are, what = ("A", "number", "is", "What is") if one else ("Some", "numbers", "are", "What are all")
+    between = "\n" if haystack is noise else " "
 
     def prompt(sentences: int) -> str:
-        text = " ".join(hidden(haystack(sentences), needles, places))
+        text = between.join(hidden(haystack(sentences), needles, places))
         return (
-            f"Some special magic {kind} {are} hidden within the following text. Make sure to memorize it. I will quiz "
-            f"you about the {kind} afterwards.\n{text}\n{what} the special magic {kind} for {of_what} mentioned in the "
+            f"{some} special magic {kind} {are} hidden within the following text. Make sure to memorize it. I will "
+            f"quiz you about the {kind} afterwards.\n{text}\n{what} the special magic {kind} for {of_what} mentioned in the "
             "provided text?"
         )
 
