@@ -30,9 +30,9 @@ decoder with rotary position embeddings, with random weights. {runs} of {all} ru
 The others are refused before a training starts, with the reason in the table. *S2-Attn in* counts the attention layers
 that compute S2-Attn, of all layers of the small model: the others are linear attention, convolutions and the like. The
 last column says what `finetune_llama.py` refuses though the package can do it. RoPE was scaled linearly, or as the
-model has it already; Phi-3 and Phi-3.5-MoE take `longrope` alone, which with one factor for all frequencies is linear
-(`rope_type="longrope"`, `short_factor` and `long_factor` of equal numbers, `attention_factor` 1). Models with a part
-for images or sound are not in the table.
+model has it already. Phi-3 and Phi-3.5-MoE take neither linear nor yarn, but `ntk` and `longrope`. The latter is linear
+with one factor for all frequencies, and was tested so (`rope_type="longrope"`, `short_factor` and `long_factor` of
+equal numbers, `attention_factor` 1). Models with a part for images or sound are not in the table.
 
 | model type | runs | S2-Attn in | rows | `finetune_llama.py` |
 |---|---|---|---|---|

@@ -1,6 +1,8 @@
 """What a Trainer needs for steps with dense attention, at the end of a training in groups.
 
-Trainer(model, args, callbacks=[DenseTail(model.config, 0.1)])           # the last tenth of the steps is dense
+    Trainer(model, args, callbacks=[DenseTail(model.config, 0.1)])           # the last tenth of the steps is dense
+
+The steps before attend as the model's config says.
 """
 
 from __future__ import annotations

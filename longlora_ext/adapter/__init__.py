@@ -1,10 +1,12 @@
 """Fine-tuning an extended model: LoRA with trainable embedding and norms, or all weights; save, load, merge.
 
-model = prepare_model(model, lora_config(model))     # or prepare_model(model, None): full fine-tuning
-...                                                  # train, with or without DeepSpeed
-save_adapter(model, "adapter", tokenizer)            # LoRA + embedding + norms + RoPE + group size
-model = load("adapter")                              # the extended model, ready to generate
-merge("adapter", "merged")                           # a plain model folder
+    model = prepare_model(model, lora_config(model))     # or prepare_model(model, None): full fine-tuning
+    ...                                                  # train, with or without DeepSpeed
+    save_adapter(model, "adapter", tokenizer)            # LoRA + embedding + norms + RoPE + group size
+    model = load("adapter")                              # the extended model, ready to generate
+    merge("adapter", "merged")                           # a plain model folder
+
+An adapter's folder holds all that is needed to use it beside the base model.
 """
 
 # What trains: _prepare.py, with _targets.py, _norms.py, _tying.py, and _precision.py (in fp32).

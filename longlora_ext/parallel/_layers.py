@@ -34,8 +34,9 @@ class SequenceGroup:
 
     Args:
         group: The processes, in the order of the sequence; all by default.
-        by: One of `WAYS`. `"auto"` takes the halo for S2-Attn and for a model's own sliding windows, and Ulysses for
-            dense attention; the other one where heads do not divide, or where the device has no kernels for the halo.
+        by: `"halo"`, `"ulysses"` or `"auto"`, which takes the halo for S2-Attn and for a model's own sliding windows,
+            and Ulysses for dense attention; the other one where heads do not divide, or where the device has no kernels
+            for the halo.
 
     Attributes:
         layers: How many attention layers have been called with it. If these are not all of a model's, or the model

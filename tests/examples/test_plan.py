@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, GPT2Config, Llama4TextConfig, MambaConfig, PreTrainedConfig
+from transformers import BertConfig, GPT2Config, Llama4TextConfig, MambaConfig, Phi3Config, PreTrainedConfig
 
 import finetune_llama
 import plan as command
@@ -45,6 +45,15 @@ def test_a_model_whose_rope_needs_factors_is_planned_at_its_own_context(tmp_path
     config.save_pretrained(tmp_path)
     command.main(["--model", str(tmp_path), "--context", "4096", "--json"])
     assert json.loads(capsys.readouterr().out)["longest_context"]["default"] == 4096
+
+
+def test_a_model_whose_rope_is_not_linear_is_planned(tmp_path: Path, capsys, monkeypatch) -> None:
+    """Phi-3's config takes longrope alone, beside a larger theta."""
+    monkeypatch.setattr(Plan, "longest", lambda *_: 0)
+    sizes = {name: getattr(small(2), name) for name in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+    Phi3Config(**sizes, num_attention_heads=4, max_position_embeddings=256).save_pretrained(tmp_path)
+    command.main(["--model", str(tmp_path), "--context", "1024", "--json"])
+    assert json.loads(capsys.readouterr().out)["context"] == 1024
 
 
 def test_what_a_token_sees_is_named(tmp_path: Path, capsys, monkeypatch) -> None:

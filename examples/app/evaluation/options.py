@@ -115,7 +115,8 @@ def _add_options(parser: argparse.ArgumentParser, task: str) -> None:
             "--haystack",
             type=os.path.expanduser,
             nargs="+",
-            help="text to hide needles and chains in, in the forms of perplexity's --text; default: RULER's noise",
+            help="text to hide needles and chains in, in the forms of perplexity's --text but for .bin; default: "
+            "RULER's noise",
         )
         group.add_argument("--text_column", default="text", help="column of JSON, Parquet and hub datasets")
         group.add_argument(

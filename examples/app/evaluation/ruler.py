@@ -76,8 +76,8 @@ def niah(rng: random.Random, haystack: Haystack, keys: int, values: int, queries
         text = between.join(hidden(haystack(sentences), needles, places))
         return (
             f"{some} special magic {kind} {are} hidden within the following text. Make sure to memorize it. I will "
-            f"quiz you about the {kind} afterwards.\n{text}\n{what} the special magic {kind} for {of_what} mentioned in the "
-            "provided text?"
+            f"quiz you about the {kind} afterwards.\n{text}\n{what} the special magic {kind} for {of_what} mentioned "
+            "in the provided text?"
         )
 
     prefix = f" The special magic {kind} for {of_what} mentioned in the provided text {are}"

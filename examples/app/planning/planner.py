@@ -11,6 +11,7 @@ import copy
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
@@ -23,6 +24,7 @@ from app.planning.dry_run import Step, cuda_scratch, dry_run
 from app.planning.layers import Kind, keep_layers, kinds, layers_of, shortened, structure
 from app.runs.command_line import EXAMPLES
 from app.training.recipe import CHECKPOINTING
+from longlora_ext._rope import NTK
 from longlora_ext.adapter import lora_config, prepare_model
 from longlora_ext.attention import NAME
 from longlora_ext.config import DEFAULT_GROUP_RATIO, config_for, context_length, even_group_size, rope_type_of
@@ -72,6 +74,16 @@ class Way:
     dense: bool = False
 
 
+def _extended(config: PreTrainedConfig, context: int, pattern: dict[str, Any]) -> PreTrainedConfig:
+    """The config to train with. How RoPE is scaled changes nothing that is counted; Phi-3 takes ntk, but not linear."""
+    try:
+        return config_for(config, context, **pattern)
+    except ValueError as error:
+        with suppress(ValueError):
+            return config_for(config, context, rope_type=NTK, **pattern)
+        raise error
+
+
 class Plan:
     """
     A model of a config, trained on sequences of `tokens` tokens.
@@ -91,14 +103,13 @@ class Plan:
         # Less than the model's own context is planned for in a search: in groups of that, and RoPE as it is.
         context = max(tokens, context_length(config))
         group_size = run.group_size and min(run.group_size, 2 * context)
-        self.config = config_for(
-            config,
-            context,
-            group_size=group_size or even_group_size(tokens * DEFAULT_GROUP_RATIO),
-            sink=run.sink,
-            window=run.window,
-            dense_layers=run.dense_layers,
-        )
+        pattern: dict[str, Any] = {
+            "group_size": group_size or even_group_size(tokens * DEFAULT_GROUP_RATIO),
+            "sink": run.sink,
+            "window": run.window,
+            "dense_layers": run.dense_layers,
+        }
+        self.config = _extended(config, context, pattern)
         self.config.sequence_parallel_size = run.sequence_parallel_size
         self.config.sequence_parallel = run.sequence_parallel
         self.kinds = of or kinds(self.config)

@@ -41,7 +41,8 @@ class ModelOptions:
         default=None,
         metadata={
             "help": f"How positions are scaled to the new context: {', '.join(ROPE_TYPES)}. ntk is a larger rope_theta "
-            "and no scaling. Default: as the model's are already, or else yarn; linear with --recipe paper."
+            "and no scaling. Without it: as the model's are already, or else yarn; linear with --recipe paper and for "
+            "the tiny Llama."
         },
     )
     rope_parameters: str | None = field(
@@ -94,8 +95,8 @@ class ModelOptions:
     check_retrieval: bool = field(
         default=False,
         metadata={
-            "help": "Ask for pass keys at the model's own context before and after training, and say at the end "
-            "whether it still finds them."
+            "help": "Ask for pass keys at the model's own context before training, with RoPE scaled only, and after "
+            "it, and say at the end whether it still finds them."
         },
     )
     full_finetune: bool = field(
@@ -191,7 +192,7 @@ class DataOptions:
     eval_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "Held-out tokens to measure perplexity on, before and after training; 0: none. Default: "
-            f"{EVAL_TOKENS}, or as many as the new context if that is more."
+            "help": "Held-out tokens to measure perplexity on, before and after training; 0: none. Without it: "
+            f"{EVAL_TOKENS}, or as many as the new context if that is more; 12288 for the tiny Llama."
         },
     )
