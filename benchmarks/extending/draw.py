@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from extending.arms import ARMS
-from extending.show import losses_by_position, thousands
+from extending.show import dtype_of, losses_by_position, thousands
 
 Result = dict[str, Any]
 #: The arms that have curves, of which more could not be told apart. All are in the rows below them.
@@ -62,7 +62,8 @@ def draw(content: dict[str, Any], path: Path) -> None:
     for axis, column in zip(axes, columns, strict=True):
         draw_rows(axis, column, results, styles)
     for figure, name in ((curves, f"{path.stem}_curves.png"), (rows, f"{path.stem}.png")):
-        figure.legend(handles=styles.key(), loc="outside lower center", ncols=5, frameon=False)
+        arms = styles.curves(results) if figure is curves else []
+        figure.legend(handles=[*arms, *styles.key()], loc="outside lower center", ncols=3 if arms else 5, frameon=False)
         figure.savefig(path.with_name(name), dpi=110)
         pyplot.close(figure)
 
@@ -95,6 +96,13 @@ class Styles:
         place = self.steps.index(steps)
         fill = ("full", "none", "left", "right")[min(self.rates.index(rate), 3)]
         return {"marker": "os^v"[place % 4], "ls": ("-", "--", "-.")[min(place, 2)], "fillstyle": fill}
+
+    def curves(self, results: Sequence[Result]) -> list[Any]:
+        """What the colours of the curves mean."""
+        from matplotlib.lines import Line2D
+
+        shown = dict.fromkeys(result["arm"] for result in filter(self.has_curve, results))
+        return [Line2D([], [], color=COLOURS[arm], lw=3, label=ARMS[arm].says) for arm in shown]
 
     def key(self) -> list[Any]:
         """What the markers mean."""
@@ -130,23 +138,18 @@ def draw_text(axis: Any, results: Sequence[Result], styles: Styles) -> None:
 
 
 def draw_copies(axis: Any, results: Sequence[Result], styles: Styles) -> None:
-    """Losses of copies by distance, both on scales on which a factor is as long everywhere."""
+    """Losses of copies by distance. Those of one distance can be compared: each has places of its own."""
     distances = results[0]["copying"]["distances"]
-    seen = set()
     for result in filter(styles.has_curve, results):
-        label = None if result["arm"] in seen else ARMS[result["arm"]].says
-        seen.add(result["arm"])
-        axis.plot(distances, result["copying"]["nats"], label=label, **styles.of(result))
+        axis.plot(distances, result["copying"]["nats"], **styles.of(result))
     first = median(result["copying"]["first_time"] for result in results)
     axis.axhline(first, color="0.6", lw=1)
-    axis.text(distances[0], first * 1.03, "tokens that come for the first time", size="small", color="0.4")
-    axis.set(title="copying random tokens by distance", xlabel="distance (tokens)", xscale="log", yscale="log")
+    axis.text(distances[0], first + 0.1, "tokens that come for the first time", size="small", color="0.4")
+    axis.set(title="copying random tokens (compare arms, not distances)", xlabel="distance (tokens)", xscale="log")
     axis.set_xticks(distances, map(thousands, distances))
-    axis.set_yticks([0.5, 1, 2, 5, 10], ["0.5", "1", "2", "5", "10"])
     axis.minorticks_off()
     axis.grid(alpha=0.3)
-    axis.set_ylabel("nats per token of the repetition")
-    axis.legend(loc="lower right", fontsize="small")
+    axis.set(ylabel="nats per token of the repetition", ylim=(0, None))
 
 
 def draw_keys(axis: Any, results: Sequence[Result], styles: Styles) -> None:
@@ -163,14 +166,18 @@ def draw_keys(axis: Any, results: Sequence[Result], styles: Styles) -> None:
 
 def draw_costs(axis: Any, results: Sequence[Result], styles: Styles) -> None:
     """What copying became for the time that a processor spent on the training. By the clock, arms that ran beside other
-    work could not be compared."""
-    for result in results:
+    work could not be compared, nor can those of another dtype than most. Arms with curves are above the others."""
+    dtypes = list(map(dtype_of, results))
+    dtype = max(dtypes, key=dtypes.count)
+    of_dtype = [result for result in results if dtype_of(result) == dtype]
+    for result in sorted(of_dtype, key=lambda result: result["arm"] in CURVES):
         cost = result["training"]
         spent = cost["processor_seconds_a_step"] * cost["steps"] / 60 if cost else 0
         if cost or result["arm"] == "yarn":
-            axis.plot(spent, result["copying"]["nats"][-2], **styles.of(result) | {"ls": "", "ms": 8})
+            size = 7 if result["arm"] in CURVES else 11
+            axis.plot(spent, result["copying"]["nats"][-2], **styles.of(result) | {"ls": "", "ms": size})
     far = thousands(results[0]["copying"]["distances"][-2])
-    axis.set(title=f"copying over {far} by time spent (all arms)", ylabel="nats per token of the repetition")
+    axis.set(title=f"copying over {far} by time spent (all arms in {dtype})", ylabel="nats per token of the repetition")
     axis.set(xlabel="minutes of a processor in training")
     axis.grid(alpha=0.3)
 

@@ -106,8 +106,13 @@ def _rows(head: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]]) + "\n"
 
 
+def dtype_of(result: dict[str, Any]) -> str:
+    """In which it was computed. Older results do not say."""
+    return str(result["made"].get("dtype", "bfloat16"))
+
+
 def _name(result: dict[str, Any]) -> str:
-    dtype = result["made"].get("dtype", "bfloat16")  # which older results do not say
+    dtype = dtype_of(result)
     differs = [f"seed {result['seed']}"] * bool(result["seed"]) + [dtype] * (dtype != "bfloat16")
     says = ARMS[result["arm"]].says
     return f"{says} ({', '.join(differs)})" if differs else says
