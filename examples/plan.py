@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -32,13 +33,18 @@ from app.runs.errors import one_clear_error
 from app.training.dense_layers import asked_layers
 from app.training.report import seen
 from app.training.shared_sequences import check_sharing
-from longlora_ext.config import context_length, settle_context
+from longlora_ext.config import context_length, rope_type_of, settle_context
 
 WAYS = {
     "default": Way(),
     "whole logits": Way(tiled_loss=False),
     "no checkpoints": Way(checkpointing=False),
 }
+
+
+UNITS = {"gb": 1e9, "gib": 2**30, "mb": 1e6, "mib": 2**20}
+MOST_MEMORY = 2000  # GB that somebody may mean
+MOST_BATCH = 4096  # sequences, whose tiles of logits are gone through one by one
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -96,7 +102,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="TOKENS",
         help="print a table of these contexts instead: what the GPUs that share a sequence send and hold",
     )
-    parser.add_argument("--gpu_memory", type=float, default=80, metavar="GB", help="memory of one GPU (default: 80)")
+    parser.add_argument(
+        "--gpu_memory",
+        type=gigabytes,
+        default=80,
+        metavar="GB",
+        help="memory of one GPU (default: 80); with a unit also as nvidia-smi prints it: 24564MiB",
+    )
     parser.add_argument(
         "--calibrate",
         action="store_true",
@@ -104,8 +116,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--json", action="store_true", help="print the numbers, in bytes and operations, as JSON")
     options = parser.parse_args(argv)
-    numbers = ("context", "gpus", "batch", "lora_r", "sequence_parallel_size", "group_size", "window")
-    for name in (*numbers, "gpu_memory", "link"):
+    numbers = ("context", "gpus", "lora_r", "sequence_parallel_size", "group_size", "window")
+    if not 0 < options.batch <= MOST_BATCH:
+        parser.error(f"--batch must be from 1 to {MOST_BATCH:,}, got {options.batch}")
+    for name in (*numbers, "link"):
         value = getattr(options, name)
         if value is not None and not 0 < value < 1e9:
             parser.error(f"--{name} must be above 0 and below a billion, got {value}")
@@ -129,6 +143,19 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     return options
+
+
+def gigabytes(text: str) -> float:
+    """What `--gpu_memory` says, in GB. Of a number alone no GPU has more than a few hundred."""
+    said = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GB|GiB|MB|MiB)?", text.strip(), re.IGNORECASE)
+    number = float(said[1]) if said else 0
+    if not said or number == 0:
+        raise argparse.ArgumentTypeError(f"must be a number of GB, or one with a unit such as 24564MiB, got {text!r}")
+    if not said[2] and number > MOST_MEMORY:
+        raise argparse.ArgumentTypeError(
+            f"is in GB, and no GPU has {text} of them: nvidia-smi's MiB are {text}MiB here"
+        )
+    return number * UNITS[(said[2] or "gb").lower()] / 1e9
 
 
 def base_config(options: argparse.Namespace) -> PreTrainedConfig:
@@ -160,8 +187,13 @@ def figures(options: argparse.Namespace) -> dict[str, Any]:
     config = base_config(options)
     check_attention(config, options.context)
     own = context_length(config)
-    context = options.context or 4 * own
+    needs_factors = rope_type_of(config) == "longrope"  # which no plan is given
+    context = options.context or (own if needs_factors else 4 * own)
     check_context("--context", context, own)
+    if needs_factors and context > own:
+        raise ValueError(
+            f"rope_type 'longrope' needs factors for a longer context: plan it at --context {own}, its own"
+        )
     if (options.group_size or 0) > 2 * context:
         raise ValueError(f"--group_size {options.group_size} is more than twice the context of {context}")
     check_sharing(config, options.sequence_parallel_size, options.sequence_parallel)

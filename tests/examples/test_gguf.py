@@ -196,12 +196,17 @@ def test_a_file_that_lacks_weights_is_an_error_for_all(tiny: Path, files: Path, 
 def refusals(files: Path, tmp_path: Path) -> dict[str, tuple[list[object], str]]:
     (tmp_path / "noise.gguf").write_bytes(bytes(range(256)) * 9)
     (tmp_path / "empty.gguf").touch()
+    configured = tmp_path / "configured"
+    configured.mkdir(exist_ok=True)
+    (configured / "Tiny.GGUF").write_bytes((files / "tiny.gguf").read_bytes())
+    (configured / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "pointer.gguf").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123\n")
     (tmp_path / "part-00001-of-00003.gguf").write_bytes((files / "tiny.gguf").read_bytes())
     return {
         "no such file": ([tmp_path / "gone.gguf"], "gone.gguf: there is no such file"),
         "none in the folder": ([files, "--gguf_file", "gone.gguf"], "no gone.gguf in it, but packed.gguf, tiny.gguf"),
-        "not said which": ([files], "no config.json in it, but packed.gguf, tiny.gguf: say which by --gguf_file"),
+        "not said which": ([files], "no weights in it but packed.gguf, tiny.gguf: say which by --gguf_file"),
+        "with a config": ([configured], "no weights in it but Tiny.GGUF: say which by --gguf_file"),
         "said twice": ([files / "tiny.gguf", "--gguf_file", "tiny.gguf"], "is a file already: --gguf_file goes with"),
         "no GGUF": ([tmp_path / "noise.gguf"], "noise.gguf is no GGUF file"),
         "empty": ([tmp_path / "empty.gguf"], "empty.gguf is no GGUF file"),

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, GPT2Config, Llama4TextConfig, MambaConfig, Phi3Config, PreTrainedConfig
+from transformers import (
+    BertConfig,
+    GPT2Config,
+    Llama4TextConfig,
+    MambaConfig,
+    MixtralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+)
 
 import finetune_llama
 import plan as command
@@ -43,8 +51,12 @@ def test_a_model_whose_rope_needs_factors_is_planned_at_its_own_context(tmp_path
     config = small(2)
     config.max_position_embeddings, config.rope_parameters = 4096, rope
     config.save_pretrained(tmp_path)
-    command.main(["--model", str(tmp_path), "--context", "4096", "--json"])
-    assert json.loads(capsys.readouterr().out)["longest_context"]["default"] == 4096
+    command.main(["--model", str(tmp_path), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["context"] == found["longest_context"]["default"] == 4096
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["--model", str(tmp_path), "--context", "8192"])
+    assert "needs factors for a longer context: plan it at --context 4096, its own" in capsys.readouterr().err
 
 
 def test_a_model_whose_rope_is_not_linear_is_planned(tmp_path: Path, capsys, monkeypatch) -> None:
@@ -156,13 +168,32 @@ def test_models_of_other_kinds_are_refused(config: PreTrainedConfig, reason: str
         (["--model", "llama-2-7b", "--sequence_parallel", "halo"], "are about --sequence_parallel_size above 1"),
         (["--model", "llama-2-7b", "--window", "0"], "--window must be above 0 and below a billion, got 0"),
         (["--model", "llama-2-7b", "--group_size", "7"], "group_size must be an even integer"),
-        (["--model", "llama-2-7b", "--gpu_memory", "inf"], "--gpu_memory must be above 0 and below a billion, got inf"),
+        (
+            ["--model", "llama-2-7b", "--gpu_memory", "inf"],
+            "must be a number of GB, or one with a unit such as 24564MiB",
+        ),
+        (["--model", "llama-2-7b", "--gpu_memory", "1.2.3"], "must be a number of GB, or one with a unit"),
+        (["--model", "llama-2-7b", "--gpu_memory", "0"], "must be a number of GB, or one with a unit"),
+        (["--model", "llama-2-7b", "--gpu_memory", "24564"], "nvidia-smi's MiB are 24564MiB here"),
+        (["--model", "llama-2-7b", "--batch", "1000000"], "--batch must be from 1 to 4,096, got 1000000"),
     ],
 )
 def test_mistakes_end_in_one_line(options: list[str], message: str, capsys) -> None:
     with pytest.raises(SystemExit, match="2"):
         command.main(options)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("said", "bytes_"), [("80", 80e9), ("24564MiB", 24564 * 2**20), ("1.5 gib", 1.5 * 2**30)])
+def test_the_memory_of_a_gpu_has_a_unit(said: str, bytes_: float) -> None:
+    assert command.parse(["--model", "llama-2-7b", "--gpu_memory", said]).gpu_memory * 1e9 == pytest.approx(bytes_)
+
+
+def test_a_config_that_is_none_is_said_to_be_none(tmp_path: Path, capsys) -> None:
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["--model", str(tmp_path)])
+    assert "its config.json is no JSON object, but a list" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--context=8192", "--calibrate", "--json"])
@@ -193,6 +224,13 @@ def test_hours_follow_from_one_measured_rate() -> None:
         speed, of_a_sequence = 2 * rate.flops_a_second, flops[name]["all"]
         assert lines["tokens a second"][column] == f"{speed / of_a_sequence * 512:,.4g}"
         assert lines["hours of 1,000 steps"][column] == f"{1000 * 64 * of_a_sequence / speed / 3600:,.4g}"
+
+
+def test_a_mixture_of_experts_has_a_rate() -> None:
+    """Its experts are counted by an operation that knows bfloat16 alone, and run here in float32."""
+    sizes = {name: getattr(small(2), name) for name in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+    config = MixtralConfig(**sizes, num_attention_heads=8, num_local_experts=2, max_position_embeddings=256)
+    assert calibration.measure_rate(Plan(config, 256, PlannedRun(zero=0)), enough=0.0).flops_a_second > 0
 
 
 def test_the_rate_is_of_the_operations_that_run() -> None:

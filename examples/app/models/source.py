@@ -68,6 +68,8 @@ def check_config(name: str, gguf_file: str | None = None) -> None:
     except OSError as error:
         where = "" if os.path.exists(name) else "there is no such folder, and on the hub: "
         raise OSError(f"{where}{error}") from error
+    if not isinstance(said, dict):
+        raise ValueError(f"its config.json is no JSON object, but a {type(said).__name__}")
     kind = CONFIG_MAPPING[said["model_type"]] if said.get("model_type") in CONFIG_MAPPING else None
     default = getattr(kind, LENGTH, None)
     spellings = (LENGTH, getattr(kind, "attribute_map", {}).get(LENGTH))
@@ -84,10 +86,12 @@ def _is_path(name: str) -> bool:
 
 
 def _check_gguf(folder: Path, gguf_file: str | None) -> None:
-    held = sorted(path.name for path in folder.glob("*.gguf"))
+    held = sorted(path.name for path in folder.iterdir() if path.suffix.lower() == ".gguf")
     if gguf_file is None:
-        if held and not (folder / "config.json").is_file() and not is_adapter(str(folder)):
-            raise ValueError(f"there is no config.json in it, but {listed(held)}: say which by --gguf_file")
+        # Repositories of GGUF files have a config.json too, often of one line.
+        has_weights = any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "pytorch_model*.bin"))
+        if held and not has_weights and not is_adapter(str(folder)):
+            raise ValueError(f"there are no weights in it but {listed(held)}: say which by --gguf_file")
         return
     file = folder / gguf_file
     if not file.is_file():

@@ -65,7 +65,9 @@ def measure_rate(plan: Plan, enough: float = ENOUGH) -> Rate:
     while (seconds := _warm(seconds_of, tokens)) < enough and tokens < plan.tokens:
         tokens = min(2 * tokens, plan.tokens)
     seconds = statistics.median([seconds, *(seconds_of(tokens) for _ in range(REPEATS - 1))])
-    flops = Plan(plan.base, tokens, replace(run, group_size=plan.config.s2attn_group_size), plan.kinds).flops_of(layers)
+    # Counted in bfloat16 whatever was measured: the operations are as many, and torch counts experts in it alone.
+    counts = replace(run, group_size=plan.config.s2attn_group_size, dtype=torch.bfloat16)
+    flops = Plan(plan.base, tokens, counts, plan.kinds).flops_of(layers)
     device = torch.cuda.get_device_name() if on_gpu else counted(torch.get_num_threads(), "CPU thread")
     dtype = str(run.dtype).removeprefix("torch.")
     return Rate(flops / seconds, tokens, len(layers), seconds, dtype, device)
