@@ -124,6 +124,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(f"--top_p must be above 0 and at most 1, got {options.top_p}")
     if options.top_k is not None and options.top_k < 1:
         parser.error(f"--top_k must be 1 or more, got {options.top_k}")
+    for name in ("top_p", "top_k"):
+        if options.temperature == 0 and getattr(options, name) is not None:
+            parser.error(f"--{name} has no effect with --temperature 0, which takes the likeliest token each time")
     if options.repetition_penalty is not None and not 0 < options.repetition_penalty < math.inf:
         parser.error(f"--repetition_penalty must be a number above 0, got {options.repetition_penalty}")
     if not 0 <= options.seed < 2**32:

@@ -227,6 +227,8 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path, monkeypatch: pytest.Monkey
         ("--file {book} --question \udce9", "--question is no text in UTF-8"),
         ("--file {book} --top_p 2", "--top_p must be above 0 and at most 1, got 2.0"),
         ("--file {book} --top_k 0", "--top_k must be 1 or more, got 0"),
+        ("--file {book} --temperature 0 --top_p 0.9", "--top_p has no effect with --temperature 0"),
+        ("--file {book} --temperature 0 --top_k 3", "--top_k has no effect with --temperature 0"),
         ("--file {book} --repetition_penalty 0", "--repetition_penalty must be a number above 0, got 0.0"),
         ("--file {book} --model nowhere", "--model nowhere: "),
         ("--file {book} --chat_template llama2", "--chat_template needs a --question"),
