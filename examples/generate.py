@@ -21,6 +21,7 @@ from transformers import TextStreamer, set_seed
 
 from app.inputs.chat import LLAMA_2
 from app.inputs.reading import decoded
+from app.inputs.template import parsed
 from app.models.answer import DEFAULT_NEW_TOKENS, SAMPLING, generation_config, room_for, tokens
 from app.models.suitable import check_largest_token
 from app.models.use_model import add_model_options, add_scaling_options, check_model_options, open_model
@@ -56,13 +57,15 @@ def main(argv: Sequence[str]) -> None:
     options = parse(argv)
     be_quiet()
     with one_clear_error():
-        text = read(options.file)
+        text = read("--file", options.file)
+        template = options.chat_template and chat_template(options.chat_template)
     with one_clear_error(f"--model {options.model}: "):
         opened = open_model(options)
-    with one_clear_error():
-        if options.chat_template is not None:
-            opened.tokenizer.chat_template = chat_template(options.chat_template)
+    if template is not None:
+        opened.tokenizer.chat_template = template
+    with one_clear_error("" if template is None else f"--chat_template {options.chat_template}: "):
         ids = tokens(opened.tokenizer, text, options.question)
+    with one_clear_error():
         check_largest_token(opened.base.config, int(ids.max()))
         ids = ids.to(opened.model.device)
         new = room_for(opened, ids.shape[1], options.max_new_tokens, options.beyond_trained_length)
@@ -98,6 +101,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     group.add_argument("--question", help="what to ask about it; without it, the model continues the text")
     group.add_argument(
         "--chat_template",
+        type=os.path.expanduser,
         help="a Jinja file, or llama2, in place of the tokenizer's own; for instruction-tuned models that have no "
         "chat template",
     )
@@ -137,23 +141,28 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("--question is no text in UTF-8")
     if options.chat_template is not None and options.question is None:
         parser.error("--chat_template needs a --question")
+    for name in ("file", "chat_template"):
+        if getattr(options, name) == "":
+            parser.error(f"--{name} is empty; it must name a file")
     stay_alone("answers")
     return options
 
 
-def read(file: str) -> str:
-    """The text of a file, or of standard input for `-`.
+def read(option: str, file: str) -> str:
+    """The text of the file that an option names, or of standard input for `-`.
 
     Raises:
-        OSError, ValueError: There is no such file, or no text in it.
+        ValueError: There is no such file, or no text in it.
     """
     try:
         # Of standard input the own encoding is the terminal's.
         text = decoded(sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes())
+    except OSError as error:
+        raise ValueError(f"{option} {file} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise ValueError(f"--file {file} {error}") from error
+        raise ValueError(f"{option} {file} {error}") from error
     if not text.strip():
-        raise ValueError(f"--file {file} holds no text")
+        raise ValueError(f"{option} {file} holds no text")
     return text
 
 
@@ -161,9 +170,18 @@ def chat_template(name: str) -> str:
     """What `--chat_template` names.
 
     Raises:
-        OSError: There is no such file.
+        ValueError: There is no such file, or no template in it.
     """
-    return LLAMA_2 if name == "llama2" else Path(name).read_text(encoding="utf-8")
+    if name.lower() == "llama2":
+        return LLAMA_2
+    if not Path(name).exists():
+        raise ValueError(f"--chat_template {name}: there is no such file; it may be a Jinja file, or llama2")
+    template = read("--chat_template", name)
+    try:
+        parsed(template)
+    except ValueError as error:
+        raise ValueError(f"--chat_template {name}: {error}") from error
+    return template
 
 
 if __name__ == "__main__":

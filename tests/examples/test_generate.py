@@ -17,13 +17,11 @@ import generate
 from app.models.use_model import OpenedModel
 from evaluate_runs import make_adapter
 from finetune_runs import make_model
+from generate_runs import answer, refusal
 from longlora_ext.adapter import merge
 
 CONTEXT = 512
 TEXT = "The ship is called Pequod. " * 10
-TEMPLATE = (
-    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[it]{% endif %}"
-)
 
 
 @pytest.fixture(scope="module")
@@ -36,21 +34,6 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def book(tmp_path: Path) -> Path:
     (tmp_path / "book.txt").write_text(TEXT)
     return tmp_path / "book.txt"
-
-
-def answer(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[str, str]:
-    """What the program prints, and says beside."""
-    generate.main([str(argument) for argument in arguments])
-    return capsys.readouterr()
-
-
-def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        generate.main([str(argument) for argument in arguments])
-    assert stopped.value.code == 2
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("generate.py: error: ")]
-    assert len(said) == 1
-    return said[0]
 
 
 def test_the_answer_is_that_of_the_model(
@@ -113,24 +96,6 @@ def test_sampling_is_by_seed(adapter: Path, book: Path, capsys: pytest.CaptureFi
     assert one == again != other
 
 
-def test_a_chat_template_is_used_where_there_is_one(adapter: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(adapter)
-    tokenizer.chat_template = TEMPLATE
-    asked = tokenizer.decode(generate.tokens(tokenizer, "Some text.\n", "Why?")[0])
-    assert asked == "[user]Some text.\n\nWhy?[it]"
-    assert tokenizer.decode(generate.tokens(tokenizer, "Some text.\n", None)[0]) == "Some text.\n"
-    tokenizer.add_special_tokens({"bos_token": "<bos>"})
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
-    )
-    assert tokenizer.decode(generate.tokens(tokenizer, "Some text.\n", None)[0]) == "<bos>Some text.\n"
-    tokenizer.chat_template = generate.chat_template("llama2")
-    assert (
-        tokenizer.decode(generate.tokens(tokenizer, "Some text.\n", "Why?")[0])
-        == "<bos>[INST] Some text.\n\nWhy? [/INST]"
-    )
-
-
 @pytest.mark.parametrize("behind", ["<eos>", "<sep>", "<sep> <eos>"])
 @pytest.mark.parametrize("question", [None, "Why?"])
 def test_a_prompt_does_not_end_with_what_ends_a_text(adapter: Path, behind: str, question: str | None) -> None:
@@ -154,20 +119,6 @@ def test_add_eos_token_of_a_saved_tokenizer(adapter: Path, book: Path, capsys: p
     assert tokenizer("x")["input_ids"][-1] == tokenizer.eos_token_id
     given = ["--model", model, "--context_length", CONTEXT, "--file", book, "--max_new_tokens", 1]
     assert f"{len(TEXT)} tokens read" in answer(capsys, *given)[1]
-
-
-def test_a_chat_template_can_be_given(adapter: Path, book: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (book.parent / "template.jinja").write_text(TEMPLATE)
-    given = ["--model", adapter, "--file", book, "--question", "Why?", "--max_new_tokens", 1]
-    _, beside = answer(capsys, *given, "--chat_template", book.parent / "template.jinja")
-    assert f"{len('[user]' + TEXT.rstrip() + '  Why?[it]')} tokens read" in beside
-    for template in ("", "{% for m in messages %}[{{ m.role }}]{% endfor %}"):
-        (book.parent / "template.jinja").write_text(template)
-        said = refusal(capsys, *given, "--chat_template", book.parent / "template.jinja")
-        assert "the chat template cannot be used: it leaves the user's message out" in said
-    (book.parent / "template.jinja").write_text("{{ raise_exception('no users') }}")
-    said = refusal(capsys, *given, "--chat_template", book.parent / "template.jinja")
-    assert "the chat template cannot be used: no users" in said
 
 
 def test_too_much_text_is_refused_with_its_count(adapter: Path, book: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,13 +159,15 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path, monkeypatch: pytest.Monkey
     content = b"\xef\xbb\xbfone\r\n\xef\xbb\xbftwo\x0c"
     (tmp_path / "x.txt").write_bytes(content)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), "ascii"))
-    assert generate.read(str(tmp_path / "x.txt")) == generate.read("-") == "one\r\n\ufefftwo\x0c"
+    assert generate.read("--file", str(tmp_path / "x.txt")) == generate.read("--file", "-") == "one\r\n\ufefftwo\x0c"
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("--file gone.txt", "No such file or directory: 'gone.txt'"),
+        ("--file gone.txt", "--file gone.txt cannot be read: No such file or directory"),
+        ("--file /", "--file / cannot be read: Is a directory"),
+        ("--file=", "--file is empty; it must name a file"),
         ("--file {empty}", "holds no text"),
         ("--file {binary}", "is no text in UTF-8: invalid start byte at byte 0"),
         ("--file {book} --max_new_tokens 0", "--max_new_tokens must be 1 or more, got 0"),
@@ -232,7 +185,6 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path, monkeypatch: pytest.Monkey
         ("--file {book} --repetition_penalty 0", "--repetition_penalty must be a number above 0, got 0.0"),
         ("--file {book} --model nowhere", "--model nowhere: "),
         ("--file {book} --chat_template llama2", "--chat_template needs a --question"),
-        ("--file {book} --question Why --chat_template gone", "No such file or directory: 'gone'"),
         ("", "the following arguments are required: --file"),
     ],
 )

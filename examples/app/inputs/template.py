@@ -17,7 +17,8 @@ from datetime import date, datetime, time
 from functools import cache
 from typing import Any
 
-from jinja2 import Environment, TemplateError, meta
+from jinja2 import Environment, TemplateError, TemplateSyntaxError, meta, nodes
+from jinja2.defaults import DEFAULT_NAMESPACE
 from transformers import PreTrainedTokenizerBase
 
 from app.inputs.conversations import Conversation
@@ -86,7 +87,7 @@ class ChatTemplate:
             return self.tokenizer.apply_chat_template(list(messages), chat_template=source, **context, **options)
         except TemplateError as error:
             raise ValueError(f"the model's chat template refuses it: {error}") from error
-        except (TypeError, KeyError, AttributeError, IndexError) as error:  # a template is a program, and may be wrong
+        except (TypeError, LookupError, AttributeError, ArithmeticError) as error:  # a template is a program
             raise ValueError(f"the model's chat template fails on it: {type(error).__name__}: {error}") from error
 
     def fitted(self, conversation: Conversation) -> Conversation:
@@ -160,12 +161,23 @@ def _clock(day: date) -> str:
     return f"{{%- macro {CLOCK}(format) -%}}{{{{ format{chain} }}}}{{%- endmacro %}}\n"
 
 
+def parsed(source: str) -> nodes.Template:
+    """A template as Jinja reads it; it is not run.
+
+    Raises:
+        ValueError: It is none.
+    """
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        return environment.parse(MARKS_ANSWERS.sub("", source))
+    except TemplateSyntaxError as error:
+        raise ValueError(f"line {error.lineno} of the chat template is no Jinja: {error.message}") from error
+
+
 @cache
 def _variables(source: str) -> frozenset[str]:
     """Names that a template reads, and does not set, for its users to give."""
-    environment = Environment(extensions=["jinja2.ext.loopcontrols"])  # it is parsed, not run
-    found = meta.find_undeclared_variables(environment.parse(MARKS_ANSWERS.sub("", source)))
-    return frozenset(found - NO_VARIABLES - environment.globals.keys())
+    return frozenset(meta.find_undeclared_variables(parsed(source)) - NO_VARIABLES - DEFAULT_NAMESPACE.keys())
 
 
 def _parts(message: Message, name: str) -> Iterator[tuple[str, Message]]:

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from threading import Event, Thread
 
 import torch
-from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList, TextIteratorStreamer
 
 from app.inputs.chat import answer_ends
+from app.inputs.messages import USER
 from app.inputs.prompt import prompt_ids
+from app.inputs.template import ChatTemplate
 from app.models.use_model import OpenedModel
 from longlora_ext.adapter import stops
 
@@ -31,11 +32,8 @@ def tokens(tokenizer: PreTrainedTokenizerBase, text: str, question: str | None) 
     elif tokenizer.chat_template is None:
         prompt = f"{text.rstrip()}\n\nQuestion: {question}\nAnswer:"
     else:
-        message = {"role": "user", "content": f"{text.rstrip()}\n\n{question}"}
-        try:
-            prompt = str(tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
-        except TemplateError as error:
-            raise ValueError(f"the chat template cannot be used: {error}") from error
+        message = {"role": USER, "content": f"{text.rstrip()}\n\n{question}"}
+        prompt = ChatTemplate(tokenizer).write([message], {}, ask=True)
         if question.strip() not in prompt:
             raise ValueError("the chat template cannot be used: it leaves the user's message out")
     if question is not None and tokenizer.chat_template is not None:  # it brings its own special tokens
