@@ -21,7 +21,7 @@ from transformers import TextStreamer, set_seed
 
 from app.inputs.chat import LLAMA_2
 from app.inputs.reading import decoded
-from app.inputs.template import parsed
+from app.inputs.template import parsed, template_of_json
 from app.models.answer import DEFAULT_NEW_TOKENS, SAMPLING, generation_config, room_for, tokens
 from app.models.suitable import check_largest_token
 from app.models.use_model import add_model_options, add_scaling_options, check_model_options, open_model
@@ -102,8 +102,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     group.add_argument(
         "--chat_template",
         type=os.path.expanduser,
-        help="a Jinja file, or llama2, in place of the tokenizer's own; for instruction-tuned models that have no "
-        "chat template",
+        help="a Jinja file, chat_template.json, or llama2, in place of the tokenizer's own; for instruction-tuned "
+        "models that have no chat template",
     )
     group = parser.add_argument_group("answer (default: as the model's generation_config says)")
     group.add_argument(
@@ -175,9 +175,11 @@ def chat_template(name: str) -> str:
     if name.lower() == "llama2":
         return LLAMA_2
     if not Path(name).exists():
-        raise ValueError(f"--chat_template {name}: there is no such file; it may be a Jinja file, or llama2")
+        known = "a Jinja file, chat_template.json, or llama2"
+        raise ValueError(f"--chat_template {name}: there is no such file; it may be {known}")
     template = read("--chat_template", name)
     try:
+        template = template_of_json(template)
         parsed(template)
     except ValueError as error:
         raise ValueError(f"--chat_template {name}: {error}") from error

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +60,19 @@ def test_a_chat_template_can_be_given(
     assert generate.chat_template("Llama2") == LLAMA_2
 
 
+@pytest.mark.parametrize("as_it_is", [str, lambda template: json.dumps({"chat_template": template})])
+def test_a_template_is_that_of_its_file(as_it_is: Callable[[str], str], tmp_path: Path) -> None:
+    """As of the hub's chat_template.json; a byte order mark is no part of it."""
+    (tmp_path / "template").write_text(as_it_is(TEMPLATE), encoding="utf-8-sig")
+    assert generate.chat_template(str(tmp_path / "template")) == TEMPLATE
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{% for m in messages %}[{{ m.role }}]{% endfor %}", "cannot be used: it leaves the user's message out"),
+        ("{% for m in messages %}[{{ m.role }}]{% endfor %}", "it leaves the beginning of the text out"),
+        ("{{ messages[0].content[4:] }}", "cannot be used: it leaves the beginning of the text out"),
+        ("{{ messages[0].content[:-2] }}", "cannot be used: it leaves the question out"),
         ("{{ raise_exception('no users') }}", "the model's chat template refuses it: no users"),
         ("{{ messages + 1 }}", "the model's chat template fails on it: TypeError: "),
         ("{{ messages[1].content }}", "the model's chat template refuses it: list object has no element 1"),
@@ -80,10 +91,12 @@ def test_a_template_that_is_of_no_use(
     ("name", "content", "message"),
     [
         ("", None, "--chat_template is empty; it must name a file"),
-        ("Llama3", None, "--chat_template Llama3: there is no such file; it may be a Jinja file, or llama2"),
+        ("Llama3", None, "--chat_template Llama3: there is no such file; it may be a Jinja file, "),
         (".", None, "--chat_template . cannot be read: Is a directory"),
         ("t.jinja", b"caf\xe9", "--chat_template t.jinja is no text in UTF-8: unexpected end of data at byte 3"),
         ("t.jinja", b"\n", "--chat_template t.jinja holds no text"),
+        ("t.json", b'{"a": 1}', "t.json: it is a JSON object, whose chat_template must be text, not None"),
+        ("t.json", b'{"chat_template": [1]}', "t.json: it is a JSON object, whose chat_template must be text, not [1]"),
         ("t.jinja", b"{# one #}\n{% if %}", "--chat_template t.jinja: line 2 of the chat template is no Jinja: "),
     ],
 )
@@ -101,4 +114,4 @@ def test_what_is_no_template_is_refused_before_the_model_is_opened(
     monkeypatch.setattr(generate, "open_model", opened)
     if content is not None:
         Path(name).write_bytes(content)
-    assert f"generate.py: error: {message}" in refusal(capsys, *asked, name)
+    assert message in refusal(capsys, *asked, name)

@@ -22,7 +22,7 @@ from jinja2.defaults import DEFAULT_NAMESPACE
 from transformers import PreTrainedTokenizerBase
 
 from app.inputs.conversations import Conversation
-from app.inputs.messages import ASSISTANT, REASONING, USER, Message
+from app.inputs.messages import ASSISTANT, REASONING, USER, Message, shown
 
 MARKS_ANSWERS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 CLOCK = "strftime_now"
@@ -159,6 +159,24 @@ def _clock(day: date) -> str:
     chain = "".join(f"|replace({json.dumps(each)}, {json.dumps(value)})" for each, value in known.items())
     # The line break is of the macro's: a break behind a block is left out.
     return f"{{%- macro {CLOCK}(format) -%}}{{{{ format{chain} }}}}{{%- endmacro %}}\n"
+
+
+def template_of_json(text: str) -> str:
+    """The template in a file: all of its text, or the `chat_template` of an object of JSON, as hubs have it.
+
+    Raises:
+        ValueError: That is no text.
+    """
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return text
+    if not isinstance(found, dict):
+        return text
+    template = found.get("chat_template")
+    if not isinstance(template, str):
+        raise ValueError(f"it is a JSON object, whose chat_template must be text, not {shown(template)}")
+    return template
 
 
 def parsed(source: str) -> nodes.Template:

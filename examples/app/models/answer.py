@@ -25,7 +25,7 @@ def tokens(tokenizer: PreTrainedTokenizerBase, text: str, question: str | None) 
     Without a question it is the text alone. With one it is a user's message in the chat template, where there is one.
 
     Raises:
-        ValueError: The template fails or leaves the question out, or the tokenizer makes nothing of the text.
+        ValueError: The template fails or leaves something out, or the tokenizer makes nothing of the text.
     """
     if question is None:
         prompt = text
@@ -34,8 +34,10 @@ def tokens(tokenizer: PreTrainedTokenizerBase, text: str, question: str | None) 
     else:
         message = {"role": USER, "content": f"{text.rstrip()}\n\n{question}"}
         prompt = ChatTemplate(tokenizer).write([message], {}, ask=True)
-        if question.strip() not in prompt:
-            raise ValueError("the chat template cannot be used: it leaves the user's message out")
+        begins = text.strip().partition("\n")[0][:100].rstrip()  # not all of it: templates change white space
+        for what, part in (("the beginning of the text", begins), ("the question", question.strip())):
+            if part not in prompt:
+                raise ValueError(f"the chat template cannot be used: it leaves {what} out")
     if question is not None and tokenizer.chat_template is not None:  # it brings its own special tokens
         ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
     else:
