@@ -16,13 +16,12 @@ from pathlib import Path
 from app.runs import launch
 
 from app.runs.launch import stay_alone  # isort: skip  (first: sets what torch and DeepSpeed read at import)
-import torch
 from transformers import TextStreamer, set_seed
 
 from app.inputs.chat import LLAMA_2
 from app.inputs.reading import decoded
 from app.inputs.template import parsed, template_of_json
-from app.models.answer import DEFAULT_NEW_TOKENS, SAMPLING, generation_config, room_for, tokens
+from app.models.answer import DEFAULT_NEW_TOKENS, SAMPLING, generation_config, room_for, tokens, write
 from app.models.suitable import check_largest_token
 from app.models.use_model import add_model_options, add_scaling_options, check_model_options, open_model
 from app.runs.command_line import HelpFormatter, Parser, as_program
@@ -67,18 +66,13 @@ def main(argv: Sequence[str]) -> None:
         ids = tokens(opened.tokenizer, text, options.question)
     with one_clear_error():
         check_largest_token(opened.base.config, int(ids.max()))
-        ids = ids.to(opened.model.device)
         new = room_for(opened, ids.shape[1], options.max_new_tokens, options.beyond_trained_length)
         sampling = {name: getattr(options, name) for name in SAMPLING if getattr(options, name) is not None}
         config = generation_config(opened, new, options.question is not None, **sampling)
     print(f"{ids.shape[1]:,} tokens read, at most {new:,} to come", file=sys.stderr, flush=True)
     set_seed(options.seed)
-    opened.model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        generation_config=config,
-        streamer=TextStreamer(opened.tokenizer, skip_prompt=True, skip_special_tokens=True),
-    )
+    with one_clear_error(only=(ValueError, RuntimeError)):
+        write(opened, ids, config, TextStreamer(opened.tokenizer, skip_prompt=True, skip_special_tokens=True))
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

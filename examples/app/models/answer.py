@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from threading import Event, Thread
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList, TextIteratorStreamer
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
+from transformers.generation.streamers import BaseStreamer
 
 from app.inputs.chat import answer_ends
 from app.inputs.messages import USER
@@ -15,8 +22,16 @@ from app.inputs.template import ChatTemplate
 from app.models.use_model import OpenedModel
 from longlora_ext.adapter import stops
 
+Stop = Callable[..., torch.Tensor]  # as a StoppingCriteria is called: bool [1]
 DEFAULT_NEW_TOKENS = 512
 SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
+
+#: What a model's own generation_config may ask for, and no answer that comes as it is made can have: several at once,
+#: and ways of decoding that transformers fetches from the hub. The last one would hide scores that are no numbers.
+NOT_FOR_ONE_ANSWER = (
+    "num_beams", "num_beam_groups", "diversity_penalty", "early_stopping", "length_penalty", "num_return_sequences",
+    "constraints", "force_words_ids", "penalty_alpha", "dola_layers", "remove_invalid_values",
+)  # fmt: skip
 
 
 def tokens(tokenizer: PreTrainedTokenizerBase, text: str, question: str | None) -> torch.Tensor:
@@ -70,13 +85,25 @@ def generation_config(opened: OpenedModel, new: int, question: bool, **sampling:
     """The model's own, with what was asked for. The answer is over at the end of a text, or of a message.
 
     Args:
-        opened: The model.
+        opened: The model, whose own is afterwards without `NOT_FOR_ONE_ANSWER`.
         new: Tokens of the answer at most.
         question: Whether a question was asked, which is a message where there is a chat template.
         sampling: Those of `SAMPLING` that were given; a temperature of 0 takes the likeliest token each time.
+
+    Raises:
+        ValueError: What was given has no effect with the model's own.
     """
-    config = GenerationConfig.from_dict(opened.model.generation_config.to_dict())
-    if sampling.get("temperature") == 0:
+    own = opened.model.generation_config.to_dict()
+    own = {name: value for name, value in own.items() if name not in NOT_FOR_ONE_ANSWER}
+    config = GenerationConfig.from_dict(own)
+    for module in (opened.model, opened.base):  # `generate` takes from it what the config leaves open
+        module.generation_config = GenerationConfig.from_dict(own)
+    if sampling.get("temperature", config.temperature) == 0:
+        if dropped := [name for name in ("top_p", "top_k") if name in sampling]:
+            raise ValueError(
+                f"--{dropped[0]} has no effect with a temperature of 0, which the model's generation_config has: "
+                "--temperature sets another"
+            )
         config.do_sample = False
         config.temperature = config.top_p = config.top_k = None
         sampling = {name: value for name, value in sampling.items() if name == "repetition_penalty"}
@@ -90,6 +117,41 @@ def generation_config(opened: OpenedModel, new: int, question: bool, **sampling:
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return config
+
+
+def write(opened: OpenedModel, ids: torch.Tensor, config: GenerationConfig, to: BaseStreamer, *stops: Stop) -> None:
+    """Answer.
+
+    Args:
+        opened: The model.
+        ids: The prompt, int64 [1, tokens].
+        config: What `generation_config` returns.
+        to: What takes the tokens as they come.
+        stops: What may end the answer before its time.
+
+    Raises:
+        ValueError: What the model computes is no number.
+    """
+    ids = ids.to(opened.model.device)
+    opened.model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        generation_config=config,
+        tokenizer=opened.tokenizer,  # for the stop_strings of the model's own config
+        streamer=to,
+        logits_processor=LogitsProcessorList([_numbers]),
+        stopping_criteria=StoppingCriteriaList(stops),
+    )
+
+
+def _numbers(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """The scores of the next token as they are. Of NaN the greedy choice would be token 0, without a word."""
+    if not (largest := scores.max()).isfinite():  # NaN if any is; -inf alone is a token that is ruled out
+        raise ValueError(
+            f"the model computes {largest.item()} where numbers should be: its weights are damaged, or its --dtype "
+            "cannot hold what it computes"
+        )
+    return scores
 
 
 def stream(opened: OpenedModel, ids: torch.Tensor, config: GenerationConfig) -> Iterator[str]:
@@ -109,13 +171,7 @@ def stream(opened: OpenedModel, ids: torch.Tensor, config: GenerationConfig) -> 
 
     def generate() -> None:
         try:
-            opened.model.generate(
-                input_ids=ids.to(opened.model.device),
-                attention_mask=torch.ones_like(ids, device=opened.model.device),
-                generation_config=config,
-                streamer=streamer,
-                stopping_criteria=StoppingCriteriaList([stop]),
-            )
+            write(opened, ids, config, streamer, stop)
         except Exception as error:
             failed.append(error)
             streamer.end()  # or who reads would wait for ever
