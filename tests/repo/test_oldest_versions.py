@@ -32,7 +32,7 @@ LEFT_OUT |= {"evaluate_folder", "manifest", "mixture", "mixture_runs", "model_fo
 LEFT_OUT |= {"run_folder", "run_settings"}
 # What asks more of the same: of the planner, which plan.py's tests run; of evaluate.py, its other tasks and tables;
 # runs that cannot go on, where others are killed and resumed; and a page that is made of generate.py.
-LEFT_OUT |= {"planner", "ruler", "position", "stopped_runs", "demo"}
+LEFT_OUT |= {"planner", "ruler", "ruler_task", "position", "stopped_runs", "demo"}
 TWO_AT_A_TIME = ["-n", "2", "--dist", "loadfile"]
 ALL = {path.stem.removeprefix("test_"): path for room in ROOMS for path in (ROOT / "tests" / room).glob("test_*.py")}
 

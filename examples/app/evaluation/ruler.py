@@ -15,6 +15,7 @@ Its two tasks of questions about documents need data sets and are left out; lm-e
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,8 @@ NEEDLES = 4  # keys of multikey and multiquery, values of multivalue
 HOPS = 4  # of a chain
 COMMON, COMMON_TIMES, RARE_TIMES = 10, 30, 3
 FREQUENT, ALPHA = 3, 2.0  # words that are asked for, and the exponent of the frequencies
+_LONGEST = 400  # letters of a sentence
+_PIECE = re.compile(rf"(?s).{{1,{_LONGEST}}}(?:\n|$)|.{{1,{_LONGEST}}}(?:\s|$)|.{{1,{_LONGEST}}}")
 _CONSONANTS, _VOWELS = "bcdfghjklmnprstvwz", "aeiou"
 
 
@@ -49,6 +52,16 @@ Haystack = Callable[[int], list[str]]
 def noise(sentences: int) -> list[str]:
     """RULER's haystack of noise: the same sentences again and again."""
     return [NOISE] * sentences
+
+
+def sentences_of(text: str) -> list[str]:
+    """The sentences of a text, in scripts with white space behind them and in those without.
+
+    A part that is longer than any sentence, as of a text without such marks, is cut: at the last line end, or else
+    white space, or else letter that makes it short enough.
+    """
+    parts = [part.strip() for part in re.split(r"(?<=[.!?])\s+|(?<=[。！？])(?![”’」』])", text)]  # noqa: RUF001
+    return [piece.strip() for part in parts for piece in _PIECE.findall(part) if piece.strip()]
 
 
 def of_text(sentences: Sequence[str]) -> Haystack:

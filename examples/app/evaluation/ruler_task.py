@@ -10,7 +10,6 @@ import argparse
 import bisect
 import hashlib
 import random
-import re
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -90,8 +89,7 @@ class RulerTask:
             return ruler.noise, {"haystack": "noise"}
         documents = first_process_first(lambda: load_documents(sources, column))
         text = " ".join(document for document in documents["text"][:100] if document)
-        sentences = [part for part in re.split(r"(?<=[.!?])\s+", text) if part.strip()]
-        if not sentences:
+        if not (sentences := ruler.sentences_of(text)):
             raise ValueError(f"--haystack {' '.join(sources)} holds no text")
         digest = hashlib.sha256(text.encode()).hexdigest()
         return ruler.of_text(sentences), {"haystack": " ".join(sources), "haystack_sha256": digest}
