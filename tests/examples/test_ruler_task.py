@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import matplotlib.image
 import pytest
@@ -63,9 +64,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBa
     return AutoTokenizer.from_pretrained(make_model(tmp_path_factory.mktemp("model")))
 
 
-def asked(tokenizer: PreTrainedTokenizerBase, answer, **changes) -> RulerTask:
+def asked(tokenizer: PreTrainedTokenizerBase, answer, trained: int = 8000, **changes) -> RulerTask:
     description = {"model": "stub", "rope": {}, "scaled_without_training": False}
-    opened = OpenedModel(Stub(tokenizer, answer), tokenizer, 8000, description)  # type: ignore[arg-type]
+    opened = OpenedModel(Stub(tokenizer, answer), tokenizer, trained, description)  # type: ignore[arg-type]
     options = {
         "model": "stub", "tasks": None, "lengths": [6000, 8000], "trials": 2, "seed": 0, "haystack": None,
         "text_column": "text", "chat": True, "beyond_trained_length": False,
@@ -136,10 +137,35 @@ def test_questions_do_not_depend_on_what_was_asked_before(tokenizer) -> None:
     assert changed["trials"] != other.compute(cell, lambda _: None)["trials"]
 
 
+LONGEST = r"the longest of these prompts, of cwe, and its answer have 4,\d{3} tokens at least"
+
+
+@pytest.mark.parametrize(
+    ("trained", "changes", "message"),
+    [
+        (
+            8000,
+            {"lengths": [1500, 8000]},
+            rf"--lengths 1500: {LONGEST}; --tasks niah_single vt or --lengths 4\d{{3}} w",
+        ),
+        (8000, {"lengths": [64]}, rf"--lengths 64: {LONGEST}; --lengths 4\d{{3}} would do$"),
+        (1500, {}, rf"stub reads 1,500 tokens: {LONGEST}; --tasks niah_single vt would do$"),
+        (256, {}, rf"stub reads 256 tokens: {LONGEST}, the shortest, of vt, \d{{3}}$"),
+        (256, {"beyond_trained_length": True}, rf"stub reads 256 tokens: {LONGEST}; --lengths 4\d{{3}} would do$"),
+    ],
+)
+def test_a_length_too_short_is_an_error_that_says_what_would_do(
+    tokenizer, trained: int, changes: dict[str, Any], message: str
+) -> None:
+    changes = {"lengths": None, "tasks": ["niah_single", "vt", "cwe"], **changes}
+    with pytest.raises(ValueError, match=message):
+        asked(tokenizer, solved, trained, **changes)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--lengths", "64"], "--lengths 64: the longest of these prompts and its answer have"),
+        (["--lengths", "64"], "--lengths 64: the longest of these prompts, of cwe, and its answer have"),
         (["--lengths", "9000"], "was scaled to 8,192 tokens"),
         (["--tasks", "qa"], "invalid choice: 'qa'"),
         (["--trials", "0"], "--trials must be 1 or more, got 0"),

@@ -60,11 +60,10 @@ class RulerTask:
         self.template = ChatTemplate(opened.tokenizer, DAY) if template else None
         self.haystack, source = self._haystack(options.haystack, options.text_column)
         quarters = [opened.trained_length * part // 4 for part in (1, 2, 3, 4)]
-        shortest = max(self._shortest(task) for task in self.tasks)
-        self.lengths: list[int] = options.lengths or [length for length in quarters if length >= shortest]
-        if not self.lengths or self.lengths[0] < shortest:
-            what = f"--lengths {self.lengths[0]}" if self.lengths else f"{options.model} reads {quarters[-1]:,} tokens"
-            raise ValueError(f"{what}: the longest of these prompts and its answer have {shortest:,} tokens at least")
+        shortest = {task: self._shortest(task) for task in self.tasks}
+        self.lengths: list[int] = options.lengths or [length for length in quarters if length >= max(shortest.values())]
+        if not self.lengths or self.lengths[0] < max(shortest.values()):
+            raise ValueError(self._too_short(options, shortest))
         longest = self.lengths[-1]
         opened.check_length(longest, options.beyond_trained_length, f"a length of {longest:,} tokens is asked for")
         self.settings = {
@@ -98,6 +97,23 @@ class RulerTask:
         """Tokens of the shortest prompt worth asking with, and its answer. Several: words differ in tokens."""
         kind = ruler.TASKS[task]
         return kind.room + max(len(self._ids(self._question(task, 0, n), kind.least)) for n in range(20))
+
+    def _too_short(self, options: argparse.Namespace, shortest: dict[str, int]) -> str:
+        """What is too long for what, and what would do."""
+        trained = self.opened.trained_length
+        most, task = max((length, task) for task, length in shortest.items())
+        room = self.lengths[0] if self.lengths else trained
+        what = f"--lengths {room}" if self.lengths else f"{options.model} reads {room:,} tokens"
+        said = f"{what}: the longest of these prompts, of {task}, and its answer have {most:,} tokens at least"
+        ways = []
+        if fitting := [task for task, length in shortest.items() if length <= room]:
+            ways.append(f"--tasks {' '.join(fitting)}")
+        if most <= trained or options.beyond_trained_length:
+            ways.append(f"--lengths {most}")
+        elif not fitting:
+            least, task = min((length, task) for task, length in shortest.items())
+            return f"{said}, the shortest, of {task}, {least:,}"
+        return f"{said}; {' or '.join(ways)} would do"
 
     def cost(self, cell: str) -> int:
         """Questions of a cell."""
