@@ -42,7 +42,8 @@ def save_adapter(
     Raises:
         FileExistsError: The folder holds something.
         OSError: There is no room for it.
-        ValueError: The model is not one to save here, or a weight is not finite.
+        ValueError: The model is not one to save here, a weight is not finite, or one trains that is no part of the
+            adapter.
     """
     give_back_gathered(model)
     model = unwrapped(model)
@@ -55,6 +56,8 @@ def save_adapter(
     target = Path(folder)
     on_first_process(lambda: refuse_to_overwrite(target))
     weights = _weights_of(model)
+    if isinstance(model, PeftModel):
+        on_first_process(lambda: _check_all_is_saved(model, weights))
     state = fp32_state(weights.items())
     fingerprint = fingerprint_of(model, weights.values()) if isinstance(model, PeftModel) else {}
 
@@ -91,6 +94,24 @@ def _weights_of(model: PeftModel | PreTrainedModel) -> dict[str, torch.Tensor]:
         weights |= {name: buffer for name, buffer in buffers if ADAPTER in name.split(".")}  # VeRA's projections
         weights = get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
     return {plain_name(name): weight for name, weight in weights.items()}
+
+
+def _check_all_is_saved(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
+    """Raise `ValueError` for weights that train and are no part of the adapter: they would be lost without a word."""
+    named = [(plain_name(name), weight) for name, weight in model.named_parameters(remove_duplicate=False)]
+    saved = {id(weight) for weight in weights.values()}
+    # AdaLoRA saves parts of its weights, and PEFT may let those train that it replaces, while the adapter is disabled.
+    saved |= {id(weight) for name, weight in named if {ADAPTER, "original_module"} & set(name.split("."))}
+    lost = {
+        id(weight): name.removeprefix("base_model.model.")
+        for name, weight in named
+        if weight.requires_grad and id(weight) not in saved
+    }
+    if lost:
+        raise ValueError(
+            f"weights train that are no part of the adapter, and would not be saved: {listed(lost.values())}. Name their modules "
+            "in modules_to_save of lora_config, before the training"
+        )
 
 
 def _write_adapter(

@@ -1,4 +1,5 @@
-"""Adapters of which a part is frozen, at the start, later, or when it is saved: all of it is saved."""
+"""Adapters of which a part is frozen, at the start, later, or when it is saved: all of it is saved. And what trains
+beside an adapter."""
 
 import json
 from collections.abc import Callable
@@ -78,3 +79,22 @@ def test_single_tokens_may_be_trained(tied: bool, tmp_path: Path) -> None:
     merge(tmp_path / "adapter", tmp_path / "merged")
     assert_same_logits(tmp_path / "adapter", tmp_path / "merged", base)
     assert "model.embed_tokens.weight" in json.loads((tmp_path / "adapter/longlora.json").read_text())["base_weights"]
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_what_trains_beside_the_adapter_is_not_lost_without_a_word(tied: bool, tmp_path: Path) -> None:
+    base = fp32_base(tmp_path / "base", tie_word_embeddings=tied)
+    for overrides in ({}, {"modules_to_save": None}):
+        model = prepared(base, **overrides)
+        model.get_output_embeddings().weight.requires_grad_(True)
+        if tied and not overrides:  # it is the embedding, which the adapter has
+            assert_saved(model, base, tmp_path)
+            continue
+        with pytest.raises(
+            ValueError, match=r"would not be saved: lm_head.weight\. Name their modules in modules_to_sav"
+        ):
+            save_adapter(model, tmp_path / "lost")
+        assert not (tmp_path / "lost").exists()
+    with model.disable_adapter():
+        model.get_output_embeddings().weight.requires_grad_(False)
+        save_adapter(model, tmp_path / "disabled")
