@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,8 +43,8 @@ def save_adapter(
     Raises:
         FileExistsError: The folder holds something.
         OSError: There is no room for it.
-        ValueError: The model is not one to save here, a weight is not finite, or one trains that is no part of the
-            adapter.
+        ValueError: The model is not one to save here, its adapter is merged into it, a weight is not finite, or one
+            trains that is no part of the adapter.
     """
     give_back_gathered(model)
     model = unwrapped(model)
@@ -53,6 +54,10 @@ def save_adapter(
         )
     if isinstance(model, PeftModel) and list(model.peft_config) != [ADAPTER]:
         raise ValueError(f"the model must have the one adapter of prepare_model, but it has {list(model.peft_config)}")
+    if any(getattr(module, "merged", False) for module in model.modules() if isinstance(module, BaseTunerLayer)):
+        raise ValueError(
+            "the adapter is merged into the model, which cannot be told from another: unmerge_adapter() first"
+        )
     target = Path(folder)
     on_first_process(lambda: refuse_to_overwrite(target))
     weights = _weights_of(model)
@@ -109,8 +114,8 @@ def _check_all_is_saved(model: PeftModel, weights: dict[str, torch.Tensor]) -> N
     }
     if lost:
         raise ValueError(
-            f"weights train that are no part of the adapter, and would not be saved: {listed(lost.values())}. Name their modules "
-            "in modules_to_save of lora_config, before the training"
+            f"weights train that are no part of the adapter, and would not be saved: {listed(lost.values())}. Name "
+            "their modules in modules_to_save of lora_config, before the training"
         )
 
 

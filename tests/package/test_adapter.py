@@ -98,6 +98,14 @@ def test_only_prepared_models_are_saved(trained: Path, tmp_path: Path) -> None:
     model = PeftModel.from_pretrained(extended_model(trained / "base"), trained / "adapter", adapter_name="other")
     with pytest.raises(ValueError, match=r"it has \['other'\]"):
         save_adapter(model, tmp_path / "adapter")
+    model = load(trained / "adapter")
+    model.merge_adapter()  # the base model's weights are then others, by which it is known
+    with pytest.raises(ValueError, match=r"the adapter is merged into the model.*: unmerge_adapter\(\) first"):
+        save_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    model.unmerge_adapter()
+    save_adapter(model, tmp_path / "adapter")
+    load(tmp_path / "adapter")
 
 
 # Loading ----------------------------------------------------------------------------------------------------
