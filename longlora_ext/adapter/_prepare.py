@@ -12,10 +12,13 @@ import os
 from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from longlora_ext.adapter._checkpoint import listed
 from longlora_ext.adapter._generation import keep_generation_config
 from longlora_ext.adapter._lora import PLAIN_STARTS
 from longlora_ext.adapter._norms import names_for_peft, norms_of
@@ -73,12 +76,14 @@ def prepare_model(model: PreTrainedModel, peft_config: PeftConfig | None) -> Pre
 
     Raises:
         ValueError: The model has an adapter already, `peft_config` is one of prompts, the model's vocabulary is not
-            that of its files, `init_lora_weights` changes the base model as PiSSA does, or PEFT leaves a module frozen
-            that `peft_config` names in `modules_to_save`, or unties what it says is tied.
+            that of its files, `init_lora_weights` or `layer_replication` changes the base model, as PiSSA does,
+            `lora_bias` is for layers without a bias, or PEFT leaves a module frozen that `peft_config` names in
+            `modules_to_save`, or unties what it says is tied.
     """
     if isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError("the model has an adapter already: pass the base model")
     _check_start(peft_config)
+    _check_merges(model, peft_config)
     settle_tying(model)
     in_fp32 = not is_deepspeed_zero3_enabled()
     if peft_config is None:
@@ -108,7 +113,7 @@ def prepare_model(model: PreTrainedModel, peft_config: PeftConfig | None) -> Pre
 
 
 def _check_start(peft_config: PeftConfig | None) -> None:
-    """Raise `ValueError` if LoRA begins with a part of the base model's weights: an adapter does not hold the rest."""
+    """Raise `ValueError` if it changes the base model before training: an adapter does not hold the rest."""
     if peft_config is not None and peft_config.is_prompt_learning:
         raise ValueError(
             f"{type(peft_config).__name__} learns a prompt and changes no layer, so that nothing would learn to read "
@@ -120,6 +125,31 @@ def _check_start(peft_config: PeftConfig | None) -> None:
         raise ValueError(
             f"init_lora_weights is {start!r}, which changes the base model's weights, so that the adapter would fit no "
             f"model on a disk: it may be {', '.join(others)} or {last}"
+        )
+    if layers := getattr(peft_config, "layer_replication", None):
+        raise ValueError(
+            f"layer_replication is {layers!r}, which gives the base model other layers, so that the adapter would fit "
+            "no model on a disk: leave it out"
+        )
+
+
+def _check_merges(model: PreTrainedModel, peft_config: PeftConfig | None) -> None:
+    """Raise `ValueError` for LoRA with a bias on layers without one: it trains, but cannot be merged."""
+    targets = getattr(peft_config, "target_modules", None)
+    if not targets or not getattr(peft_config, "lora_bias", False):
+        return
+    is_all = isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+    without = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and module.bias is None
+        and (module is not model.get_output_embeddings() if is_all else check_target_module_exists(peft_config, name))
+    ]
+    if without:
+        raise ValueError(
+            f"lora_bias=True adds to a bias, but these target_modules have none: {listed(without)}. Leave it out, or "
+            "name others"
         )
 
 

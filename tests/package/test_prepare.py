@@ -76,6 +76,24 @@ def test_starts_that_change_the_base_model_are_refused(start: str, tmp_path: Pat
     assert model.model.layers[0].self_attn.q_proj.weight.equal(before)
 
 
+def test_other_layers_than_those_of_the_base_model_are_refused() -> None:
+    model = tiny_model()
+    with pytest.raises(
+        ValueError, match=r"layer_replication is \[\[0, 2\], \[1, 2\]\], which gives the base model oth"
+    ):
+        prepare_model(model, lora_config(model, layer_replication=[[0, 2], [1, 2]], modules_to_save=None))
+    assert len(model.model.layers) == 2
+
+
+@pytest.mark.parametrize(("targets", "without"), [(["q_proj", "o_proj"], "o_proj"), ("all-linear", "mlp.down_proj")])
+def test_a_bias_that_could_not_be_merged_is_refused(targets: object, without: str) -> None:
+    """Qwen 2's queries have one, and its output has none."""
+    model = tiny_model("qwen2")
+    with pytest.raises(ValueError, match=f"these target_modules have none: model.layers.0.*{without}.* Leave it out"):
+        prepare_model(model, lora_config(model, lora_bias=True, target_modules=targets))
+    prepare_model(model, lora_config(model, lora_bias=True, target_modules=["q_proj", "k_proj"]))
+
+
 def test_another_vocabulary_than_that_of_the_files_is_refused(tmp_path: Path) -> None:
     """Nothing would load its adapter, and that would be known after the training."""
     model = extended_model(save_base(tmp_path))
