@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -19,11 +20,18 @@ _UNFINISHED = ".unfinished-"
 
 
 def refuse_to_overwrite(folder: Path) -> None:
-    """Raise `FileExistsError` if there is anything but an empty folder."""
+    """Raise `FileExistsError` if there is anything but an empty folder, or one that cannot be replaced by another."""
     if folder.is_symlink() and not folder.exists():
         raise FileExistsError(f"{folder} is a link to {folder.readlink()}, which does not exist: choose another folder")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not an empty folder: nothing is overwritten, choose another one")
+    # A folder that appears when it is complete is renamed, and so takes the place of an empty one.
+    if os.path.ismount(folder.resolve()):
+        raise FileExistsError(f"{folder} is a mount point, in whose place no folder can be put: choose a folder in it")
+    if folder.exists() and folder.samefile(os.curdir):
+        raise FileExistsError(
+            f"{folder} is the present working directory, which is not replaced: choose a folder in it"
+        )
 
 
 def take_lock(path: Path) -> FileLock | None:

@@ -15,7 +15,7 @@ import filelock
 import pytest
 
 from app.runs import folder_lock
-from longlora_ext._folders import appearing, take_lock
+from longlora_ext._folders import appearing, refuse_to_overwrite, take_lock
 
 HOLDER = """
 import os, sys, time
@@ -94,3 +94,23 @@ def test_what_fails_leaves_nothing(tmp_path: Path) -> None:
         assert len(list(tmp_path.iterdir())) == 2  # the folder and its lock
         _ = 1 / 0
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_replaced_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (tmp_path / "link").symlink_to(out)
+    refuse_to_overwrite(out)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.path.ismount", lambda path: Path(path) == out)
+        for folder in (out, tmp_path / "link"):
+            with pytest.raises(FileExistsError, match=f"{folder} is a mount point, .*: choose a folder in it"):
+                refuse_to_overwrite(folder)
+        refuse_to_overwrite(out / "model")
+    monkeypatch.chdir(out)
+    for folder in (out, Path()):
+        with pytest.raises(
+            FileExistsError, match=f"{folder} is the present working directory, .*: choose a folder in it"
+        ):
+            refuse_to_overwrite(folder)
+    refuse_to_overwrite(Path("model"))
