@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from longlora_ext._lengths import CONTEXT_LENGTH, is_int
-from longlora_ext._pattern import DENSE_LAYERS, SINK, WINDOW, check_window, resolve_layers
+from longlora_ext._lengths import CONTEXT_LENGTH, is_int, is_number
+from longlora_ext._pattern import DENSE_LAYERS, SINK, WINDOW, check_sink, check_window, resolve_layers
 
 GROUP_SIZE = "s2attn_group_size"
 MODE = "s2attn_mode"
@@ -67,14 +67,14 @@ def set_pattern(
     What it has of an earlier extension goes, whether or not something else is asked.
 
     Raises:
-        ValueError: `window` is not a positive integer, or there are no such layers.
+        ValueError: `sink` is not a `bool`, `window` is not a positive integer, or there are no such layers.
     """
     for name in (SINK, WINDOW, DENSE_LAYERS):
         if hasattr(config, name):
             delattr(config, name)
     if dense_layers is not None:
         config.s2attn_dense_layers = resolve_layers(dense_layers, config.num_hidden_layers)
-    if sink:
+    if check_sink("sink", sink):
         config.s2attn_sink = True
     if window is not None:
         config.s2attn_window = check_window("window", window)
@@ -92,6 +92,6 @@ def asked_group_size(context: int, ratio: float, size: int | None) -> int:
                 f"group_size must be an even integer from 2 to twice the context of {context}, but it is {size!r}"
             )
         return size
-    if not 0 < ratio <= 1:
-        raise ValueError(f"group_ratio must be above 0 and at most 1, but it is {ratio!r}")
+    if not is_number(ratio) or not 0 < ratio <= 1:
+        raise ValueError(f"group_ratio must be a number above 0 and at most 1, but it is {ratio!r}")
     return even_group_size(context * ratio)

@@ -91,6 +91,11 @@ def is_int(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether it is a number, which `True` is not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def named_original(config: PreTrainedConfig, given: dict[str, Any] | None = None) -> int | None:
     """The original length, if the config or parameters given besides name it, which win over those that it has. As in
     transformers the config's field wins over any parameter."""

@@ -21,9 +21,7 @@ def sink(config: PreTrainedConfig) -> bool:
         ValueError: It is not a `bool`.
     """
     value: Any = getattr(config, SINK, None)
-    if value is not None and not isinstance(value, bool):
-        raise ValueError(f"config.s2attn_sink must be true or false, but it is {value!r}")
-    return bool(value)
+    return False if value is None else check_sink("config.s2attn_sink", value)
 
 
 def window(config: PreTrainedConfig) -> int | None:
@@ -130,6 +128,13 @@ def in_words(layers: Sequence[int]) -> str:
 
 def _is_index(value: Any, least: int = 0) -> bool:
     return is_int(value) and value >= least
+
+
+def check_sink(name: str, value: Any) -> bool:
+    """`value`, or `ValueError` if that is neither yes nor no: a text such as "false" would count as yes."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, but it is {value!r}")
+    return value
 
 
 def check_window(name: str, value: Any) -> int:

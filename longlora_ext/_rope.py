@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any, TypeGuard
+from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from longlora_ext._lengths import CONTEXT_LENGTH, ORIGINAL, context_length, is_int, named_original, rope_type_of
+from longlora_ext._lengths import (
+    CONTEXT_LENGTH,
+    ORIGINAL,
+    context_length,
+    is_int,
+    is_number,
+    named_original,
+    rope_type_of,
+)
 from longlora_ext._per_layer import layer_config
 
 # Types whose parameters name the length the model was first trained at, and what they need besides a factor.
@@ -157,13 +165,13 @@ def _ntk(config: PreTrainedConfig, context: int, given: dict[str, Any]) -> dict[
             f"which scales nothing but rope_theta: pass rope_type={present_type!r}"
         )
     factor = given.get("factor", context / context_length(config))
-    if not _is_number(factor) or not 1 <= factor < math.inf:
+    if not is_number(factor) or not 1 <= factor < math.inf:
         raise ValueError(f"factor must be a finite number of at least 1, but it is {factor!r}")
     new = {key: value for key, value in config.rope_parameters.items() if key not in _STALE}
     theta, rotated = new.get("rope_theta"), _rotated(config)
     if rotated <= 2:
         raise ValueError(f"rope_type 'ntk' needs heads of more than {rotated} rotated dimensions")
-    if not _is_number(theta):
+    if not is_number(theta):
         raise ValueError(f"rope_theta must be a finite number above 0, but it is {theta!r}")
     return {**new, "rope_type": "default", "rope_theta": theta * factor ** (rotated / (rotated - 2))}
 
@@ -175,10 +183,6 @@ def _rotated(config: PreTrainedConfig) -> int:
     plain.rope_parameters = {**plain.rope_parameters, "rope_type": "linear", "factor": 1.0}
     frequencies, _ = ROPE_INIT_FUNCTIONS["linear"](plain, "cpu")
     return 2 * len(frequencies)
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _number(factor: Any) -> float:
@@ -197,7 +201,7 @@ def original_of_linear(config: PreTrainedConfig, present: int) -> int:
 def check_rope(config: PreTrainedConfig, rope_type: str) -> None:
     """Compute the frequencies once, so that a wrong parameter is reported here and not when the model is built."""
     theta = config.rope_parameters.get("rope_theta")
-    if not _is_number(theta) or not 0 < theta < math.inf:
+    if not is_number(theta) or not 0 < theta < math.inf:
         raise ValueError(f"rope_theta must be a finite number above 0, but it is {theta!r}")
     if rope_type == "default":
         return
