@@ -99,15 +99,29 @@ def is_number(value: Any) -> TypeGuard[float]:
 def named_original(config: PreTrainedConfig, given: dict[str, Any] | None = None) -> int | None:
     """The original length, if the config or parameters given besides name it, which win over those that it has. As in
     transformers the config's field wins over any parameter."""
-    original = getattr(config, ORIGINAL, None) or {**_one_rope(config), **(given or {})}.get(ORIGINAL)
-    return original if is_int(original) else None
+    field = getattr(config, ORIGINAL, None)
+    if field is not None:
+        return whole_length(f"config.{ORIGINAL}", field)
+    parameter = {**_one_rope(config), **(given or {})}.get(ORIGINAL)
+    return None if parameter is None else whole_length(f"{ORIGINAL} in rope_parameters", parameter)
+
+
+def whole_length(name: str, value: Any) -> int:
+    """A number of tokens that a config says. It may be written as 64.0 in JSON.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if not is_number(value) or value < 1 or not float(value).is_integer():
+        raise ValueError(f"{name} must be a positive integer, but it is {value!r}")
+    return int(value)
 
 
 def possible_lengths(config: PreTrainedConfig) -> tuple[int, ...]:
     """The tokens that a model of this config reads: one number, or two where it leaves that open, the longer first.
 
     Raises:
-        ValueError: The config has no context.
+        ValueError: The config has no context, or names an original length that is none.
     """
     ours: Any = getattr(config, CONTEXT_LENGTH, None)
     length: Any = ours or getattr(config, "max_position_embeddings", None)

@@ -18,6 +18,7 @@ from longlora_ext._lengths import (
     is_number,
     named_original,
     rope_type_of,
+    whole_length,
 )
 from longlora_ext._per_layer import layer_config
 
@@ -106,6 +107,8 @@ def extended_rope(config: PreTrainedConfig, context: int, rope_type: str, given:
         raise ValueError(f"rope_parameters say rope_type {given['rope_type']!r}, but rope_type is {rope_type!r}")
     if rope_type == NTK:
         return _ntk(config, context, given)
+    if given.get(ORIGINAL) is not None:
+        given = {**given, ORIGINAL: whole_length(f"{ORIGINAL} in rope_parameters", given[ORIGINAL])}
     if rope_type == "longrope" and not {"short_factor", "long_factor"} <= given.keys():
         raise ValueError(
             "rope_type 'longrope' needs rope_parameters with short_factor and long_factor: they are found by "

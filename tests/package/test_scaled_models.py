@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import re
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from app.training.options import ModelOptions
 from longlora_ext.config import context_length, extend_config, group_size, settle_context
 from tiny_models import SIZES, tiny_config, tiny_model, tokens
 
+ORIGINAL = "original_max_position_embeddings"
 LONGROPE = {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 3.0, 4.0]}
 
 
@@ -150,6 +152,31 @@ def test_how_far_a_scaled_model_reads(length: int, rope: dict, reads: int) -> No
         settle_context(config, 64)
 
 
+@pytest.mark.parametrize("rope_type", ["linear", "yarn"])
+def test_an_original_length_is_a_whole_number(rope_type: str) -> None:
+    """JSON may write it as 64.0. What is no number of tokens was passed over, so that the context came out wrong."""
+    rope = {"rope_type": rope_type, "factor": 4.0, ORIGINAL: 64.0}
+    whole = scaled(256, **rope)
+    field = scaled(256, **{**rope, ORIGINAL: 64})
+    field.original_max_position_embeddings = 64.0
+    assert context_length(whole) == context_length(field) == 256
+    short = scaled(64, rope_type="default")
+    given = extend_config(short, 256, rope_type="yarn", rope_parameters={ORIGINAL: 32.0}).rope_parameters
+    assert (given["factor"], given[ORIGINAL], type(given[ORIGINAL])) == (8.0, 32, int)
+    for wrong in (True, "64", 64.5, 0, -64, math.inf):
+        said = re.escape(f"{ORIGINAL} in rope_parameters must be a positive integer, but it is {wrong!r}")
+        whole.rope_parameters[ORIGINAL] = wrong
+        with pytest.raises(ValueError, match=said):
+            context_length(whole)
+        with pytest.raises(ValueError, match=said):
+            extend_config(short, 256, rope_type="yarn", rope_parameters={ORIGINAL: wrong})
+        field.original_max_position_embeddings = wrong
+        with pytest.raises(
+            ValueError, match=re.escape(f"config.{ORIGINAL} must be a positive integer, but it is {wrong!r}")
+        ):
+            context_length(field)
+
+
 def test_layer_types_that_are_scaled_alike_are_read_as_one() -> None:
     """As OLMo 3's; where they differ, as Gemma 3's do, `max_position_embeddings` is the context."""
     linear = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
@@ -214,7 +241,7 @@ def test_a_factor_is_counted_from_the_original_length_that_is_given(rope: dict, 
     if rope["rope_type"] == "default":
         extended = extend_config(config, context, rope_type="llama3", rope_parameters=given)
         assert extended.rope_parameters["factor"] == factor
-    with pytest.raises(ValueError, match="do not fit rope_type 'yarn'"):
+    with pytest.raises(ValueError, match="must be a positive integer, but it is '128'"):
         extend_config(config, 640, rope_type="yarn", rope_parameters={"original_max_position_embeddings": "128"})
 
 
