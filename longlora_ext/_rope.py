@@ -18,9 +18,9 @@ from longlora_ext._lengths import (
     is_number,
     named_original,
     rope_type_of,
-    whole_length,
 )
 from longlora_ext._per_layer import layer_config
+from longlora_ext._rope_parameters import check_factor, check_given
 
 # Types whose parameters name the length the model was first trained at, and what they need besides a factor.
 _NEEDS_ORIGINAL = ("yarn", "llama3", "longrope")
@@ -98,17 +98,14 @@ def with_one_rope(config: PreTrainedConfig, layer_types: dict[str, dict[str, Any
     return flat
 
 
-def extended_rope(config: PreTrainedConfig, context: int, rope_type: str, given: dict[str, Any]) -> dict[str, Any]:
+def extended_rope(config: PreTrainedConfig, context: int, rope_type: str, given: Any) -> dict[str, Any]:
     """The new `rope_parameters`: those that stay, the factor, and over both what the caller gave."""
     present = dict(config.rope_parameters)
     if rope_type not in ROPE_TYPES:
         raise ValueError(f"rope_type must be one of {', '.join(ROPE_TYPES)}, but it is {rope_type!r}")
-    if given.get("rope_type", rope_type) != rope_type:
-        raise ValueError(f"rope_parameters say rope_type {given['rope_type']!r}, but rope_type is {rope_type!r}")
+    given = check_given(config, rope_type, given)
     if rope_type == NTK:
         return _ntk(config, context, given)
-    if given.get(ORIGINAL) is not None:
-        given = {**given, ORIGINAL: whole_length(f"{ORIGINAL} in rope_parameters", given[ORIGINAL])}
     if rope_type == "longrope" and not {"short_factor", "long_factor"} <= given.keys():
         raise ValueError(
             "rope_type 'longrope' needs rope_parameters with short_factor and long_factor: they are found by "
@@ -141,7 +138,8 @@ def extended_rope(config: PreTrainedConfig, context: int, rope_type: str, given:
     for key, value in _DEFAULTS.get(rope_type, {}).items():
         new.setdefault(key, value)
     extended = {**new, "factor": factor, **given}
-    if present_type == rope_type and _number(extended["factor"]) < _number(present.get("factor")):
+    check_factor(extended["factor"])
+    if present_type == rope_type and extended["factor"] < _number(present.get("factor")):
         raise ValueError(
             f"this model's RoPE is scaled by a factor of {present['factor']:g} already, which cannot become "
             f"{extended['factor']:g}: a factor never becomes smaller"
@@ -167,9 +165,7 @@ def _ntk(config: PreTrainedConfig, context: int, given: dict[str, Any]) -> dict[
             f"this model's RoPE is scaled with rope_type {present_type!r} already and cannot be extended with 'ntk', "
             f"which scales nothing but rope_theta: pass rope_type={present_type!r}"
         )
-    factor = given.get("factor", context / context_length(config))
-    if not is_number(factor) or not 1 <= factor < math.inf:
-        raise ValueError(f"factor must be a finite number of at least 1, but it is {factor!r}")
+    factor = check_factor(given.get("factor", context / context_length(config)))
     new = {key: value for key, value in config.rope_parameters.items() if key not in _STALE}
     theta, rotated = new.get("rope_theta"), _rotated(config)
     if rotated <= 2:

@@ -201,7 +201,8 @@ def extend_config(
     extended.s2attn_context_length = context_length
     new = dict(config.rope_parameters)
     if not stays:
-        new = extended_rope(layer_config(config, concerned), context_length, rope_type, dict(rope_parameters or {}))
+        given = {} if rope_parameters is None else rope_parameters
+        new = extended_rope(layer_config(config, concerned), context_length, rope_type, given)
     if rope_type != "dynamic":
         extended.max_position_embeddings = context_length
     if rope_type == "linear":

@@ -1,6 +1,8 @@
 """The context extension: what is written into the config, and what a model makes of it."""
 
+import inspect
 import math
+import re
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from transformers import (
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from longlora_ext._rope_parameters import PARAMETERS
 from longlora_ext.adapter._record import apply_record, read_record, write_record
 from longlora_ext.config import CONFIG_FIELDS, config_for, context_length, extend_config, group_size, rope_type_of
 from tiny_models import tiny_config
@@ -141,6 +144,19 @@ def test_parameters_given_win() -> None:
     assert given == {"rope_type": "yarn", "factor": 5.0, "beta_fast": 16, "rope_theta": 20000.0}
 
 
+def test_the_parameters_of_each_type_are_those_that_transformers_looks_at() -> None:
+    assert PARAMETERS.keys() >= {"default", *ROPE_INIT_FUNCTIONS}
+    for rope_type, computed in ROPE_INIT_FUNCTIONS.items():
+        looked_at = set(re.findall(r"""rope_parameters\w*(?:\.get\(|\[)["'](\w+)["']""", inspect.getsource(computed)))
+        assert {"rope_theta"} < looked_at <= {"rope_theta", "partial_rotary_factor", *PARAMETERS[rope_type]}, rope_type
+
+
+def test_what_a_model_has_besides_may_be_given() -> None:
+    config = base(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "its_own": 1})
+    rope = extend_config(config, 256, rope_parameters={"its_own": 2, "type": "linear"}).rope_parameters
+    assert (rope["its_own"], rope["factor"]) == (2, 4.0)
+
+
 def test_linear_factors_multiply() -> None:
     twice = extend_config(extend_config(base(), 256), 700)
     assert twice.rope_parameters["factor"] == 4.0 * math.ceil(700 / 256)
@@ -232,9 +248,23 @@ def test_a_config_for_a_longer_context_is_the_extended_one() -> None:
         (256, {"rope_type": "cubic"}, "rope_type must be one of default, linear, .* but it is 'cubic'"),
         (256, {"rope_type": "longrope"}, "needs rope_parameters with short_factor and long_factor"),
         (256, {"rope_parameters": {"rope_type": "yarn"}}, "say rope_type 'yarn', but rope_type is 'linear'"),
-        (256, {"rope_parameters": {"factor": "x"}}, "do not fit rope_type 'linear'"),
-        (256, {"rope_parameters": {"factor": 0.0}}, "not finite and positive"),
-        (256, {"rope_parameters": {"factor": -1.0}}, "not finite and positive"),
+        (256, {"rope_parameters": {"type": "yarn"}}, "say rope_type 'yarn', but rope_type is 'linear'"),
+        (256, {"rope_parameters": {"factor": "x"}}, "factor must be a finite number of at least 1, but it is 'x'"),
+        (256, {"rope_parameters": {"factor": 0.25}}, "factor must be a finite number of at least 1, but it is 0.25"),
+        (256, {"rope_parameters": {"factor": True}}, "factor must be .* but it is True"),
+        (256, {"rope_type": "yarn", "rope_parameters": {"factor": math.inf}}, "factor must be .* but it is inf"),
+        (
+            256,
+            {"rope_type": "default", "rope_parameters": {"factor": 8}},
+            "'default' has no parameter factor: only rope_t",
+        ),
+        (256, {"rope_type": "yarn", "rope_parameters": {"beta_fst": 16}}, "'yarn' has no parameter beta_fst: only fac"),
+        (
+            256,
+            {"rope_parameters": {"full_attention": {"factor": 8}}},
+            "must be one set, .* have one for full_attention",
+        ),
+        (256, {"rope_parameters": [1]}, r"rope_parameters must be a dict, but they are \[1\]"),
         (256, {"rope_type": "default", "rope_parameters": {"rope_theta": 0}}, "rope_theta must be .* but it is 0"),
         (256, {"rope_type": "default", "rope_parameters": {"rope_theta": math.nan}}, "rope_theta .* but it is nan"),
         (256, {"rope_type": "yarn", "rope_parameters": {"rope_theta": "x"}}, "rope_theta .* but it is 'x'"),
