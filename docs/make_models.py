@@ -32,7 +32,26 @@ that compute S2-Attn, of all layers of the small model: the others are linear at
 last column says what `finetune_llama.py` refuses though the package can do it. RoPE was scaled linearly, or as the
 model has it already. Phi-3 and Phi-3.5-MoE take neither linear nor yarn, but `ntk` and `longrope`. The latter is linear
 with one factor for all frequencies, and was tested so (`rope_type="longrope"`, `short_factor` and `long_factor` of
-equal numbers, `attention_factor` 1). Models with a part for images or sound are not in the table.
+equal numbers, `attention_factor` 1).
+
+Models with a part for images or sound are not in the table, and refused. The text model in one (Gemma 3, LLaVA,
+Mistral 3) becomes a folder of its own, of which it is known that its logits are the same:
+
+```python
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+
+name, folder = "google/gemma-3-4b-it", "gemma-3-4b-text"
+whole = AutoModelForImageTextToText.from_pretrained(name, dtype="auto")
+text = AutoModelForCausalLM.from_config(whole.config.get_text_config(), dtype=whole.dtype)
+text.model.load_state_dict(whole.model.language_model.state_dict())
+text.lm_head.load_state_dict(whole.lm_head.state_dict())
+text.generation_config = whole.generation_config
+text.save_pretrained(folder)
+AutoTokenizer.from_pretrained(name).save_pretrained(folder)
+```
+
+Where transformers has no causal decoder of the text model alone (Qwen2.5-VL), `from_config` says "Unrecognized
+configuration class".
 
 | model type | runs | S2-Attn in | rows | `finetune_llama.py` |
 |---|---|---|---|---|

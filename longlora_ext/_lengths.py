@@ -117,19 +117,33 @@ def whole_length(name: str, value: Any) -> int:
     return int(value)
 
 
+def refuse_wrapped(config: PreTrainedConfig) -> None:
+    """Raise `ValueError` for the config of a model of images or sound, of which a text model is a part."""
+    text = config if config.is_encoder_decoder else config.get_text_config()
+    if text is not config and not hasattr(config, "max_position_embeddings"):
+        raise ValueError(
+            f"{type(config).__name__} wraps a text model ({text.model_type}) with others: save the text model as a "
+            "folder of its own, as docs/models.md says"
+        )
+
+
 def possible_lengths(config: PreTrainedConfig) -> tuple[int, ...]:
     """The tokens that a model of this config reads: one number, or two where it leaves that open, the longer first.
 
     Raises:
         ValueError: The config has no context, or names an original length that is none.
     """
+    refuse_wrapped(config)
     ours: Any = getattr(config, CONTEXT_LENGTH, None)
-    length: Any = ours or getattr(config, "max_position_embeddings", None)
-    if not is_int(length) or length < 1:
+    field = "max_position_embeddings" if ours is None else CONTEXT_LENGTH
+    length: Any = getattr(config, field, None)
+    if length is None:
         raise ValueError(f"{type(config).__name__} has no max_position_embeddings: it has no context to speak of")
+    if not is_int(length) or length < 1:
+        raise ValueError(f"config.{field} must be a positive integer, but it is {length!r}")
     rope = _one_rope(config)
     rope_type, factor = rope.get("rope_type", "default"), rope.get("factor")
-    if ours or rope_type == "default" or not isinstance(factor, (int, float)) or factor <= 1:
+    if ours is not None or rope_type == "default" or not isinstance(factor, (int, float)) or factor <= 1:
         return (length,)
     original = named_original(config)
     if rope_type == "dynamic":

@@ -29,7 +29,7 @@ from longlora_ext._fields import (
     group_size,
     set_pattern,
 )
-from longlora_ext._lengths import context_length, is_int, of_layer_types, rope_type_of, settle_context
+from longlora_ext._lengths import context_length, is_int, of_layer_types, refuse_wrapped, rope_type_of, settle_context
 from longlora_ext._per_layer import layer_config
 from longlora_ext._rope import (
     NTK,
@@ -218,6 +218,7 @@ def extend_config(
 
 
 def _present_length(config: PreTrainedConfig) -> int:
+    refuse_wrapped(config)
     if not getattr(config, "rope_parameters", None):
         raise ValueError(
             f"{type(config).__name__} has no rope_parameters: only decoders with rotary position embeddings can "
