@@ -193,7 +193,7 @@ def test_a_config_that_is_none_is_said_to_be_none(tmp_path: Path, capsys) -> Non
     (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(SystemExit, match="2"):
         command.main(["--model", str(tmp_path)])
-    assert "its config.json is no JSON object, but a list" in capsys.readouterr().err
+    assert "its config.json is no JSON object" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--context=8192", "--calibrate", "--json"])

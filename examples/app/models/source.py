@@ -68,8 +68,10 @@ def check_config(name: str, gguf_file: str | None = None) -> None:
     except OSError as error:
         where = "" if os.path.exists(name) else "there is no such folder, and on the hub: "
         raise OSError(f"{where}{error}") from error
+    except TypeError:  # of older transformers, which read fields of what is none
+        said = None
     if not isinstance(said, dict):
-        raise ValueError(f"its config.json is no JSON object, but a {type(said).__name__}")
+        raise ValueError("its config.json is no JSON object")
     kind = CONFIG_MAPPING[said["model_type"]] if said.get("model_type") in CONFIG_MAPPING else None
     default = getattr(kind, LENGTH, None)
     spellings = (LENGTH, getattr(kind, "attribute_map", {}).get(LENGTH))
