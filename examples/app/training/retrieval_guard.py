@@ -157,27 +157,27 @@ class RetrievalGuard(BeforeTraining):
         """What became of retrieval, in words."""
         if BEFORE not in self.record or AFTER not in self.record:
             return f"pass keys at {self.length:,} tokens were not asked for before training: nothing to compare"
-        (before, found_before), (after, found_after) = (self._median(row) for row in (BEFORE, AFTER))
-        rows = [row for row in (BEFORE, SCALED, AFTER) if row in self.record]
-        nats, found = zip(*map(self._median, rows), strict=True)
-        said = [f"{value:.2f} {WHEN[row]}" for row, value in zip(rows, nats, strict=True)]
+        medians = {row: self._median(row) for row in WHEN if row in self.record}
+        (before, found_before), (_, found_after) = medians[BEFORE], medians[AFTER]
+        said = [f"{nats:.2f} {WHEN[row]}" for row, (nats, _) in medians.items()]
+        found = [str(count) for _, count in medians.values()]
         head = (
             f"pass keys at {self.length:,} tokens, the model's own context: {listed(said)} nats per token (median); "
-            f"{listed([str(count) for count in found])} of {len(self.questions)} found"
+            f"{listed(found)} of {len(self.questions)} found"
         )
         if before > KNOWS and found_before <= MAY_MISS:
             return f"{head}. The base model does not find them either: it had nothing to lose"
-        if _keeps((before, found_before), (after, found_after), MAY_LOSE):
+        if _keeps(medians[BEFORE], medians[AFTER], MAY_LOSE):
             return f"{head}. Retrieval has survived"
         gained = "Perplexity improved, but retrieval" if perplexity and _improved(perplexity) else "Retrieval"
         became = "did not survive" if found_before - found_after >= LOST or not found_after else "has suffered"
-        return f"{head}. {gained} {became}. {self._blame()}"
+        return f"{head}. {gained} {became}. {self._blame(medians)}"
 
-    def _blame(self) -> str:
+    def _blame(self, medians: dict[str, tuple[float, int]]) -> str:
         """What took retrieval, scaling or training, as far as that is known; and what may help."""
-        if SCALED not in self.record:
+        if SCALED not in medians:
             return f"What may help: {listed(self.advice.training, 'or')}"
-        before, scaled, after = (self._median(row) for row in (BEFORE, SCALED, AFTER))
+        before, scaled, after = (medians[row] for row in (BEFORE, SCALED, AFTER))
         if _keeps(scaled, after, TRAINING_MAY_LOSE):
             return f"Scaling RoPE did that, not training. What may help: {listed(self.advice.scaling, 'or')}"
         if _keeps(before, scaled, MAY_LOSE):
